@@ -1,0 +1,229 @@
+"""The run file: everything that defines a search, as frozen pydantic models.
+
+A run file is read with `strict_yaml`, overridden by dotted keys from the command line, and saved resolved beside
+its results. What a key means is said once, in its ``description``: the JSON Schema and the docs take it from there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from autocompress import strict_yaml
+from autocompress.errors import ConfigError
+
+RUN_SCHEMA = 1
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Objective = Literal["accuracy", "size_bytes", "latency"]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no infinities or NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class FinetuneConfig(Section):
+    epochs: float = Field(2.0, gt=0, le=100, description="passes over the training rows")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak of AdamW's linear schedule")
+    batch_size: int = Field(32, ge=1, le=4096)
+
+
+class ModelConfig(Section):
+    id: str = Field("demo/minilm", min_length=1, description="demo/minilm, a local folder, or a hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    finetune: FinetuneConfig = Field(
+        default_factory=FinetuneConfig, description="used when the model has no head for the task"
+    )
+
+
+class DataConfig(Section):
+    source: str = Field(
+        "demo/movies", min_length=1, description="demo/movies, demo/tweets, a csv, jsonl or parquet file, a datasets id"
+    )
+    text: str = Field("text", description="column of the text")
+    text_pair: str | None = Field(None, description="column of the second text, for tasks on pairs")
+    label: str = Field("label", description="column of the class")
+    split: str = Field("split", description="column whose value 'test' marks held-out rows, where there is one")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="held-out share when the data bring no test split")
+    search_rows: int = Field(1000, ge=10, description="rows cut from the training rows to score candidates on")
+    calibration_rows: int = Field(128, ge=4, le=8192, description="training rows for importance and activation ranges")
+    max_tokens: int = Field(64, ge=4, le=8192, description="longer texts are truncated")
+    max_train_rows: int | None = Field(None, ge=20, description="use only so many training rows")
+    allow_shared_rows: bool = Field(False, description="accept texts that stand in two splits; printed in the report")
+
+
+class TargetConfig(Section):
+    runtime: Literal["openvino", "onnxruntime"] = Field("openvino", description="what executes the shipped artefact")
+    device: Literal["cpu"] = "cpu"
+    threads: int = Field(1, ge=1, le=1024, description="1 is timed by process CPU time, more by wall clock")
+    batch_size: int = Field(1, ge=1, le=1024)
+    tokens: int = Field(64, ge=1, le=8192, description="inputs of exactly this length when timing")
+    precision: Literal["f32"] = Field("f32", description="inference precision hint given to the runtime")
+
+
+class ConstraintsConfig(Section):
+    max_accuracy_drop: float | None = Field(None, ge=0, le=1, description="against the reference, as a fraction")
+    max_size_mb: float | None = Field(None, gt=0, description="megabytes (1e6 bytes)")
+    max_latency_ms: float | None = Field(None, gt=0, description="median, milliseconds")
+    max_latency_ratio: float | None = Field(None, gt=0, description="candidate over reference")
+
+
+class SearchConfig(Section):
+    trials: int = Field(40, ge=1, le=100_000, description="candidates to evaluate; a larger number continues a study")
+    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    workers: int | None = Field(None, ge=1, le=1024, description="parallel candidates; default: cores / target.threads")
+    max_retries: int = Field(2, ge=0, le=10, description="new attempts after a worker died")
+    latency_pairs: int = Field(40, ge=5, le=10_000, description="runs of candidate and reference, alternating")
+    seeds: bool = Field(True, description="start with the automatic ladder of uniform plans")
+    keep_artefacts: Literal["front", "all"] = "front"
+
+
+class RecoveryConfig(Section):
+    epochs: float = Field(1.0, gt=0, le=100, description="distillation passes for a picked point")
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    batch_size: int = Field(32, ge=1, le=4096)
+    temperature: float = Field(2.0, gt=0, le=100)
+    alpha: float = Field(0.5, ge=0, le=1, description="share of the distillation loss; the rest is the labels'")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="training arithmetic; auto takes bfloat16 where the CPU has instructions for it"
+    )
+
+
+class StorageConfig(Section):
+    bank: str | None = Field(None, description="folder of reusable pieces; default: the user's cache folder")
+
+
+class RunConfig(Section):
+    """One search, complete.
+
+    Example:
+        ``RunConfig.from_file("run.yaml", overrides=["search.trials=60"])``
+    """
+
+    schema_version: Literal[1] = Field(1, alias="schema", description="version of this format")
+    name: Name = Field("demo", description="results go to results/<name> unless --out says otherwise")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    target: TargetConfig = Field(default_factory=TargetConfig)
+    space: str = Field("encoder-joint", min_length=1, description="a shipped search space or a YAML file")
+    objectives: tuple[Objective, ...] = Field(("accuracy", "size_bytes", "latency"), min_length=2, max_length=3)
+    constraints: ConstraintsConfig = Field(default_factory=ConstraintsConfig)
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    recovery: RecoveryConfig = Field(default_factory=RecoveryConfig)
+    storage: StorageConfig = Field(default_factory=StorageConfig)
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if len(set(self.objectives)) != len(self.objectives):
+            raise ValueError("objectives: each may be named once")
+        if self.data.max_tokens < self.target.tokens:
+            raise ValueError(
+                f"target.tokens: must be <= data.max_tokens ({self.data.max_tokens}), got {self.target.tokens}"
+            )
+        return self
+
+    @classmethod
+    def from_mapping(cls, data: object, *, source: str = "run", overrides: Sequence[str] = ()) -> RunConfig:
+        """Validate a parsed run file; ``source`` names it in messages.
+
+        Raises:
+            ConfigError: one line for the first thing that is wrong, with what is allowed.
+        """
+        if not isinstance(data, dict):
+            raise ConfigError(f"{source}: must hold keys and values, got {type(data).__name__}")
+        merged = json.loads(json.dumps(data, default=str))
+        for override in overrides:
+            _apply_override(merged, override)
+        return validated(cls, merged, source)
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig:
+        """Read a run file, or the shipped one for ``demo``; ``overrides`` are ``dotted.key=value``.
+
+        Raises:
+            ConfigError: if the file cannot be read or does not validate.
+        """
+        if str(path) == "demo":
+            return cls.from_mapping(strict_yaml.parse(demo_run_text(), "demo"), source="demo", overrides=overrides)
+        path = Path(path)
+        return cls.from_mapping(strict_yaml.read(path), source=path.name, overrides=overrides)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        return cls.model_json_schema(by_alias=True)
+
+
+def demo_run_text() -> str:
+    """Return the commented run file that ships with the package."""
+    return resources.files("autocompress").joinpath("demo", "run.yaml").read_text(encoding="utf-8")
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def validated(cls: type[S], data: Mapping[str, Any], source: str) -> S:
+    """Build ``cls`` from ``data``, turning pydantic's report into one line of ours.
+
+    Raises:
+        ConfigError: naming source, key, what is allowed and what was received.
+    """
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = [str(part) for part in first["loc"]]
+        where = ".".join(location)
+        if first["type"] == "extra_forbidden":
+            names = _sibling_names(cls, location[:-1])
+            close = difflib.get_close_matches(location[-1], names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
+            raise ConfigError(f"{source}: {where}: unknown key, {hint}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        if first["type"] in ("value_error", "missing"):
+            raise ConfigError(f"{source}: {where + ': ' if where else ''}{message}") from None
+        raise ConfigError(f"{source}: {where}: {message}, got {_short(first['input'])}") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _sibling_names(cls: type[BaseModel], location: Iterable[str]) -> list[str]:
+    for part in location:
+        for name, field in cls.model_fields.items():
+            if part == (field.alias or name):
+                for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+                    if isinstance(kind, type) and issubclass(kind, BaseModel):
+                        cls = kind
+    return [field.alias or name for name, field in cls.model_fields.items()]
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: must read dotted.key=value, such as search.trials=60")
+    parts = key.strip().split(".")
+    node = data
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {part} holds a value, not keys")
+        node = child
+    node[parts[-1]] = strict_yaml.parse(value, f"--set {key}")

@@ -1,0 +1,176 @@
+"""Dominance, the front, and the rules by which a point is picked from it.
+
+Fronts and hypervolumes are computed by moocore (Lopez-Ibanez et al.), which does thousands of points in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from autocompress.errors import NoFeasiblePointError
+from autocompress.records import OBJECTIVES, Candidate, Measurement
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Preference = Literal["knee", "latency", "size", "accuracy"]
+
+
+def costs(candidates: Iterable[Candidate], objectives: Sequence[str]) -> np.ndarray:
+    """Return objectives as costs to minimise.
+
+    Returns:
+        ``candidates x objectives``, float64; objectives to maximise are negated.
+    """
+    rows = []
+    for candidate in candidates:
+        row = []
+        for name in objectives:
+            field, direction = OBJECTIVES[name]
+            value = float(getattr(candidate.score, field))
+            row.append(-value if direction == "maximize" else value)
+        rows.append(row)
+    return np.array(rows, dtype=float).reshape(len(rows), len(objectives))
+
+
+def nondominated(points: np.ndarray) -> np.ndarray:
+    """Return which rows no other row dominates; of equal rows the first one.
+
+    Args:
+        points: ``points x objectives``, to minimise.
+
+    Returns:
+        ``points``, bool.
+    """
+    if len(points) == 0:
+        return np.zeros(0, dtype=bool)
+    import moocore
+
+    return np.asarray(moocore.is_nondominated(points, maximise=False, keep_weakly=False), dtype=bool)
+
+
+def hypervolume(points: np.ndarray, reference: Sequence[float]) -> float:
+    """Return the volume that ``points`` (``points x objectives``, to minimise) dominate below ``reference``."""
+    inside = points[np.all(points < np.asarray(reference), axis=1)] if len(points) else points
+    if len(inside) == 0:
+        return 0.0
+    import moocore
+
+    return float(moocore.hypervolume(inside, ref=np.asarray(reference, dtype=float)))
+
+
+@dataclass(frozen=True)
+class Front:
+    """The candidates that no other dominates, in order of falling accuracy, with the reference they are held against.
+
+    Args:
+        points: feasible, complete and non-dominated candidates.
+        reference: score of the uncompressed model in the same runtime.
+        objectives: names of the objectives that dominance was judged by.
+    """
+
+    points: tuple[Candidate, ...]
+    reference: Measurement
+    objectives: tuple[str, ...]
+
+    @classmethod
+    def of(cls, candidates: Iterable[Candidate], reference: Measurement, objectives: Sequence[str]) -> Front:
+        """Build the front of ``candidates``; failed and infeasible ones never stand on it."""
+        usable = [c for c in candidates if c.state == "COMPLETE" and c.measurement is not None and c.feasible]
+        mask = nondominated(costs(usable, objectives))
+        points = [c for c, kept in zip(usable, mask, strict=True) if kept]
+        points.sort(key=lambda c: (-c.score.accuracy, c.score.latency_ratio, c.number))
+        return cls(tuple(points), reference, tuple(objectives))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def pick(
+        self,
+        *,
+        prefer: Preference = "knee",
+        max_accuracy_drop: float | None = None,
+        max_latency_ms: float | None = None,
+        max_latency_ratio: float | None = None,
+        max_size_mb: float | None = None,
+    ) -> Candidate:
+        """Return the point that satisfies all limits and is best by ``prefer``.
+
+        Args:
+            prefer: ``knee`` is nearest to the ideal point after each objective is scaled to the front's range.
+            max_accuracy_drop: against the reference, as a fraction (0.01 is one percentage point).
+            max_latency_ms: median latency.
+            max_latency_ratio: candidate over reference.
+            max_size_mb: megabytes of 1e6 bytes.
+
+        Raises:
+            NoFeasiblePointError: if no point satisfies the limits; names the one that misses them least.
+        """
+        if not self.points:
+            raise NoFeasiblePointError("pick: the front is empty; no candidate completed within the constraints")
+        limits = [
+            ("accuracy drop", max_accuracy_drop, lambda m: self.reference.accuracy - m.accuracy),
+            ("latency in ms", max_latency_ms, lambda m: m.latency_ms),
+            ("latency ratio", max_latency_ratio, lambda m: m.latency_ratio),
+            ("size in MB", max_size_mb, lambda m: m.size_bytes / 1e6),
+        ]
+        active = [(name, limit, value) for name, limit, value in limits if limit is not None]
+
+        def excess(candidate: Candidate) -> float:
+            # Relative to the limit, so that milliseconds and megabytes can be compared; 1e-9 forgives rounding.
+            return max(
+                [(value(candidate.score) - limit) / max(abs(limit), 1e-3) for _, limit, value in active], default=0.0
+            )
+
+        feasible = [c for c in self.points if excess(c) <= 1e-9]
+        if not feasible:
+            nearest = min(self.points, key=excess)
+            missed = "; ".join(f"{name} {value(nearest.score):.4g} (limit {limit:g})" for name, limit, value in active)
+            raise NoFeasiblePointError(f"pick: no point is feasible; the nearest is trial {nearest.number}: {missed}")
+        if prefer == "latency":
+            return min(feasible, key=lambda c: (c.score.latency_ratio, -c.score.accuracy))
+        if prefer == "size":
+            return min(feasible, key=lambda c: (c.score.size_bytes, -c.score.accuracy))
+        if prefer == "accuracy":
+            return max(feasible, key=lambda c: (c.score.accuracy, -c.score.latency_ratio))
+        return feasible[self._knee(feasible)]
+
+    def trial(self, number: int) -> Candidate:
+        """Return the point with this trial number.
+
+        Raises:
+            NoFeasiblePointError: if it is not on the front; names the nearest number that is.
+        """
+        for point in self.points:
+            if point.number == number:
+                return point
+        if not self.points:
+            raise NoFeasiblePointError(f"trial {number}: the front is empty")
+        nearest = min(self.points, key=lambda c: abs(c.number - number))
+        known = ", ".join(str(c.number) for c in sorted(self.points, key=lambda c: c.number))
+        raise NoFeasiblePointError(
+            f"trial {number}: not on the front; the nearest is trial {nearest.number} (the front: {known})"
+        )
+
+    def _knee(self, candidates: Sequence[Candidate]) -> int:
+        points = costs(candidates, self.objectives)
+        span = np.ptp(points, axis=0)
+        scaled = (points - points.min(axis=0)) / np.where(span > 0, span, 1.0)
+        return int(np.argmin(np.linalg.norm(scaled, axis=1)))
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a point, with the columns of ``pareto.csv``."""
+        from autocompress.report.tables import frame
+
+        return frame(self.points)
+
+    def plot(self) -> go.Figure:
+        """Return the front as a plotly figure: accuracy over latency, size as marker area."""
+        from autocompress.report.page import front_figure
+
+        return front_figure(self, ())

@@ -1,0 +1,321 @@
+"""What is to be done to a model: decisions per site, collected in a plan with a canonical form.
+
+A plan is data. It is made by a search space (`space.py`), carried out by the transforms and a runtime, and its
+``plan_id`` is part of every cache key. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+from autocompress.errors import PlanError
+
+PLAN_SCHEMA = 1
+MODEL_SITE = "model"
+"""Site name of decisions that concern the whole model."""
+
+
+def _require_int(owner: object, field: str, low: int, high: int | None = None) -> None:
+    value = getattr(owner, field)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        upper = "" if high is None else f" and <= {high}"
+        raise PlanError(f"{type(owner).__name__}.{field}: must be an integer >= {low}{upper}, got {value!r}")
+
+
+def _require_blocks(owner: object, blocks: tuple[int, ...]) -> None:
+    valid = all(isinstance(b, int) and not isinstance(b, bool) and b >= 0 for b in blocks)
+    if not blocks or not valid or tuple(sorted(set(blocks))) != tuple(blocks):
+        raise PlanError(f"{type(owner).__name__}.blocks: must be ascending block numbers >= 0, got {blocks!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Base of all decisions. ``scope`` says whether it belongs to one site or to the whole model."""
+
+    scope: ClassVar[Literal["site", "model"]] = "site"
+    structural: ClassVar[bool] = True
+    """Whether the decision changes the torch module; the others are carried out by the runtime."""
+
+    def words(self) -> str:
+        """Say the decision in a few words, for tables and hover texts."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": type(self).__name__, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneHeads(Decision):
+    """Keep the ``keep`` most important attention heads of a block and remove the others physically."""
+
+    keep: int
+
+    def __post_init__(self) -> None:
+        _require_int(self, "keep", 1)
+
+    def words(self) -> str:
+        return f"{self.keep} heads"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneNeurons(Decision):
+    """Keep the ``keep`` most important FFN neurons of a block and remove the others physically."""
+
+    keep: int
+
+    def __post_init__(self) -> None:
+        _require_int(self, "keep", 1)
+
+    def words(self) -> str:
+        return f"{self.keep} neurons"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Decision):
+    """Factorise each linear layer of a site into two of inner dimension ``rank``."""
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        _require_int(self, "rank", 1)
+
+    def words(self) -> str:
+        return f"rank {self.rank}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Decision):
+    """Store a site's weights in ``weight_bits`` and, at 8 bits, compute on 8-bit activations.
+
+    Args:
+        weight_bits: 16 (IEEE half precision storage), 8 (per output channel) or 4 (per group along the input).
+        activation_bits: 8 for integer arithmetic, 16 for arithmetic on unquantised activations.
+        scheme: ``symmetric`` weights; the only grid offered so far.
+        group_size: weights that share a scale along the input dimension, 0 for a whole channel.
+    """
+
+    structural: ClassVar[bool] = False
+    weight_bits: int
+    activation_bits: int = 16
+    scheme: str = "symmetric"
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        _require_int(self, "weight_bits", 1)
+        _require_int(self, "group_size", 0)
+        if self.weight_bits not in (4, 8, 16):
+            raise PlanError(f"Quantize.weight_bits: must be one of 4, 8, 16, got {self.weight_bits!r}")
+        if self.activation_bits not in (8, 16):
+            raise PlanError(f"Quantize.activation_bits: must be 8 or 16, got {self.activation_bits!r}")
+        if self.activation_bits == 8 and self.weight_bits != 8:
+            raise PlanError(
+                f"Quantize.activation_bits: 8 goes with weight_bits 8 only, got weight_bits {self.weight_bits}"
+            )
+        if self.scheme != "symmetric":
+            raise PlanError(f"Quantize.scheme: must be 'symmetric', got {self.scheme!r}")
+        if (self.weight_bits == 4) != (self.group_size > 0):
+            raise PlanError(
+                f"Quantize.group_size: must be > 0 at 4 bits and 0 otherwise, got {self.group_size} at "
+                f"{self.weight_bits} bits"
+            )
+
+    def words(self) -> str:
+        return f"w{self.weight_bits}" + ("a8" if self.activation_bits == 8 else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropBlocks(Decision):
+    """Remove whole blocks; numbers count in the model (the student's, where there is one) from 0."""
+
+    scope: ClassVar[Literal["site", "model"]] = "model"
+    blocks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        _require_blocks(self, self.blocks)
+
+    def words(self) -> str:
+        return "without block " + ", ".join(str(b) for b in self.blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student(Decision):
+    """Start from a smaller model distilled from the teacher.
+
+    Args:
+        blocks: teacher blocks that the student is initialised from, ascending, from 0.
+        heads: attention heads kept in each block.
+        neurons: FFN neurons kept in each block.
+        epochs: distillation budget in passes over the training rows.
+    """
+
+    scope: ClassVar[Literal["site", "model"]] = "model"
+    blocks: tuple[int, ...]
+    heads: int
+    neurons: int
+    epochs: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        _require_blocks(self, self.blocks)
+        _require_int(self, "heads", 1)
+        _require_int(self, "neurons", 1)
+        _require_epochs(self, self.epochs)
+
+    def words(self) -> str:
+        return f"student of {len(self.blocks)} blocks x {self.heads} heads x {self.neurons} neurons"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover(Decision):
+    """After all structural decisions, distil from the teacher for ``epochs`` passes over the training rows."""
+
+    scope: ClassVar[Literal["site", "model"]] = "model"
+    epochs: float
+
+    def __post_init__(self) -> None:
+        _require_epochs(self, self.epochs)
+
+    def words(self) -> str:
+        return f"recovered {self.epochs:g} epochs"
+
+
+def _require_epochs(owner: object, epochs: object) -> None:
+    if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 < epochs <= 100:
+        raise PlanError(f"{type(owner).__name__}.epochs: must be > 0 and <= 100, got {epochs!r}")
+
+
+D = TypeVar("D", bound=Decision)
+
+# The order is the order of application, and with it the canonical order within a site.
+DECISIONS: dict[str, type[Decision]] = {
+    cls.__name__: cls for cls in (Student, DropBlocks, PruneHeads, PruneNeurons, LowRank, Recover, Quantize)
+}
+_ORDER = {name: position for position, name in enumerate(DECISIONS)}
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """Decisions in canonical order: the whole model's first, then by site, each in order of application.
+
+    Args:
+        decisions: pairs of site name and decision; one of each type at a site at most.
+
+    Raises:
+        PlanError: if a type occurs twice at a site, or a decision stands at a site of the wrong scope.
+    """
+
+    decisions: tuple[tuple[str, Decision], ...] = ()
+
+    def __post_init__(self) -> None:
+        seen: set[tuple[str, str]] = set()
+        for site, decision in self.decisions:
+            key = (site, type(decision).__name__)
+            if key in seen:
+                raise PlanError(f"plan: {key[1]} is decided twice at site {site}")
+            if (decision.scope == "model") != (site == MODEL_SITE):
+                raise PlanError(f"plan: {key[1]} belongs to the {decision.scope}, not to site {site!r}")
+            seen.add(key)
+        ordered = sorted(
+            self.decisions, key=lambda d: (d[0] != MODEL_SITE, _natural(d[0]), _ORDER[type(d[1]).__name__])
+        )
+        object.__setattr__(self, "decisions", tuple(ordered))
+
+    def __bool__(self) -> bool:
+        return bool(self.decisions)
+
+    def __iter__(self) -> Iterator[tuple[str, Decision]]:
+        return iter(self.decisions)
+
+    def of_type(self, kind: type[D]) -> dict[str, D]:
+        """Return the decisions of one type by site name."""
+        return {site: decision for site, decision in self.decisions if isinstance(decision, kind)}
+
+    def structural(self) -> CompressionPlan:
+        """Return the part that changes the torch module, without what the runtime does."""
+        return CompressionPlan(tuple((s, d) for s, d in self.decisions if d.structural))
+
+    def with_decision(self, site: str, decision: Decision) -> CompressionPlan:
+        """Return this plan with one more decision, in place of one of the same type at that site."""
+        kept = tuple((s, d) for s, d in self.decisions if s != site or type(d) is not type(decision))
+        return CompressionPlan((*kept, (site, decision)))
+
+    @property
+    def plan_id(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        entries = [{"site": site, **decision.to_dict()} for site, decision in self.decisions]
+        return json.dumps({"schema": PLAN_SCHEMA, "decisions": entries}, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionPlan:
+        """Read a plan.
+
+        Raises:
+            PlanError: on malformed JSON, another schema version, or unknown decisions and fields.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"plan: not JSON ({error})") from None
+        if not isinstance(data, dict) or data.get("schema") != PLAN_SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise PlanError(f"plan: schema must be {PLAN_SCHEMA}, got {found!r}")
+        return cls(tuple(_read_decision(entry) for entry in data["decisions"]))
+
+    def words(self) -> str:
+        """Say the plan in one line; equal decisions of several blocks are said once."""
+        if not self.decisions:
+            return "uncompressed"
+        parts = [decision.words() for site, decision in self.decisions if site == MODEL_SITE]
+        by_site: dict[str, list[str]] = {}
+        for site, decision in self.decisions:
+            if site != MODEL_SITE:
+                by_site.setdefault(site, []).append(decision.words())
+        grouped: dict[tuple[str, str], list[str]] = {}
+        for site, words in by_site.items():
+            block, _, kind = site.removeprefix("block.").rpartition(".")
+            grouped.setdefault((kind, " ".join(words)), []).append(block)
+        for (kind, said), blocks in grouped.items():
+            where = f" {_ranges(blocks)}" if blocks != [""] else ""
+            parts.append(f"{kind}{where}: {said}")
+        return "; ".join(parts)
+
+
+def _ranges(blocks: list[str]) -> str:
+    numbers = sorted(int(b) for b in blocks)
+    spans: list[list[int]] = []
+    for n in numbers:
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _natural(site: str) -> tuple[tuple[int, str], ...]:
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in site.split("."))
+
+
+def _read_decision(entry: Mapping[str, Any]) -> tuple[str, Decision]:
+    fields = dict(entry)
+    site, kind = fields.pop("site", None), fields.pop("type", None)
+    if not isinstance(site, str) or kind not in DECISIONS:
+        raise PlanError(f"plan: unknown decision {kind!r} at {site!r}; known: {', '.join(DECISIONS)}")
+    cls = DECISIONS[kind]
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := set(fields) - known:
+        raise PlanError(f"plan: {kind} has no field {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+    if isinstance(fields.get("blocks"), list):
+        fields["blocks"] = tuple(fields["blocks"])
+    try:
+        return site, cls(**fields)
+    except TypeError as error:
+        raise PlanError(f"plan: {kind}: {error}") from None

@@ -1,0 +1,116 @@
+"""What is known of a candidate: its plan and either a measurement or the reason why there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from autocompress.errors import MeasurementError
+from autocompress.plan import CompressionPlan
+
+OBJECTIVES: dict[str, tuple[str, str]] = {
+    "accuracy": ("accuracy", "maximize"),
+    "size_bytes": ("size_bytes", "minimize"),
+    "latency": ("latency_ratio", "minimize"),
+}
+"""Objective by its name in a run file: the field of `Measurement` that it reads, and its direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The score of one artefact; latencies in milliseconds for one call of the target's batch.
+
+    Args:
+        accuracy: share of the search rows that the artefact classifies rightly, with its 95 % Wilson interval.
+        loss: mean cross-entropy on the same rows.
+        rows: number of rows scored.
+        size_bytes: bytes of the artefact's model files.
+        latency_ms: median; ``latency_p90_ms`` the 90th percentile.
+        reference_ms: median of the reference in the same paired runs.
+        latency_ratio: median over pairs of candidate over reference, below 1 is faster, with its 95 % bootstrap
+            interval.
+        predictions: SHA-256 of the predicted classes, in row order.
+        seconds: time spent to build and score.
+        fingerprint: machine and runtime that gave the numbers.
+    """
+
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    loss: float
+    rows: int
+    size_bytes: int
+    latency_ms: float
+    latency_p90_ms: float
+    reference_ms: float
+    latency_ratio: float
+    latency_ratio_low: float
+    latency_ratio_high: float
+    predictions: str
+    seconds: float = 0.0
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> Measurement:
+        """Return self if every number can stand on a front.
+
+        Raises:
+            MeasurementError: if one is not finite, an accuracy is outside 0..1, or a size or latency is not > 0.
+        """
+        for name in ("accuracy", "accuracy_low", "accuracy_high"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise MeasurementError(f"{name}: must be within 0..1, got {value}")
+        if not math.isfinite(self.loss):
+            raise MeasurementError(f"loss: must be finite, got {self.loss}")
+        positive = ("size_bytes", "latency_ms", "latency_p90_ms", "reference_ms")
+        for name in (*positive, "latency_ratio", "latency_ratio_low", "latency_ratio_high"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise MeasurementError(f"{name}: must be finite and > 0, got {value}")
+        return self
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Measurement:
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One evaluated plan of a study.
+
+    Args:
+        number: trial number in the study.
+        state: ``COMPLETE`` or ``FAIL``.
+        plan: what was done to the model.
+        params: the search space's parameters, empty for a plan from elsewhere.
+        measurement: the score, None if it failed.
+        failure: the reason, None if it did not.
+        feasible: whether the run file's constraints hold.
+        origin: ``seed``, ``sampler`` or ``recover``.
+    """
+
+    number: int
+    state: str
+    plan: CompressionPlan
+    params: dict[str, Any] = field(default_factory=dict)
+    measurement: Measurement | None = None
+    failure: str | None = None
+    feasible: bool = True
+    origin: str = "sampler"
+
+    @property
+    def score(self) -> Measurement:
+        """The measurement of a complete candidate.
+
+        Raises:
+            MeasurementError: if the candidate failed.
+        """
+        if self.measurement is None:
+            raise MeasurementError(f"trial {self.number}: has no measurement ({self.failure})")
+        return self.measurement
