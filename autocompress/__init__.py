@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from autocompress.api import finetune, measure, open_study, recover, search
+    from autocompress.api import export, finetune, measure, open_study, recover, search
     from autocompress.config import RunConfig
     from autocompress.errors import AutocompressError
-    from autocompress.export import export
     from autocompress.pareto import Front
     from autocompress.plan import CompressionPlan
     from autocompress.records import Candidate, Measurement
@@ -28,7 +27,7 @@ _HOMES = {
     "Measurement": "records",
     "RunConfig": "config",
     "SearchSpace": "space",
-    "export": "export",
+    "export": "api",
     "finetune": "api",
     "measure": "api",
     "open_study": "api",

@@ -5,13 +5,13 @@ Fronts and hypervolumes are computed by moocore (Lopez-Ibanez et al.), which doe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from autocompress.errors import NoFeasiblePointError
+from autocompress.errors import ConfigError, NoFeasiblePointError
 from autocompress.records import OBJECTIVES, Candidate, Measurement
 
 if TYPE_CHECKING:
@@ -102,18 +102,22 @@ class Front:
         """Return the point that satisfies all limits and is best by ``prefer``.
 
         Args:
-            prefer: ``knee`` is nearest to the ideal point after each objective is scaled to the front's range.
+            prefer: ``knee`` is nearest to the best value of every objective, each scaled to the range of the points
+                that satisfy the limits.
             max_accuracy_drop: against the reference, as a fraction (0.01 is one percentage point).
             max_latency_ms: median latency.
             max_latency_ratio: candidate over reference.
             max_size_mb: megabytes of 1e6 bytes.
 
         Raises:
+            ConfigError: if ``prefer`` is none of these.
             NoFeasiblePointError: if no point satisfies the limits; names the one that misses them least.
         """
+        if prefer not in get_args(Preference):
+            raise ConfigError(f"pick: prefer must be one of {', '.join(get_args(Preference))}, got {prefer!r}")
         if not self.points:
             raise NoFeasiblePointError("pick: the front is empty; no candidate completed within the constraints")
-        limits = [
+        limits: list[tuple[str, float | None, Callable[[Measurement], float]]] = [
             ("accuracy drop", max_accuracy_drop, lambda m: self.reference.accuracy - m.accuracy),
             ("latency in ms", max_latency_ms, lambda m: m.latency_ms),
             ("latency ratio", max_latency_ratio, lambda m: m.latency_ratio),

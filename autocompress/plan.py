@@ -188,6 +188,8 @@ class Recover(Decision):
 def _require_epochs(owner: object, epochs: object) -> None:
     if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 < epochs <= 100:
         raise PlanError(f"{type(owner).__name__}.epochs: must be > 0 and <= 100, got {epochs!r}")
+    # 1 and 1.0 are the same budget and must give the same plan_id.
+    object.__setattr__(owner, "epochs", float(epochs))
 
 
 D = TypeVar("D", bound=Decision)
@@ -268,7 +270,10 @@ class CompressionPlan:
         if not isinstance(data, dict) or data.get("schema") != PLAN_SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"plan: schema must be {PLAN_SCHEMA}, got {found!r}")
-        return cls(tuple(_read_decision(entry) for entry in data["decisions"]))
+        entries = data.get("decisions")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise PlanError("plan: decisions must be a list of objects")
+        return cls(tuple(_read_decision(entry) for entry in entries))
 
     def words(self) -> str:
         """Say the plan in one line; equal decisions of several blocks are said once."""

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from autocompress import strict_yaml
 from autocompress.anatomy import ModelShape, Site
@@ -34,7 +34,6 @@ from autocompress.plan import (
 )
 
 
-
 def _fraction_or_count(value: object) -> object:
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     if whole or (isinstance(value, float) and 0 < value <= 1):
@@ -46,6 +45,24 @@ def _rank(value: object) -> object:
     return value if value == "full" else _fraction_or_count(value)
 
 
+def _tie(value: object) -> object:
+    if value in ("all", "none") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"must be a whole number >= 1, all or none, got {value!r}")
+
+
+def _student_blocks(value: object) -> object:
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    if isinstance(value, (list, tuple)) and value:
+        whole = all(isinstance(b, int) and not isinstance(b, bool) and b >= 0 for b in value)
+        if whole and sorted(set(value)) == list(value):
+            return tuple(value)
+    raise ValueError(f"must be a fraction > 0 and <= 1 or ascending block numbers >= 0, got {value!r}")
+
+
+Tie = Annotated[int | Literal["all", "none"], BeforeValidator(_tie)]
+StudentBlocks = Annotated[tuple[int, ...] | float, BeforeValidator(_student_blocks)]
 Keep = Annotated[int | float, BeforeValidator(_fraction_or_count)]
 Rank = Annotated[int | float | Literal["full"], BeforeValidator(_rank)]
 Value = int | float | str
@@ -60,14 +77,7 @@ _FOUR_BIT_GROUP = 64
 
 
 class Axis(Section):
-    tie: int | Literal["all", "none"] = Field("none", description="groups of consecutive blocks that decide together")
-
-    @field_validator("tie")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"must be >= 1, all or none, got {value}")
-        return value
+    tie: Tie = Field("none", description="groups of consecutive blocks that decide together")
 
 
 class KeepAxis(Axis):
@@ -83,7 +93,7 @@ class RankAxis(Axis):
 
 
 class StudentSpec(Section):
-    blocks: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | Annotated[float, Field(gt=0, le=1)] = 1.0
+    blocks: StudentBlocks = 1.0
     heads: Keep = 1.0
     neurons: Keep = 1.0
     epochs: float = Field(1.0, gt=0, le=100)
@@ -108,6 +118,14 @@ class Rule(Section):
             return data
         axes = ("heads", "neurons", "bits", "rank")
         return {k: {"choices": v} if k in axes and isinstance(v, list) else v for k, v in data.items()}
+
+    @model_validator(mode="after")
+    def _choices_differ(self) -> Rule:
+        for name, axis in self.axes().items():
+            # The count 1 and the fraction 1.0 are equal too: a sampler could not tell them apart.
+            if len(set(axis.choices)) < len(axis.choices):
+                raise ValueError(f"{name}: each choice may be given once, got {list(axis.choices)}")
+        return self
 
     def axes(self) -> dict[str, KeepAxis | BitsAxis | RankAxis]:
         named = {"heads": self.heads, "neurons": self.neurons, "bits": self.bits, "rank": self.rank}
@@ -204,7 +222,8 @@ class BoundSpace:
             value = params.get(name, choices[0])
             if value not in choices:
                 raise ConfigError(f"parameter {name}: must be one of {list(choices)}, got {value!r}")
-            return value
+            # The choice as the space has it: a stored 1.0 that comes back as 1 would read as a count.
+            return choices[list(choices).index(value)]
 
         plan = self.decode(choose)
         if unknown := sorted(set(params) - asked):
@@ -265,12 +284,13 @@ class BoundSpace:
         params: dict[str, Value] = {}
 
         def pick(name: str, choices: Sequence[Value], effect: Callable[[Value], Effect]) -> Value:
+            value: Value
             if name == "student":
                 value = recipe.get("student", NO_STUDENT)
             elif name == "drop_blocks":
                 value = min(recipe.get("drop", 0), max(int(c) for c in choices))
             else:
-                axis = name.split(".")[1]
+                axis = name.rsplit(".", 2)[1]  # a rule's name may hold dots
                 if axis == "bits":
                     key = "embeddings" if any(site == "embeddings" for site, _ in effect(choices[0])) else "bits"
                     value = recipe.get(key, max(int(c) for c in choices))
@@ -304,9 +324,7 @@ class BoundSpace:
         shape, base = self.shape, NO_STUDENT
         students = self.students
         if students:
-            base = str(
-                ask("student", (NO_STUDENT, *students), lambda c: {(MODEL_SITE, Student): students.get(str(c))})
-            )
+            base = str(ask("student", (NO_STUDENT, *students), lambda c: {(MODEL_SITE, Student): students.get(str(c))}))
         if self.space.drop_blocks is not None:
             shape = self.shape.after(CompressionPlan(tuple(decisions)))
             most = min(self.space.drop_blocks.at_most, len(shape.blocks) - 1)

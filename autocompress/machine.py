@@ -1,0 +1,56 @@
+"""The machine and the versions that gave a number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+_PACKAGES = ("autocompress", "torch", "transformers", "openvino", "onnxruntime", "onnx", "optuna", "ray", "numpy")
+
+
+@cache
+def cpu() -> dict[str, Any]:
+    """Return the CPU's name, its instruction sets that matter here, and the cores that this process may use."""
+    name, flags = platform.processor() or platform.machine(), set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+                break
+    except OSError:
+        pass
+    return {"name": name, "features": [flag for flag in _FLAGS if flag in flags], "cores": cores()}
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the installed versions of what can change a number."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def fingerprint() -> dict[str, Any]:
+    """Return machine and versions, with ``id`` over what latencies depend on."""
+    about = {"cpu": cpu(), "system": f"{platform.system()} {platform.machine()}", "versions": versions()}
+    key = {"cpu": {k: v for k, v in cpu().items() if k != "cores"}, "system": about["system"]}
+    return {**about, "id": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}

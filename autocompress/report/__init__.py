@@ -1,0 +1,1 @@
+"""What people read of a study: CSV files, terminal tables and the report page."""

@@ -1,0 +1,473 @@
+"""The report: one HTML file with pictures and tables that opens anywhere, without a network.
+
+Whatever comes from outside (title, plan, failure reason, environment) is escaped; plotly escapes ``<``, ``>`` and ``/``
+in a figure's JSON but draws its texts as HTML of its own, so these are escaped as well, and the ``id`` of a figure,
+which plotly does not escape, is fixed here. A content security policy keeps the page from loading anything.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from autocompress.errors import NoFeasiblePointError
+from autocompress.pareto import Front, Preference
+from autocompress.records import Candidate, Measurement
+from autocompress.report.tables import one_line, short, times_faster, times_smaller, write_aside
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+FIGURE_HEIGHT = 560
+_REMOVED_BUTTONS = [
+    "sendChartToCloud",
+    "select2d",
+    "lasso2d",
+    "zoom2d",
+    "pan2d",
+    "zoomIn2d",
+    "zoomOut2d",
+    "autoScale2d",
+]
+_LARGEST_MARKER = 24
+"""Diameter in pixels."""
+HOVER_CHARACTERS = 44
+"""Width at which a plan is broken in a hover label, so that the label fits a page of 400 px."""
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1c2430; --soft: #5a6675; --page: #fff; --line: #d5dbe3; --head: #f1f4f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e9f0; --soft: #a3afbf; --page: #14181f; --line: #37414f; --head: #1f2630; }
+}
+* { box-sizing: border-box; }
+html { overflow-y: scroll; }
+body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 1rem; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+li { margin: .3rem 0; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; }
+figure { margin: 1rem 0; }
+figcaption { margin-top: .5rem; }
+.picture { background: #fff; color-scheme: light; border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+tbody tr:last-child td { border-bottom: 0; }
+th { background: var(--head); white-space: nowrap; }
+td { white-space: nowrap; }
+td.words { white-space: normal; min-width: 18rem; }
+th.words { width: 50%; }
+th.number, td.number { text-align: right; }
+dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .25rem 1rem; font-size: .9rem; }
+dt { color: var(--soft); }
+dd { margin: 0; }
+@media (max-width: 600px) {
+  dl { grid-template-columns: 1fr; }
+  dd { margin-bottom: .4rem; }
+  td.words { min-width: 36rem; }
+}
+"""
+
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a figure shows next to accuracy: the horizontal value, its spread, the colour and the marker's area."""
+
+    x: Callable[[Measurement], float]
+    x_title: str
+    colour: Callable[[Measurement], float]
+    colour_title: str
+    spread: Callable[[Measurement], tuple[float, float]] | None = None
+    area: Callable[[Measurement], float] | None = None
+
+
+def _size_mb(score: Measurement) -> float:
+    return score.size_bytes / 1e6
+
+
+def _latency_spread(score: Measurement) -> tuple[float, float]:
+    """Return how far, in ms, latency reaches below and above its median.
+
+    The interval that was measured is the paired ratio's, in which the machine's drift cancels. It is carried over to
+    the median in proportion, so that the bar always holds the point that is drawn.
+    """
+    unit = score.latency_ms / score.latency_ratio
+    low = (score.latency_ratio - score.latency_ratio_low) * unit
+    high = (score.latency_ratio_high - score.latency_ratio) * unit
+    return max(0.0, low), max(0.0, high)
+
+
+_LATENCY_VIEW = _View(
+    x=lambda score: score.latency_ms,
+    x_title="latency, ms (median)",
+    colour=_size_mb,
+    colour_title="size, MB",
+    spread=_latency_spread,
+    area=_size_mb,
+)
+_SIZE_VIEW = _View(
+    x=_size_mb, x_title="size, MB", colour=lambda score: score.latency_ms, colour_title="latency, ms (median)"
+)
+
+
+def front_figure(front: Front, others: Sequence[Candidate]) -> go.Figure:
+    """Draw accuracy over latency; marker area and colour are the size.
+
+    Vertical bars are the Wilson intervals. Horizontal bars are the 95 % interval of the paired ratio to the reference,
+    carried over to the median latency in proportion.
+
+    Args:
+        front: drawn in colour, joined in order of latency, with its reference as a star.
+        others: further candidates, drawn small and grey; failed ones and those on the front are left out.
+    """
+    return _figure(front, others, _LATENCY_VIEW)
+
+
+def size_figure(front: Front, others: Sequence[Candidate]) -> go.Figure:
+    """Draw accuracy over size; the colour is the latency. Arguments as for `front_figure`."""
+    return _figure(front, others, _SIZE_VIEW)
+
+
+def _figure(front: Front, others: Sequence[Candidate], view: _View) -> go.Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    on_front = {c.number for c in front.points}
+    rest = [c for c in others if c.measurement is not None and c.number not in on_front]
+    for name, feasible, symbol in (("other candidates", True, "circle"), ("breaks a constraint", False, "x-thin")):
+        group = [c for c in rest if c.feasible == feasible]
+        if group:
+            marker = {"size": 6, "color": "#a8b0ba", "symbol": symbol, "line": {"width": 1.5, "color": "#a8b0ba"}}
+            figure.add_trace(_trace(go, name, group, front.reference, view, marker))
+    points = sorted(front.points, key=lambda c: view.x(c.score))
+    if points:
+        marker = _front_marker([c.score for c in points], view)
+        trace = _trace(go, "Pareto front", points, front.reference, view, marker)
+        trace.update(mode="lines+markers", line={"width": 1, "color": "#7a8694"})
+        _add_bars(trace, [c.score for c in points], view)
+        figure.add_trace(trace)
+    star = {"symbol": "star", "size": 15, "color": "#d1495b", "line": {"width": 1, "color": "#33363b"}}
+    figure.add_trace(
+        go.Scatter(
+            name="uncompressed reference",
+            x=[view.x(front.reference)],
+            y=[100 * front.reference.accuracy],
+            mode="markers",
+            marker=star,
+            hovertext=[_score_words(["<b>uncompressed reference</b>"], front.reference, front.reference)],
+            hoverinfo="text",
+        )
+    )
+    bars = "bars: 95 % intervals" + (", horizontal of the paired ratio" if view.spread else "")
+    figure.update_layout(
+        template="plotly_white",
+        height=FIGURE_HEIGHT,
+        showlegend=True,
+        margin={"l": 62, "r": 24, "t": 40, "b": 24},
+        # plotly 7 offers to upload the chart to its cloud by default; a report stays where it is.
+        modebar={"remove": _REMOVED_BUTTONS},
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "itemsizing": "constant",
+        },
+        hoverlabel={"align": "left", "bgcolor": "white", "font": {"color": "#1c2430"}},
+        xaxis={
+            "title": {"text": f"{view.x_title}<br><span style='font-size:11px'>{bars}</span>"},
+            "rangemode": "tozero",
+        },
+        yaxis={"title": {"text": "accuracy, %"}},
+    )
+    return figure
+
+
+def _trace(
+    go: Any, name: str, group: Sequence[Candidate], reference: Measurement, view: _View, marker: Mapping[str, Any]
+) -> Any:
+    return go.Scatter(
+        name=name,
+        x=[view.x(c.score) for c in group],
+        y=[100 * c.score.accuracy for c in group],
+        mode="markers",
+        marker=dict(marker),
+        hovertext=[_hover(c, reference) for c in group],
+        hoverinfo="text",
+    )
+
+
+def _front_marker(scores: Sequence[Measurement], view: _View) -> dict[str, Any]:
+    values = [view.colour(score) for score in scores]
+    # Without a span of its own, a colour bar of equal values has no ticks.
+    pad = 0.5 if max(values) == min(values) else 0.0
+    marker: dict[str, Any] = {
+        "color": values,
+        "cmin": min(values) - pad,
+        "cmax": max(values) + pad,
+        "colorscale": "Viridis",
+        "size": 11,
+        "opacity": 0.9,
+        "line": {"width": 1, "color": "#33363b"},
+        "colorbar": {
+            "title": {"text": view.colour_title, "side": "top"},
+            "orientation": "h",
+            "y": -0.24,
+            "yanchor": "top",
+            "thickness": 12,
+            "outlinewidth": 0,
+        },
+    }
+    if view.area is not None:
+        areas = [view.area(score) for score in scores]
+        marker |= {"size": areas, "sizemode": "area", "sizeref": 2 * max(areas) / _LARGEST_MARKER**2, "sizemin": 3}
+    return marker
+
+
+def _add_bars(trace: Any, scores: Sequence[Measurement], view: _View) -> None:
+    style = {"type": "data", "symmetric": False, "thickness": 1, "width": 3, "color": "rgba(70, 80, 95, 0.45)"}
+    trace.error_y = {
+        **style,
+        "array": [100 * max(0.0, s.accuracy_high - s.accuracy) for s in scores],
+        "arrayminus": [100 * max(0.0, s.accuracy - s.accuracy_low) for s in scores],
+    }
+    if view.spread is not None:
+        spreads = [view.spread(s) for s in scores]
+        trace.error_x = {**style, "array": [high for _, high in spreads], "arrayminus": [low for low, _ in spreads]}
+
+
+def _hover(candidate: Candidate, reference: Measurement) -> str:
+    words = textwrap.wrap(one_line(candidate.plan.words()), HOVER_CHARACTERS)
+    # plotly reads a hover text as HTML but knows no &quot;.
+    lines = [f"<b>trial {candidate.number}</b>", *(escape(line, quote=False) for line in words)]
+    if not candidate.feasible:
+        lines.append("breaks a constraint")
+    return _score_words(lines, candidate.score, reference)
+
+
+def _score_words(lines: Sequence[str], score: Measurement, reference: Measurement) -> str:
+    below, above = _latency_spread(score)
+    said = [*lines, f"accuracy {_accuracy(score)}", f"{short(_size_mb(score))} MB"]
+    latency = f"{short(score.latency_ms)} ms"
+    if score is not reference:
+        said[-1] += f" ({times_smaller(score, reference)})"
+        latency = f"{latency} ({score.latency_ms - below:.3g} to {score.latency_ms + above:.3g} by the paired ratio)"
+        latency = f"{latency}<br>{times_faster(score, interval=True)}"
+    return "<br>".join([*said, latency])
+
+
+def _accuracy(score: Measurement) -> str:
+    return f"{100 * score.accuracy:.1f} % ({100 * score.accuracy_low:.1f} to {100 * score.accuracy_high:.1f})"
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    front: Front,
+    candidates: Sequence[Candidate],
+    environment: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> None:
+    """Write the report page.
+
+    Args:
+        path: file to write or replace, in a folder that exists.
+        title: heading of the page, as plain text.
+        front: the front with its reference.
+        candidates: all of the study, failed and infeasible ones too.
+        environment: how it was measured; nested mappings are shown with dotted names.
+        notes: further sentences, as plain text.
+
+    Raises:
+        OSError: if it cannot be written; what was there before is then untouched.
+    """
+    heading = escape(one_line(title))
+    # With more objectives than a picture has axes the front is no staircase, which looks like a fault if not said.
+    names = escape(", ".join(name.removesuffix("_bytes") for name in front.objectives))
+    together = f" The front is judged by {names} together, so its line may fall." if len(front.objectives) > 2 else ""
+    remarks = "".join(f"<li>{escape(one_line(note))}</li>" for note in notes)
+    body = f"""<h1>{heading}</h1>
+{_together(_opening(front))}
+<h2>Accuracy over latency</h2>
+{_picture("figure-latency", front_figure(front, candidates), bundle=True, caption=_LATENCY_CAPTION + together)}
+<h2>Accuracy over size</h2>
+{_picture("figure-size", size_figure(front, candidates), bundle=False, caption=_SIZE_CAPTION + together)}
+<h2>Pareto front</h2>
+{_front_rows(front)}
+<h2>All candidates</h2>
+{_candidate_rows(candidates)}
+<h2>How it was measured</h2>
+<p>Accuracy is the share of {front.reference.rows} search rows that the artefact classifies rightly, with its 95 %
+Wilson interval. The points were chosen by these rows, so confirm a pick on the held-out test rows. Size is the bytes
+of the artefact's model files, 1 MB = 1,000,000 bytes. Latency is the median time of one call in milliseconds; the
+ratio is the median over paired runs of candidate over reference, with its 95 % bootstrap interval.</p>
+{_definitions(environment)}
+{f"<h2>Notes</h2><ul>{remarks}</ul>" if remarks else ""}"""
+    write_aside(
+        path,
+        f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{heading}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+""",
+    )
+
+
+_LATENCY_CAPTION = (
+    "Up and to the left is better. Colour and marker area are the size. Vertical bars are 95 % Wilson intervals; "
+    "horizontal bars are the 95 % interval of the paired latency ratio, carried over to the median in proportion."
+)
+_SIZE_CAPTION = "Up and to the left is better. Colour is the latency. Vertical bars are 95 % Wilson intervals."
+
+
+_WISHES: tuple[tuple[str, Preference, float | None], ...] = (
+    ("fastest", "latency", 0.01),
+    ("smallest", "size", 0.01),
+    ("knee", "knee", None),
+)
+
+
+def _opening(front: Front) -> str:
+    reference = front.reference
+    first = (
+        f"<p>The uncompressed reference has {_accuracy(reference)} accuracy, {short(_size_mb(reference))} MB and "
+        f"{short(reference.latency_ms)} ms."
+    )
+    if not front.points:
+        return f"{first} The front is empty: no candidate completed within the constraints.</p>"
+    chosen: dict[int, tuple[Candidate, list[str]]] = {}
+    missed = ""
+    for name, prefer, drop in _WISHES:
+        try:
+            point = front.pick(prefer=prefer, max_accuracy_drop=drop)
+        except NoFeasiblePointError:
+            missed = " No point of the front is within 1 percentage point of its accuracy."
+            continue
+        chosen.setdefault(point.number, (point, []))[1].append(name)
+    items = "".join(f"<li>{_recommendation(point, names, reference)}</li>" for point, names in chosen.values())
+    count = "1 point" if len(front) == 1 else f"{len(front)} points"
+    return f"{first}{missed} The front has {count}; consider:</p>\n<ul>{items}</ul>"
+
+
+def _recommendation(point: Candidate, names: Sequence[str], reference: Measurement) -> str:
+    score = point.score
+    within = " and ".join(name for name in names if name != "knee")
+    labels = [f"{within} within 1 percentage point of accuracy"] if within else []
+    label = ", ".join(labels + ["knee of the front"] * ("knee" in names))
+    return (
+        f"<strong>{label[0].upper()}{label[1:]}</strong>: trial {point.number} with {_accuracy(score)} accuracy, "
+        f"{short(_size_mb(score))} MB ({times_smaller(score, reference)}), {short(score.latency_ms)} ms "
+        f'({times_faster(score, interval=True)}). <span class="soft">{escape(one_line(point.plan.words()))}</span>'
+    )
+
+
+def _together(html: str) -> str:
+    """Keep numbers and their units on one line."""
+    for unit in ("%", "MB", "ms"):
+        html = html.replace(f" {unit}", f"&nbsp;{unit}")
+    return html
+
+
+def _picture(name: Literal["figure-latency", "figure-size"], figure: go.Figure, *, bundle: bool, caption: str) -> str:
+    html = figure.to_html(
+        full_html=False,
+        include_plotlyjs=bundle,
+        div_id=name,
+        default_width="100%",
+        default_height=f"{FIGURE_HEIGHT}px",
+        config={"responsive": True, "displaylogo": False, "showSendToCloud": False, "plotlyServerURL": ""},
+    )
+    return f'<figure><div class="picture">{html}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _front_rows(front: Front) -> str:
+    headings = ("trial", "accuracy, %", "size, MB", "times smaller", "latency, ms", "p90, ms", "times faster", "plan")
+    rows = []
+    for candidate in front.points:
+        score = candidate.score
+        low, high = 1 / score.latency_ratio_high, 1 / score.latency_ratio_low
+        rows.append(
+            (
+                str(candidate.number),
+                _accuracy(score).replace(" %", ""),
+                short(_size_mb(score)),
+                f"{front.reference.size_bytes / score.size_bytes:.1f}",
+                short(score.latency_ms),
+                short(score.latency_p90_ms),
+                f"{1 / score.latency_ratio:.2f} ({low:.2f} to {high:.2f})",
+                candidate.plan.words(),
+            )
+        )
+    return _table("Pareto front", headings, rows) if rows else "<p>The front is empty.</p>"
+
+
+def _candidate_rows(candidates: Sequence[Candidate]) -> str:
+    headings = ("trial", "state", "accuracy, %", "size, MB", "latency ratio", "seconds", "plan or reason of failure")
+    rows = []
+    for candidate in candidates:
+        score = candidate.measurement
+        state = candidate.state if candidate.feasible or score is None else f"{candidate.state}, infeasible"
+        numbers = ("", "", "", "")
+        if score is not None:
+            size, ratio = short(_size_mb(score)), f"{score.latency_ratio:.3f}"
+            numbers = (f"{100 * score.accuracy:.1f}", size, ratio, f"{score.seconds:.1f}")
+        words = candidate.failure if candidate.failure else candidate.plan.words()
+        rows.append((str(candidate.number), state, *numbers, words))
+    return _table("All candidates", headings, rows) if rows else "<p>No candidate was tried.</p>"
+
+
+def _table(label: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table whose last column holds words; the others hold numbers, but for the state."""
+    kinds = ["words" if h is headings[-1] else "state" if h == "state" else "number" for h in headings]
+    head = "".join(f'<th scope="col" class="{k}">{escape(h)}</th>' for k, h in zip(kinds, headings, strict=True))
+    lines = []
+    for row in rows:
+        cells = zip(kinds, row, strict=True)
+        lines.append("".join(f'<td class="{kind}">{escape(one_line(cell))}</td>' for kind, cell in cells))
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"><table>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _definitions(environment: Mapping[str, Any]) -> str:
+    pairs = (
+        f"<dt>{escape(one_line(name))}</dt><dd>{escape(one_line(value))}</dd>" for name, value in _flat(environment)
+    )
+    inside = "\n".join(pairs)
+    return f"<dl>\n{inside}\n</dl>" if inside else ""
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        elif isinstance(value, list | tuple) and not any(isinstance(item, Mapping | list | tuple) for item in value):
+            yield name, ", ".join(str(item) for item in value)
+        elif isinstance(value, list | tuple):
+            yield name, json.dumps(value, default=str)
+        else:
+            yield name, str(value)

@@ -1,0 +1,163 @@
+"""What a runtime is: it builds a plan's artefact, loads it, and runs it.
+
+Call order: `Runtime.check` before any work, `build` once per candidate, then `load` for a `Session` per process. Every
+implementation passes the contract suite in ``tests/test_runtimes.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from autocompress.anatomy import ModelShape
+from autocompress.config import TargetConfig
+from autocompress.errors import RuntimeBuildError
+from autocompress.model import EncoderModel
+from autocompress.plan import CompressionPlan
+from autocompress.task import Batch
+
+ARTIFACT_SCHEMA = 1
+ARTIFACT_FILE = "artefact.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A built model on disk.
+
+    Args:
+        folder: where it stands.
+        runtime: name of the runtime that runs it.
+        files: the model's files, relative to the folder; their bytes are its size.
+        inputs: input names in order.
+        plan: what was done to the model.
+    """
+
+    folder: Path
+    runtime: str
+    files: tuple[str, ...]
+    inputs: tuple[str, ...]
+    plan: CompressionPlan
+
+    @property
+    def size_bytes(self) -> int:
+        return sum((self.folder / name).stat().st_size for name in self.files)
+
+    def save(self) -> None:
+        """Write the description beside the files."""
+        about = {
+            "schema": ARTIFACT_SCHEMA,
+            "runtime": self.runtime,
+            "files": list(self.files),
+            "inputs": list(self.inputs),
+            "plan": json.loads(self.plan.to_json()),
+        }
+        (self.folder / ARTIFACT_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+    @classmethod
+    def open(cls, folder: Path) -> Artifact:
+        """Read the description of a built model.
+
+        Raises:
+            RuntimeBuildError: if ``folder`` holds none, or one of another version, or a file is missing.
+        """
+        file = folder / ARTIFACT_FILE
+        try:
+            about = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RuntimeBuildError(f"{folder}: holds no {ARTIFACT_FILE}; give a folder that export wrote") from None
+        except ValueError as error:
+            raise RuntimeBuildError(f"{file}: not readable ({error})") from None
+        if about.get("schema") != ARTIFACT_SCHEMA:
+            raise RuntimeBuildError(f"{file}: schema must be {ARTIFACT_SCHEMA}, got {about.get('schema')!r}")
+        plan = CompressionPlan.from_json(json.dumps(about["plan"]))
+        artifact = cls(folder, about["runtime"], tuple(about["files"]), tuple(about["inputs"]), plan)
+        for name in artifact.files:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise RuntimeBuildError(f"{file}: names {name!r}, which is not a file beside it")
+        return artifact
+
+
+class Session(ABC):
+    """A loaded artefact."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return logits (``batch x classes``, float32) for int64 arrays of ``batch x tokens`` by input name."""
+
+
+class Runtime(ABC):
+    """Builds and runs artefacts of one format."""
+
+    name: ClassVar[str]
+    batch_invariant: ClassVar[bool]
+    """Whether a row's logits are the same in any batch, so that accuracy may be taken in larger batches."""
+
+    @abstractmethod
+    def check(self, plan: CompressionPlan, shape: ModelShape) -> None:
+        """Raise `PlanError` for a decision that this runtime cannot carry out; ``shape`` is the uncompressed one."""
+
+    @abstractmethod
+    def build(
+        self, model: EncoderModel, plan: CompressionPlan, calibration: Sequence[Batch], folder: Path
+    ) -> Artifact:
+        """Build the artefact of ``model``, which already has the plan's structure, into the empty ``folder``.
+
+        Raises:
+            RuntimeBuildError: if a decision could not be carried out at its site.
+        """
+
+    @abstractmethod
+    def load(self, artifact: Artifact, target: TargetConfig) -> Session:
+        """Load ``artifact`` with the target's threads and precision."""
+
+    @abstractmethod
+    def stand_in(self, artifact: Artifact, folder: Path) -> Artifact:
+        """Write a copy of ``artifact`` with the same graph and shapes whose large weights are constants.
+
+        It takes a few kilobytes and is as fast as the original, so that an exported folder can carry its reference.
+        """
+
+    @abstractmethod
+    def settings(self, target: TargetConfig) -> dict[str, Any]:
+        """Return the options that the artefact is run with, for the record."""
+
+
+class LogitsOnly(nn.Module):
+    """A classifier with positional inputs and the bare logits as output, which exporters can trace."""
+
+    def __init__(self, module: nn.Module, inputs: Sequence[str]) -> None:
+        super().__init__()
+        self.m = module
+        self.inputs = tuple(inputs)
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return ``batch x classes``."""
+        logits: torch.Tensor = self.m(**dict(zip(self.inputs, tensors, strict=True))).logits
+        return logits
+
+
+def example_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """Return small inputs to trace with: two rows of unequal length, so that masking is part of the graph."""
+    tokens = min(8, batch.input_ids.shape[1])
+    inputs = {name: value[:1, :tokens].repeat(2, 1) for name, value in batch.inputs().items()}
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    inputs["attention_mask"][1, tokens // 2 :] = 0
+    return inputs
+
+
+def linear_paths(model: EncoderModel, site: str) -> list[str]:
+    """Return the paths of the linear layers at ``site`` as they are now, both factors where one was factorised."""
+    found = []
+    for path in model.layout.linears(site):
+        for name, layer in model.module.get_submodule(path).named_modules():
+            if isinstance(layer, nn.Linear):
+                found.append(f"{path}.{name}" if name else path)
+    return found

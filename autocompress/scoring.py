@@ -1,0 +1,151 @@
+"""Accuracy with its interval and latency paired with the reference.
+
+One unpaired median on a busy machine is off by tens of percent. Candidate and reference are therefore run in turn and
+compared pair by pair; at one thread the clock is the process's CPU time, which other load does not stretch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from autocompress.config import TargetConfig
+from autocompress.errors import MeasurementError
+from autocompress.runtimes.base import Session
+from autocompress.task import Split
+
+WARMUP_RUNS = 5
+BOOTSTRAP_DRAWS = 2000
+_Z95 = 1.959963984540054
+ACCURACY_BATCH = 16
+"""Rows per call when a runtime's logits do not depend on the batch."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right predictions with its 95 % Wilson interval, mean cross-entropy, and the predictions' hash."""
+
+    value: float
+    low: float
+    high: float
+    loss: float
+    rows: int
+    predictions: str
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Paired timing; milliseconds per call. ``ratio`` is candidate over reference with a 95 % bootstrap interval."""
+
+    p50_ms: float
+    p90_ms: float
+    reference_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+def wilson(hits: int, rows: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a share (Wilson 1927)."""
+    share, z2 = hits / rows, _Z95**2
+    centre = (share + z2 / (2 * rows)) / (1 + z2 / rows)
+    half = _Z95 / (1 + z2 / rows) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows * rows))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def logits_of(session: Session, rows: Split, batch_size: int) -> np.ndarray:
+    """Run all rows through an artefact.
+
+    Returns:
+        ``rows x classes``, float32, in row order.
+
+    Raises:
+        MeasurementError: if any logit is not finite.
+    """
+    found: np.ndarray | None = None
+    for batch in rows.in_order_of_length(batch_size):
+        logits = session.run(batch.arrays())
+        if found is None:
+            found = np.empty((len(rows), logits.shape[1]), dtype=np.float32)
+        found[batch.rows.numpy()] = logits
+    if found is None:
+        raise MeasurementError("accuracy: there are no rows to score on")
+    bad = int((~np.isfinite(found)).any(axis=1).sum())
+    if bad:
+        raise MeasurementError(f"logits: {bad} of {len(rows)} rows are not finite")
+    return found
+
+
+def accuracy(logits: np.ndarray, rows: Split) -> Accuracy:
+    """Score ``logits`` (``rows x classes``) against the rows' classes."""
+    labels = np.array(rows.labels)
+    predicted = logits.argmax(axis=1)
+    hits = int((predicted == labels).sum())
+    wide = logits.astype(np.float64)
+    shifted = wide - wide.max(axis=1, keepdims=True)
+    log_probability = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    loss = float(-log_probability[np.arange(len(labels)), labels].mean())
+    low, high = wilson(hits, len(labels))
+    return Accuracy(hits / len(labels), low, high, loss, len(labels), predictions_hash(logits))
+
+
+def predictions_hash(logits: np.ndarray) -> str:
+    """Return the SHA-256 of the predicted classes of ``logits`` (``rows x classes``), in row order."""
+    return hashlib.sha256(logits.argmax(axis=1).astype("<i4").tobytes()).hexdigest()
+
+
+def timing_inputs(names: tuple[str, ...], target: TargetConfig, vocabulary: int, seed: int) -> dict[str, np.ndarray]:
+    """Return inputs of exactly the target's shape, without padding; token ids are random."""
+    shape = (target.batch_size, target.tokens)
+    ids = np.random.default_rng(seed).integers(min(5, vocabulary - 1), vocabulary, shape, dtype=np.int64)
+    known = {
+        "input_ids": ids,
+        "attention_mask": np.ones(shape, dtype=np.int64),
+        "token_type_ids": np.zeros(shape, dtype=np.int64),
+    }
+    return {name: known[name] for name in names}
+
+
+def clock_of(target: TargetConfig) -> Callable[[], float]:
+    """Return the clock for a target: CPU time at one thread, wall time (in an exclusive slot) at more."""
+    return time.process_time if target.threads == 1 else time.perf_counter
+
+
+def latency(
+    candidate: Session,
+    reference: Session,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    pairs: int,
+    clock: Callable[[], float],
+    seed: int,
+) -> Latency:
+    """Time candidate and reference in turn on ``inputs``; who goes first alternates."""
+    for _ in range(WARMUP_RUNS):
+        candidate.run(inputs)
+        reference.run(inputs)
+    times = np.empty((pairs, 2))
+    for pair in range(pairs):
+        order = ((0, candidate), (1, reference)) if pair % 2 == 0 else ((1, reference), (0, candidate))
+        for column, session in order:
+            start = clock()
+            session.run(inputs)
+            times[pair, column] = clock() - start
+    if not (times > 0).all():
+        raise MeasurementError(f"latency: {int((times <= 0).sum())} of {times.size} runs took no measurable time")
+    return summarize(times, seed=seed)
+
+
+def summarize(times: np.ndarray, *, seed: int) -> Latency:
+    """Turn times in seconds (``pairs x (candidate, reference)``) into quantiles and a ratio with its interval."""
+    ratios = times[:, 0] / times[:, 1]
+    draws = np.random.default_rng(seed).integers(0, len(ratios), (BOOTSTRAP_DRAWS, len(ratios)))
+    low, high = np.quantile(np.median(ratios[draws], axis=1), (0.025, 0.975))
+    p50, p90 = np.quantile(times[:, 0], (0.5, 0.9)) * 1e3
+    reference_ms = float(np.median(times[:, 1]) * 1e3)
+    return Latency(float(p50), float(p90), reference_ms, float(np.median(ratios)), float(low), float(high))

@@ -1,0 +1,312 @@
+"""The task: labelled texts in three splits, tokenised once.
+
+``train`` is for fine-tuning, distillation and calibration; ``search`` scores candidates; ``test`` is touched once, for
+points that are exported. Rows are assigned by a hash of their text, so that equal texts stay together and the same
+data always split the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from autocompress.config import DataConfig
+from autocompress.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEMO_DATA = ("demo/movies", "demo/tweets")
+_TEST_NAMES = ("test", "validation", "eval", "dev")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded to the longest of them.
+
+    Args:
+        input_ids: ``batch x tokens``, int64.
+        attention_mask: ``batch x tokens``, int64, 1 for real tokens.
+        token_type_ids: ``batch x tokens``, int64, or None where the model takes none or texts come alone.
+        labels: ``batch``, int64.
+        rows: ``batch``, positions in the split.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_type_ids: torch.Tensor | None
+    labels: torch.Tensor
+    rows: torch.Tensor
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Return the model's keyword arguments."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.token_type_ids is not None:
+            inputs["token_type_ids"] = self.token_type_ids
+        return inputs
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the same inputs for a runtime."""
+        return {name: tensor.numpy() for name, tensor in self.inputs().items()}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tokenised rows of one split: lists of token ids (and segment ids) of varying length, and class numbers."""
+
+    input_ids: tuple[tuple[int, ...], ...]
+    token_type_ids: tuple[tuple[int, ...], ...] | None
+    labels: tuple[int, ...]
+    pad_id: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Return the given rows as one padded batch."""
+        width = max(len(self.input_ids[row]) for row in rows)
+        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
+        mask = torch.zeros((len(rows), width), dtype=torch.int64)
+        types = None if self.token_type_ids is None else torch.zeros((len(rows), width), dtype=torch.int64)
+        for position, row in enumerate(rows):
+            tokens = self.input_ids[row]
+            ids[position, : len(tokens)] = torch.tensor(tokens)
+            mask[position, : len(tokens)] = 1
+            if types is not None and self.token_type_ids is not None:
+                types[position, : len(tokens)] = torch.tensor(self.token_type_ids[row])
+        labels = torch.tensor([self.labels[row] for row in rows])
+        return Batch(ids, mask, types, labels, torch.tensor(list(rows)))
+
+    def in_order_of_length(self, batch_size: int) -> Iterator[Batch]:
+        """Yield all rows in batches of similar length, which saves padding; ``rows`` says where they belong."""
+        order = sorted(range(len(self)), key=lambda row: (len(self.input_ids[row]), row))
+        for start in range(0, len(order), batch_size):
+            yield self.batch(order[start : start + batch_size])
+
+    def shuffled(self, batch_size: int, generator: torch.Generator) -> list[Batch]:
+        """Return one epoch of shuffled batches, each of rows of similar length."""
+        order = torch.randperm(len(self), generator=generator).tolist()
+        pool, batches = batch_size * 50, []
+        for start in range(0, len(order), pool):
+            chunk = sorted(order[start : start + pool], key=lambda row: len(self.input_ids[row]))
+            batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+        return [self.batch(batches[i]) for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def head(self, count: int) -> Split:
+        """Return the first ``count`` rows."""
+        types = None if self.token_type_ids is None else self.token_type_ids[:count]
+        return Split(self.input_ids[:count], types, self.labels[:count], self.pad_id)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Texts and classes in three splits, before tokenisation.
+
+    Args:
+        labels: class names; a row's class is a position in them.
+        splits: per split name, rows of (text, second text or None, class).
+        shared_rows: texts that stand in two splits, where the run file accepts that.
+    """
+
+    labels: tuple[str, ...]
+    splits: dict[str, tuple[tuple[str, str | None, int], ...]]
+    shared_rows: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Content key of all rows, splits and class names."""
+        text = json.dumps({"labels": self.labels, "splits": self.splits}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def tokenized(self, tokenizer: Any, max_tokens: int) -> dict[str, Split]:
+        """Tokenise every split with truncation at ``max_tokens``."""
+        return {name: _tokenize(rows, tokenizer, max_tokens) for name, rows in self.splits.items()}
+
+
+def _tokenize(rows: Sequence[tuple[str, str | None, int]], tokenizer: Any, max_tokens: int) -> Split:
+    paired = bool(rows) and rows[0][1] is not None
+    pairs = [str(row[1]) for row in rows] if paired else None
+    encoded = tokenizer([row[0] for row in rows], pairs, truncation=True, max_length=max_tokens)
+    types = encoded.get("token_type_ids") if paired else None
+    return Split(
+        tuple(map(tuple, encoded["input_ids"])),
+        None if types is None else tuple(map(tuple, types)),
+        tuple(row[2] for row in rows),
+        int(tokenizer.pad_token_id or 0),
+    )
+
+
+def load(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> Task:
+    """Read the data and cut the three splits.
+
+    Args:
+        config: the run file's ``data`` section.
+        labels: class names of a model that already has a head; the data must not know others.
+
+    Raises:
+        DataError: for missing, empty, one-class or unreadable data, labels unknown to the model, or shared rows.
+    """
+    frame = _clean(_read(config), config)
+    names = _class_names(frame, labels, config)
+    rows = [
+        (str(text), None if pair is None else str(pair), names.index(label))
+        for text, pair, label in zip(
+            frame["text"], frame["pair"] if config.text_pair else [None] * len(frame), frame["label"], strict=True
+        )
+    ]
+    held_out = frame["test"].tolist() if "test" in frame else _by_hash(rows, config.test_fraction)
+    test = [row for row, out in zip(rows, held_out, strict=True) if out]
+    train = [row for row, out in zip(rows, held_out, strict=True) if not out]
+    if len(train) < 2 * config.search_rows:
+        raise DataError(
+            f"data.search_rows: must be <= half of the {len(train)} training rows of {config.source}, got "
+            f"{config.search_rows}"
+        )
+    train.sort(key=_hash_of)
+    search, train = train[: config.search_rows], train[config.search_rows :]
+    if config.max_train_rows is not None:
+        train = train[: config.max_train_rows]
+    if not test:
+        raise DataError(f"data: {config.source}: the held-out test split is empty")
+    splits = {"train": tuple(train), "search": tuple(search), "test": tuple(test)}
+    for name in ("train", "search"):
+        if len({row[2] for row in splits[name]}) < 2:
+            raise DataError(f"data: {config.source}: the {name} split holds one class only")
+    shared = _shared(splits)
+    if shared and not config.allow_shared_rows:
+        raise DataError(
+            f"data: {config.source}: {shared} texts stand in two of train, search and test; remove them, or accept "
+            "them with data.allow_shared_rows=true, which the report will say"
+        )
+    return Task(tuple(names), splits, shared)
+
+
+def _read(config: DataConfig) -> pd.DataFrame:
+    import pandas as pd
+
+    if config.source in DEMO_DATA:
+        name = config.source.split("/")[1] + ".csv.gz"
+        with resources.as_file(resources.files("autocompress").joinpath("demo", name)) as file:
+            return pd.read_csv(file)
+    path = Path(config.source).expanduser()
+    suffix = next((s for s in reversed(path.suffixes) if s not in (".gz", ".bz2", ".xz", ".zip")), "").lower()
+    if suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+        if not path.is_file():
+            raise DataError(f"data: {path}: no such file")
+        try:
+            if suffix == ".parquet":
+                return pd.read_parquet(path)
+            if suffix in (".jsonl", ".json"):
+                return pd.read_json(path, lines=True, dtype=False)
+            return pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",")
+        except pd.errors.EmptyDataError:
+            raise DataError(f"data: {path}: is empty") from None
+        except (ValueError, OSError, pd.errors.ParserError) as error:
+            raise DataError(f"data: {path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if path.exists():
+        raise DataError(f"data: {path}: must be a .csv, .tsv, .jsonl or .parquet file (or a compressed one)")
+    return _read_hub(config)
+
+
+def _read_hub(config: DataConfig) -> pd.DataFrame:
+    import datasets
+    import pandas as pd
+
+    from autocompress.model import from_hub
+
+    datasets.disable_progress_bars()
+
+    def fetch(local: bool) -> Any:
+        download = datasets.DownloadConfig(local_files_only=local)
+        return datasets.load_dataset(config.source, download_config=download)
+
+    def probe() -> None:
+        from huggingface_hub import HfApi
+
+        HfApi().dataset_info(config.source, timeout=4.0)
+
+    try:
+        found = from_hub(f"data: {config.source}", fetch, probe)
+    except ModelError as error:
+        raise DataError(str(error)) from None
+    frames = []
+    for name, part in found.items():
+        frame = part.to_pandas()
+        feature = part.features.get(config.label)
+        if isinstance(feature, datasets.ClassLabel):
+            frame[config.label] = [feature.int2str(int(v)) if v >= 0 else None for v in frame[config.label]]
+        frames.append(frame.assign(**{config.split: "test" if name in _TEST_NAMES else str(name)}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _clean(raw: pd.DataFrame, config: DataConfig) -> pd.DataFrame:
+    import pandas as pd
+
+    if len(raw) == 0:
+        raise DataError(f"data: {config.source}: holds no rows")
+    wanted = {"text": config.text, "label": config.label}
+    if config.text_pair:
+        wanted["pair"] = config.text_pair
+    for key, column in wanted.items():
+        if column not in raw.columns:
+            field = "text_pair" if key == "pair" else key
+            raise DataError(
+                f"data.{field}: column {column!r} is not in {config.source}; it has {', '.join(map(str, raw.columns))}"
+            )
+    frame = pd.DataFrame({key: raw[column] for key, column in wanted.items()})
+    if config.split in raw.columns:
+        marked = raw[config.split].astype(str).str.lower().isin(_TEST_NAMES)
+        if marked.any():
+            frame["test"] = marked
+    missing = frame[list(wanted)].isna().any(axis=1)
+    if missing.any():
+        first = int(missing.to_numpy().argmax())
+        raise DataError(
+            f"data: {config.source}: {int(missing.sum())} rows miss a text or label, the first is row {first + 1}"
+        )
+    if pd.api.types.is_float_dtype(frame["label"]) and (frame["label"] % 1 == 0).all():
+        frame["label"] = frame["label"].astype(int)
+    return frame.assign(label=frame["label"].astype(str))
+
+
+def _class_names(frame: pd.DataFrame, labels: tuple[str, ...] | None, config: DataConfig) -> list[str]:
+    found = sorted(frame["label"].unique(), key=lambda v: (0, int(v), v) if v.lstrip("-").isdigit() else (1, 0, v))
+    if len(found) < 2:
+        raise DataError(f"data: {config.source}: holds one class only ({found[0]!r}); a classifier needs two")
+    if len(found) > 1000:
+        raise DataError(f"data.label: {config.label!r} has {len(found)} distinct values; is it a class?")
+    if labels is None:
+        return found
+    if set(found) <= set(labels):
+        return list(labels)
+    # Heads saved without names call their classes LABEL_0, LABEL_1, ...; numbers then mean positions.
+    generic = all(name == f"LABEL_{i}" for i, name in enumerate(labels))
+    if generic and found == [str(i) for i in range(len(labels))]:
+        return found
+    unknown = sorted(set(found) - set(labels))
+    raise DataError(
+        f"data: {config.source}: labels do not match the model's head: it knows {', '.join(labels[:10])}, the data "
+        f"also have {', '.join(unknown[:10])}"
+    )
+
+
+def _hash_of(row: tuple[str, str | None, int]) -> str:
+    return hashlib.sha256(f"{row[0]}\0{row[1] or ''}".encode()).hexdigest()
+
+
+def _by_hash(rows: Sequence[tuple[str, str | None, int]], fraction: float) -> list[bool]:
+    return [int(_hash_of(row)[:8], 16) / 0xFFFFFFFF < fraction for row in rows]
+
+
+def _shared(splits: dict[str, tuple[tuple[str, str | None, int], ...]]) -> int:
+    texts = {name: {(row[0], row[1]) for row in rows} for name, rows in splits.items()}
+    pairs = (("train", "search"), ("train", "test"), ("search", "test"))
+    return len(set().union(*(texts[a] & texts[b] for a, b in pairs)))

@@ -1,0 +1,136 @@
+"""Training: fine-tune a head, distil a student, recover a picked point - one loop with two losses.
+
+Distillation mixes the temperature-softened Kullback-Leibler divergence to the teacher's logits, scaled by T^2, with
+the labels' cross-entropy (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from autocompress import machine
+from autocompress.errors import ModelError
+from autocompress.task import Batch, Split
+
+Progress = Callable[[str], None]
+WARMUP = 0.06
+"""Share of steps over which the learning rate rises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBudget:
+    """How long and how to train.
+
+    Args:
+        epochs: passes over the rows; a fraction ends within a pass.
+        learning_rate: peak of a linear schedule with warm-up.
+        batch_size: rows a step.
+        precision: ``auto``, ``float32`` or ``bfloat16`` arithmetic; weights stay in float32.
+        temperature: softening of both distributions, for distillation.
+        alpha: share of the distillation loss.
+    """
+
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    precision: str = "auto"
+    temperature: float = 2.0
+    alpha: float = 0.5
+
+
+def finetune(module: nn.Module, rows: Split, budget: TrainingBudget, *, seed: int, progress: Progress) -> None:
+    """Train ``module`` on the labels, in place."""
+
+    def loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return functional.cross_entropy(logits, batch.labels)
+
+    _train(module, rows, budget, loss, seed=seed, progress=progress)
+
+
+def distill(
+    module: nn.Module, teacher: torch.Tensor, rows: Split, budget: TrainingBudget, *, seed: int, progress: Progress
+) -> None:
+    """Train ``module`` towards the teacher's logits (``rows x classes``) and the labels, in place."""
+
+    def loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        soft = functional.kl_div(
+            functional.log_softmax(logits / budget.temperature, dim=-1),
+            functional.log_softmax(teacher[batch.rows] / budget.temperature, dim=-1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        hard = functional.cross_entropy(logits, batch.labels)
+        return budget.alpha * budget.temperature**2 * soft + (1 - budget.alpha) * hard
+
+    _train(module, rows, budget, loss, seed=seed, progress=progress)
+
+
+def logits_of(module: nn.Module, rows: Split, *, precision: str = "float32") -> torch.Tensor:
+    """Return the model's logits in row order, ``rows x classes``, float32."""
+    module.eval()
+    found: torch.Tensor | None = None
+    with torch.no_grad(), _autocast(precision):
+        for batch in rows.in_order_of_length(64):
+            logits = module(**batch.inputs()).logits.float()
+            if found is None:
+                found = torch.empty(len(rows), logits.shape[1])
+            found[batch.rows] = logits
+    assert found is not None, "no rows"
+    return found
+
+
+def _train(
+    module: nn.Module,
+    rows: Split,
+    budget: TrainingBudget,
+    loss_of: Callable[[torch.Tensor, Batch], torch.Tensor],
+    *,
+    seed: int,
+    progress: Progress,
+) -> None:
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=budget.learning_rate, weight_decay=0.01, fused=True)
+    per_epoch = math.ceil(len(rows) / budget.batch_size)
+    steps = max(1, round(per_epoch * budget.epochs))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(step, steps))
+    module.train()
+    step, running = 0, 0.0
+    while step < steps:
+        for batch in rows.shuffled(budget.batch_size, generator)[: steps - step]:
+            with _autocast(budget.precision):
+                logits = module(**batch.inputs()).logits
+            loss = loss_of(logits.float(), batch)
+            if not torch.isfinite(loss):
+                raise ModelError(f"training: the loss is {loss.item()} at step {step}; lower the learning rate")
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            step += 1
+            running += (loss.item() - running) / min(step, 50)
+            if step % max(1, steps // 10) == 0 or step == steps:
+                progress(f"step {step}/{steps}, loss {running:.3f}")
+    module.eval()
+
+
+def _linear(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / max(1.0, WARMUP * steps)) * max(0.0, (steps - step) / steps)
+
+
+def _autocast(precision: str) -> torch.autocast:
+    enabled = precision == "bfloat16" or (precision == "auto" and has_bfloat16())
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+def has_bfloat16() -> bool:
+    """Say whether this CPU multiplies bfloat16 natively, where it is faster than float32."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(machine.cpu()["features"])

@@ -1,0 +1,102 @@
+"""Compression methods: one file each, a decision class and its handler in one table.
+
+Structural decisions change the torch module here, in the order of `plan.DECISIONS`; what `Quantize` decides is carried
+out by the runtime with the arithmetic of `quantize.py`. Students and recovery need training and live in the bank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from autocompress.anatomy import ModelShape, Site
+from autocompress.errors import PlanError
+from autocompress.model import EncoderModel
+from autocompress.plan import (
+    CompressionPlan,
+    Decision,
+    DropBlocks,
+    LowRank,
+    PruneHeads,
+    PruneNeurons,
+    Quantize,
+    Recover,
+    Student,
+)
+from autocompress.transforms.factorize import Factorization
+from autocompress.transforms.prune import HeadPruning, Importance, NeuronPruning, keep_blocks
+
+
+class Transform(Protocol):
+    """A handler of one decision type at one site."""
+
+    def check(self, site: Site, decision: Any) -> None:
+        """Raise `PlanError` if the decision cannot be carried out at ``site``."""
+
+    def apply(self, model: EncoderModel, site: Site, decision: Any, scores: Importance) -> None:
+        """Change ``model`` in place; the resulting sizes are what `ModelShape.after` says."""
+
+
+HANDLERS: dict[type[Decision], Transform] = {
+    PruneHeads: HeadPruning(),
+    PruneNeurons: NeuronPruning(),
+    LowRank: Factorization(),
+}
+
+
+def check_plan(plan: CompressionPlan, shape: ModelShape) -> None:
+    """Check every decision of ``plan`` against a model of ``shape``, before any work.
+
+    Raises:
+        PlanError: naming the site, what is allowed and what the plan says.
+    """
+    for student in plan.of_type(Student).values():
+        _check_student(student, shape)
+        shape = shape.of_student(student)
+    for drop in plan.of_type(DropBlocks).values():
+        depth = len(shape.blocks)
+        if drop.blocks[-1] >= depth or len(drop.blocks) >= depth:
+            raise PlanError(f"model: blocks to drop must be < {depth} and leave one, got {drop.blocks}")
+        shape = shape.without(drop)
+    for kind in (PruneHeads, PruneNeurons, LowRank, Quantize):
+        sites = shape.sites()
+        for name, decision in plan.of_type(kind).items():
+            if name not in sites:
+                raise PlanError(f"{name}: no such site; the model has {', '.join(sites)}")
+            handler = HANDLERS.get(kind)
+            if handler is not None:
+                handler.check(sites[name], decision)
+        shape = shape.after(CompressionPlan(tuple(plan.of_type(kind).items())))
+
+
+def _check_student(student: Student, shape: ModelShape) -> None:
+    depth = len(shape.blocks)
+    if student.blocks[-1] >= depth:
+        raise PlanError(f"model: student blocks must be < {depth}, got {student.blocks}")
+    for number in student.blocks:
+        block = shape.blocks[number]
+        if student.heads > block.heads or student.neurons > block.neurons:
+            raise PlanError(
+                f"model: a student block keeps at most {block.heads} heads and {block.neurons} neurons, got "
+                f"{student.heads} and {student.neurons}"
+            )
+
+
+def apply_plan(model: EncoderModel, plan: CompressionPlan, scores: Importance) -> None:
+    """Carry out the structural decisions of ``plan`` on ``model``, which already is the student where one is named.
+
+    ``scores`` belong to ``model`` as it is given: block numbers count before any block is dropped.
+
+    Raises:
+        PlanError: if a decision does not fit; the model is then unchanged.
+    """
+    own = CompressionPlan(tuple((s, d) for s, d in plan if not isinstance(d, (Student, Recover))))
+    check_plan(own, model.shape)
+    for drop in own.of_type(DropBlocks).values():
+        kept = [n for n in range(len(model.shape.blocks)) if n not in drop.blocks]
+        keep_blocks(model, kept)
+        scores = Importance(
+            tuple(scores.heads[n] for n in kept), tuple(scores.neurons[n] for n in kept), tuple(range(len(kept)))
+        )
+    for kind, handler in HANDLERS.items():
+        for name, decision in own.of_type(kind).items():
+            handler.apply(model, model.shape.sites()[name], decision, scores)

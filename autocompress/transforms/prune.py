@@ -1,0 +1,224 @@
+"""Structured pruning: attention heads, FFN neurons and whole blocks are removed physically.
+
+Heads and neurons are ranked by the empirical Fisher information of a gate on each (Kwon et al. 2022, "A Fast
+Post-Training Pruning Framework for Transformers", eq. 5-7): the squared gradient of each row's loss with respect to
+the gate, summed over rows. Where it carries no information (all gradients vanish) magnitude takes its place. Blocks
+are ranked by what their removal does to the predictions: the Kullback-Leibler divergence to the full model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from autocompress.anatomy import Site
+from autocompress.errors import PlanError
+from autocompress.model import EncoderModel
+from autocompress.plan import PruneHeads, PruneNeurons
+from autocompress.task import Batch
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores of one model's parts, larger is more important.
+
+    Args:
+        heads: one tensor a block, ``heads``.
+        neurons: one tensor a block, ``neurons``.
+        drop_order: block numbers, least important first.
+    """
+
+    heads: tuple[torch.Tensor, ...]
+    neurons: tuple[torch.Tensor, ...]
+    drop_order: tuple[int, ...]
+
+    def best_heads(self, block: int, keep: int) -> list[int]:
+        return _best(self.heads[block], keep)
+
+    def best_neurons(self, block: int, keep: int) -> list[int]:
+        return _best(self.neurons[block], keep)
+
+
+def _best(scores: torch.Tensor, keep: int) -> list[int]:
+    return sorted(torch.topk(scores, keep).indices.tolist())
+
+
+def importance(
+    model: EncoderModel, batches: Sequence[Batch], *, drops: int = 0, drop_batches: Sequence[Batch] | None = None
+) -> Importance:
+    """Score heads, neurons and blocks; the model is left unchanged.
+
+    Args:
+        model: the model to score.
+        batches: labelled calibration rows.
+        drops: how many blocks are removed greedily to find the order of dropping; the others follow by their effect
+            at the last step. 0 leaves the order from the last block to the first.
+        drop_batches: rows for that order, by default ``batches``.
+    """
+    heads, neurons = _fisher(model, batches)
+    for number in range(len(model.shape.blocks)):
+        # Gradients vanish where a part cannot reach the output (a saturated or untrained head): use magnitude there.
+        if not torch.isfinite(heads[number]).all() or float(heads[number].sum()) == 0:
+            weight = model.linear(number, "output").weight.detach()
+            heads[number] = weight.reshape(weight.shape[0], model.shape.blocks[number].heads, -1).norm(dim=(0, 2))
+        if not torch.isfinite(neurons[number]).all() or float(neurons[number].sum()) == 0:
+            neurons[number] = model.linear(number, "ffn_out").weight.detach().norm(dim=0)
+    order = _drop_order(model, drop_batches or batches, drops)
+    return Importance(tuple(heads), tuple(neurons), order)
+
+
+def _fisher(model: EncoderModel, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    blocks = model.shape.blocks
+    heads = [torch.zeros(b.heads, dtype=torch.float64) for b in blocks]
+    neurons = [torch.zeros(b.neurons, dtype=torch.float64) for b in blocks]
+    captured: dict[tuple[int, str], torch.Tensor] = {}
+
+    def capture(key: tuple[int, str]) -> object:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            value = inputs[0]
+            if not value.requires_grad:
+                value.requires_grad_(True)
+            value.retain_grad()
+            captured[key] = value
+            return (value, *inputs[1:])
+
+        return hook
+
+    handles = [
+        model.linear(n, role).register_forward_pre_hook(capture((n, role)))  # type: ignore[arg-type]
+        for n in range(len(blocks))
+        for role in ("output", "ffn_out")
+    ]
+    frozen = [(p, p.requires_grad) for p in model.module.parameters()]
+    try:
+        for parameter, _ in frozen:
+            parameter.requires_grad_(False)
+        # One parameter at the bottom keeps the graph alive through every block.
+        next(p for p in model.module.parameters() if p.dtype.is_floating_point).requires_grad_(True)
+        for batch in batches:
+            with torch.enable_grad():
+                logits = model.module(**batch.inputs()).logits
+                functional.cross_entropy(logits, batch.labels, reduction="sum").backward()
+            for (number, role), value in captured.items():
+                assert value.grad is not None
+                # d loss / d gate = sum over tokens (and a head's width) of activation times its gradient, row by row.
+                gate = (value.detach() * value.grad).sum(dim=1).double()
+                if role == "output":
+                    gate = gate.reshape(gate.shape[0], blocks[number].heads, -1).sum(dim=2)
+                    heads[number] += gate.square().sum(dim=0)
+                else:
+                    neurons[number] += gate.square().sum(dim=0)
+            captured.clear()
+            model.module.zero_grad(set_to_none=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, required in frozen:
+            parameter.requires_grad_(required)
+    return heads, neurons
+
+
+def _drop_order(model: EncoderModel, batches: Sequence[Batch], drops: int) -> tuple[int, ...]:
+    blocks, path = model.block_list(), model.layout.blocks
+    kept: list[int] = list(range(len(blocks)))
+    full = [_log_probabilities(model, batch) for batch in batches]
+    order: list[int] = []
+    divergence: dict[int, float] = {number: -number for number in kept}
+
+    def without(number: int) -> float:
+        model.replace(path, nn.ModuleList([blocks[n] for n in kept if n != number]))
+        return sum(
+            float(functional.kl_div(_log_probabilities(model, batch), reference, log_target=True, reduction="sum"))
+            for batch, reference in zip(batches, full, strict=True)
+        )
+
+    try:
+        for _ in range(min(drops, len(blocks) - 1)):
+            divergence = {number: without(number) for number in kept}
+            order.append(min(divergence, key=lambda n: divergence[n]))
+            kept.remove(order[-1])
+    finally:
+        model.replace(path, blocks)
+    return (*order, *sorted(kept, key=lambda n: divergence[n]))
+
+
+def _log_probabilities(model: EncoderModel, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        return functional.log_softmax(model.module(**batch.inputs()).logits, dim=-1)
+
+
+def keep_heads(model: EncoderModel, block: int, heads: Sequence[int]) -> None:
+    """Shrink query, key, value and output of ``block`` to the given heads."""
+    size = model.shape.blocks[block].head_size
+    index = torch.tensor([h * size + i for h in heads for i in range(size)])
+    for role in ("query", "key", "value"):
+        model.replace(model.layout.path(block, role), _rows(model.linear(block, role), index))
+    model.replace(model.layout.path(block, "output"), _columns(model.linear(block, "output"), index))
+    model.shape = model.shape.pruned(block, heads=len(heads))
+
+
+def keep_neurons(model: EncoderModel, block: int, neurons: Sequence[int]) -> None:
+    """Shrink the FFN of ``block`` to the given neurons."""
+    index = torch.tensor(list(neurons))
+    model.replace(model.layout.path(block, "ffn_in"), _rows(model.linear(block, "ffn_in"), index))
+    model.replace(model.layout.path(block, "ffn_out"), _columns(model.linear(block, "ffn_out"), index))
+    model.shape = model.shape.pruned(block, neurons=len(neurons))
+
+
+def keep_blocks(model: EncoderModel, blocks: Sequence[int]) -> None:
+    """Keep the given blocks, in order, and renumber them."""
+    kept = model.block_list()
+    model.replace(model.layout.blocks, nn.ModuleList([kept[b] for b in blocks]))
+    model.shape = dataclasses.replace(model.shape, blocks=tuple(model.shape.blocks[b] for b in blocks))
+    model.module.config.num_hidden_layers = len(blocks)  # type: ignore[union-attr, assignment]
+
+
+def _rows(layer: nn.Linear, index: torch.Tensor) -> nn.Linear:
+    return linear(layer.weight.detach()[index], None if layer.bias is None else layer.bias.detach()[index])
+
+
+def _columns(layer: nn.Linear, index: torch.Tensor) -> nn.Linear:
+    return linear(layer.weight.detach()[:, index], None if layer.bias is None else layer.bias.detach())
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """Build a linear layer that holds copies of ``weight`` (``out x in``) and ``bias`` (``out``)."""
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight.clone().contiguous())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone().contiguous())
+    return layer
+
+
+class HeadPruning:
+    """Carry out `PruneHeads`."""
+
+    def check(self, site: Site, decision: PruneHeads) -> None:
+        _check_keep(site, decision.keep, "attention", "heads")
+
+    def apply(self, model: EncoderModel, site: Site, decision: PruneHeads, scores: Importance) -> None:
+        block = int(site.name.split(".")[1])
+        keep_heads(model, block, scores.best_heads(block, decision.keep))
+
+
+class NeuronPruning:
+    """Carry out `PruneNeurons`."""
+
+    def check(self, site: Site, decision: PruneNeurons) -> None:
+        _check_keep(site, decision.keep, "ffn", "neurons")
+
+    def apply(self, model: EncoderModel, site: Site, decision: PruneNeurons, scores: Importance) -> None:
+        block = int(site.name.split(".")[1])
+        keep_neurons(model, block, scores.best_neurons(block, decision.keep))
+
+
+def _check_keep(site: Site, keep: int, kind: str, unit: str) -> None:
+    if site.kind != kind:
+        raise PlanError(f"{site.name}: pruning {unit} belongs to {kind} sites, not to {site.kind}")
+    if keep > site.parts:
+        raise PlanError(f"{site.name}: keep must be <= {site.parts} {unit}, got {keep}")

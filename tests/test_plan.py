@@ -1,0 +1,228 @@
+"""Plans: what a decision accepts, one canonical form, JSON there and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+
+import pytest
+
+from autocompress.errors import PlanError
+from autocompress.plan import (
+    DECISIONS,
+    MODEL_SITE,
+    CompressionPlan,
+    Decision,
+    DropBlocks,
+    LowRank,
+    PruneHeads,
+    PruneNeurons,
+    Quantize,
+    Recover,
+    Student,
+)
+
+W8 = Quantize(weight_bits=8, activation_bits=8)
+EVERY_DECISION: tuple[tuple[str, Decision], ...] = (
+    (MODEL_SITE, Student(blocks=(0, 2, 4), heads=6, neurons=512, epochs=1)),
+    (MODEL_SITE, DropBlocks(blocks=(1,))),
+    (MODEL_SITE, Recover(epochs=0.5)),
+    ("block.0.attention", PruneHeads(keep=4)),
+    ("block.0.attention", LowRank(rank=64)),
+    ("block.0.attention", W8),
+    ("block.0.ffn", PruneNeurons(keep=256)),
+    ("embeddings", Quantize(weight_bits=4, group_size=64)),
+    ("head", Quantize(weight_bits=16)),
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PruneHeads(keep=0), "PruneHeads.keep: must be an integer >= 1, got 0"),
+        (lambda: PruneHeads(keep=1.2), "PruneHeads.keep: must be an integer >= 1, got 1.2"),
+        (lambda: PruneHeads(keep=True), "PruneHeads.keep: must be an integer >= 1, got True"),
+        (lambda: PruneNeurons(keep=-3), "PruneNeurons.keep: must be an integer >= 1, got -3"),
+        (lambda: LowRank(rank=-1), "LowRank.rank: must be an integer >= 1, got -1"),
+        (lambda: LowRank(rank=float("nan")), "LowRank.rank: must be an integer >= 1, got nan"),
+        (lambda: Quantize(weight_bits=3), "Quantize.weight_bits: must be one of 4, 8, 16, got 3"),
+        (lambda: Quantize(weight_bits=8, activation_bits=4), "Quantize.activation_bits: must be 8 or 16, got 4"),
+        (lambda: Quantize(weight_bits=16, activation_bits=8), "8 goes with weight_bits 8 only, got weight_bits 16"),
+        (lambda: Quantize(weight_bits=4), "Quantize.group_size: must be > 0 at 4 bits and 0 otherwise, got 0 at 4"),
+        (lambda: Quantize(weight_bits=8, group_size=64), "Quantize.group_size: must be > 0 at 4 bits"),
+        (lambda: Quantize(weight_bits=8, scheme="affine"), "Quantize.scheme: must be 'symmetric', got 'affine'"),
+        (lambda: DropBlocks(blocks=()), "DropBlocks.blocks: must be ascending block numbers >= 0, got ()"),
+        (lambda: DropBlocks(blocks=(2, 1)), "must be ascending block numbers >= 0, got (2, 1)"),
+        (lambda: DropBlocks(blocks=(1, 1)), "must be ascending block numbers >= 0, got (1, 1)"),
+        (lambda: DropBlocks(blocks=(-1,)), "must be ascending block numbers >= 0, got (-1,)"),
+        (lambda: Student(blocks=(0,), heads=0, neurons=1), "Student.heads: must be an integer >= 1, got 0"),
+        (lambda: Recover(epochs=0), "Recover.epochs: must be > 0 and <= 100, got 0"),
+        (lambda: Recover(epochs=float("nan")), "Recover.epochs: must be > 0 and <= 100, got nan"),
+        (lambda: Recover(epochs=101), "Recover.epochs: must be > 0 and <= 100, got 101"),
+    ],
+)
+def test_a_decision_refuses_what_it_cannot_mean(make: Callable[[], Decision], message: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        make()
+    assert message in str(caught.value)
+
+
+def test_decisions_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        W8.weight_bits = 4
+
+
+def test_every_decision_type_is_covered_here() -> None:
+    assert {type(decision).__name__ for _, decision in EVERY_DECISION} == set(DECISIONS)
+
+
+def test_json_round_trip_keeps_every_decision() -> None:
+    plan = CompressionPlan(EVERY_DECISION)
+    back = CompressionPlan.from_json(plan.to_json())
+    assert back == plan
+    assert back.plan_id == plan.plan_id
+    assert isinstance(back.of_type(Student)[MODEL_SITE].blocks, tuple)
+
+
+def test_order_of_decisions_does_not_matter() -> None:
+    plans = {CompressionPlan(order) for order in itertools.permutations(EVERY_DECISION[:6])}
+    assert len(plans) == 1
+    assert len({plan.plan_id for plan in plans}) == 1
+
+
+def test_canonical_order_is_model_first_then_blocks_by_number_then_application() -> None:
+    plan = CompressionPlan(
+        (
+            ("block.10.ffn", W8),
+            ("block.2.ffn", W8),
+            ("block.2.ffn", PruneNeurons(keep=8)),
+            (MODEL_SITE, Recover(epochs=1)),
+        )
+    )
+    assert [(site, type(d).__name__) for site, d in plan] == [
+        (MODEL_SITE, "Recover"),
+        ("block.2.ffn", "PruneNeurons"),
+        ("block.2.ffn", "Quantize"),
+        ("block.10.ffn", "Quantize"),
+    ]
+
+
+def test_equal_budgets_have_equal_ids() -> None:
+    assert CompressionPlan(((MODEL_SITE, Recover(epochs=1)),)).plan_id == (
+        CompressionPlan(((MODEL_SITE, Recover(epochs=1.0)),)).plan_id
+    )
+
+
+def test_any_change_changes_the_id() -> None:
+    plan = CompressionPlan(EVERY_DECISION)
+    others = [CompressionPlan(EVERY_DECISION[:i] + EVERY_DECISION[i + 1 :]) for i in range(len(EVERY_DECISION))]
+    others.append(plan.with_decision("block.0.ffn", PruneNeurons(keep=257)))
+    others.append(CompressionPlan())
+    assert len({plan.plan_id, *(other.plan_id for other in others)}) == len(others) + 1
+
+
+def test_the_id_is_stable_across_releases() -> None:
+    # Stored studies and banks are keyed by it: a change here orphans them and needs a new PLAN_SCHEMA.
+    plan = CompressionPlan((("block.0.ffn", PruneNeurons(keep=256)), ("block.0.ffn", W8)))
+    assert plan.to_json() == (
+        '{"decisions":[{"keep":256,"site":"block.0.ffn","type":"PruneNeurons"},{"activation_bits":8,"group_size":0,'
+        '"scheme":"symmetric","site":"block.0.ffn","type":"Quantize","weight_bits":8}],"schema":1}'
+    )
+    assert plan.plan_id == "d4ceab6d1c57609b"
+
+
+def test_one_type_can_be_decided_once_at_a_site() -> None:
+    with pytest.raises(PlanError, match="Quantize is decided twice at site head"):
+        CompressionPlan((("head", W8), ("head", Quantize(weight_bits=16))))
+
+
+@pytest.mark.parametrize(
+    ("site", "decision", "message"),
+    [
+        ("block.0.ffn", Recover(epochs=1), "Recover belongs to the model, not to site 'block.0.ffn'"),
+        (MODEL_SITE, W8, "Quantize belongs to the site, not to site 'model'"),
+    ],
+)
+def test_a_decision_of_the_wrong_scope_is_refused(site: str, decision: Decision, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        CompressionPlan(((site, decision),))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "schema must be 1, got 'list'"),
+        ('{"schema":2,"decisions":[]}', "schema must be 1, got 2"),
+        ('{"schema":1}', "decisions must be a list of objects"),
+        ('{"schema":1,"decisions":[3]}', "decisions must be a list of objects"),
+        (
+            '{"schema":1,"decisions":[{"site":"head","type":"Prune"}]}',
+            "unknown decision 'Prune' at 'head'; known: Student",
+        ),
+        ('{"schema":1,"decisions":[{"type":"LowRank","rank":2}]}', "unknown decision 'LowRank' at None"),
+        (
+            '{"schema":1,"decisions":[{"site":"head","type":"LowRank","rank":2,"ratio":1}]}',
+            "LowRank has no field ratio; it has rank",
+        ),
+        ('{"schema":1,"decisions":[{"site":"head","type":"LowRank"}]}', "LowRank: "),
+        ('{"schema":1,"decisions":[{"site":"head","type":"LowRank","rank":"2"}]}', "must be an integer >= 1, got '2'"),
+        ('{"schema":1,"decisions":[{"site":"model","type":"DropBlocks","blocks":3}]}', "DropBlocks: "),
+        (
+            '{"schema":1,"decisions":[{"site":"model","type":"Recover","epochs":NaN}]}',
+            "must be > 0 and <= 100, got nan",
+        ),
+    ],
+)
+def test_from_json_refuses_what_is_not_a_plan(text: str, message: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        CompressionPlan.from_json(text)
+    assert message in str(caught.value)
+
+
+def test_structural_leaves_the_runtime_part_out() -> None:
+    plan = CompressionPlan(EVERY_DECISION).structural()
+    assert plan.of_type(Quantize) == {}
+    assert len(plan.decisions) == len(EVERY_DECISION) - 3
+    assert plan.structural() == plan
+
+
+def test_with_decision_adds_or_replaces() -> None:
+    plan = CompressionPlan().with_decision("head", W8)
+    assert plan.of_type(Quantize) == {"head": W8}
+    plan = plan.with_decision("head", Quantize(weight_bits=16)).with_decision("embeddings", W8)
+    assert {site: q.weight_bits for site, q in plan.of_type(Quantize).items()} == {"embeddings": 8, "head": 16}
+
+
+def test_an_empty_plan_is_false_and_says_so() -> None:
+    assert not CompressionPlan()
+    assert CompressionPlan().words() == "uncompressed"
+    assert CompressionPlan((("head", W8),))
+
+
+def test_words_say_equal_blocks_once() -> None:
+    sites = [f"block.{n}.ffn" for n in (0, 1, 2, 5, 10, 11)]
+    plan = CompressionPlan((*((site, W8) for site in sites), (MODEL_SITE, DropBlocks(blocks=(3,)))))
+    assert plan.words() == "without block 3; ffn 0-2,5,10-11: w8a8"
+
+
+def test_words_name_every_decision() -> None:
+    words = CompressionPlan(EVERY_DECISION).words()
+    for part in (
+        "student of 3 blocks x 6 heads x 512 neurons",
+        "without block 1",
+        "recovered 0.5 epochs",
+        "attention 0: 4 heads rank 64 w8a8",
+        "ffn 0: 256 neurons",
+        "embeddings: w4",
+        "head: w16",
+    ):
+        assert part in words
+
+
+def test_json_is_plain_data() -> None:
+    data = json.loads(CompressionPlan(EVERY_DECISION).to_json())
+    assert data["schema"] == 1
+    assert {entry["type"] for entry in data["decisions"]} == set(DECISIONS)

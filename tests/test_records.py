@@ -1,0 +1,77 @@
+"""Scores: which numbers may stand on a front, and that they are stored without loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from helpers_records import make_candidate, make_measurement
+
+from autocompress.config import RunConfig
+from autocompress.errors import MeasurementError
+from autocompress.records import OBJECTIVES, Measurement
+
+ACCURACIES = ("accuracy", "accuracy_low", "accuracy_high")
+POSITIVE = (
+    "size_bytes",
+    "latency_ms",
+    "latency_p90_ms",
+    "reference_ms",
+    "latency_ratio",
+    "latency_ratio_low",
+    "latency_ratio_high",
+)
+
+
+def test_a_good_score_passes_unchanged() -> None:
+    score = make_measurement()
+    assert score.check() is score
+
+
+@pytest.mark.parametrize("field", ACCURACIES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.001, 1.001])
+def test_an_accuracy_outside_its_range_is_refused(field: str, value: float) -> None:
+    with pytest.raises(MeasurementError, match=rf"^{field}: must be within 0\.\.1, got "):
+        dataclasses.replace(make_measurement(), **{field: value}).check()
+
+
+@pytest.mark.parametrize("field", ACCURACIES)
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_the_ends_of_the_range_are_accuracies(field: str, value: float) -> None:
+    assert getattr(dataclasses.replace(make_measurement(), **{field: value}).check(), field) == value
+
+
+@pytest.mark.parametrize("field", POSITIVE)
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0, -1])
+def test_a_size_or_latency_that_is_not_positive_is_refused(field: str, value: float) -> None:
+    with pytest.raises(MeasurementError, match=rf"^{field}: must be finite and > 0, got "):
+        dataclasses.replace(make_measurement(), **{field: value}).check()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(MeasurementError, match=r"^loss: must be finite, got "):
+        dataclasses.replace(make_measurement(), loss=value).check()
+
+
+def test_json_round_trip_is_exact() -> None:
+    score = dataclasses.replace(
+        make_measurement(), accuracy=1 / 3, latency_ms=math.pi, fingerprint={"cpu": "x", "threads": 1}
+    )
+    assert Measurement.from_json(score.to_json()) == score
+
+
+def test_a_failed_candidate_has_a_reason_in_place_of_a_score() -> None:
+    failed = make_candidate(7, state="FAIL", failure="logits: not finite")
+    with pytest.raises(MeasurementError, match=r"^trial 7: has no measurement \(logits: not finite\)$"):
+        _ = failed.score
+    assert make_candidate(8).score is not None
+
+
+def test_objectives_are_those_of_the_run_file_and_read_fields_of_a_score() -> None:
+    assert tuple(OBJECTIVES) == RunConfig().objectives
+    fields = {field.name for field in dataclasses.fields(Measurement)}
+    for field, direction in OBJECTIVES.values():
+        assert field in fields
+        assert direction == ("maximize" if field == "accuracy" else "minimize")
