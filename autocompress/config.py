@@ -89,7 +89,7 @@ class SearchConfig(Section):
 
 class RecoveryConfig(Section):
     epochs: float = Field(1.0, gt=0, le=100, description="distillation passes for a picked point")
-    learning_rate: float = Field(1e-4, gt=0, le=1)
+    learning_rate: float = Field(3e-4, gt=0, le=1)
     batch_size: int = Field(32, ge=1, le=4096)
     temperature: float = Field(2.0, gt=0, le=100)
     alpha: float = Field(0.5, ge=0, le=1, description="share of the distillation loss; the rest is the labels'")

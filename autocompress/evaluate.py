@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 import uuid
@@ -270,7 +269,7 @@ class Workshop:
         try:
             self.runtime.build(self.structured(plan), plan, self.calibration_batches(_RANGE_ROWS), aside)
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(aside, folder)
+            aside.rename(folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return Artifact.open(folder)

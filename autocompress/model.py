@@ -116,9 +116,10 @@ def locate(model_id: str, revision: str | None = None) -> Path:
         raise ModelError(f"model: {model_id}: is a file; give the folder that holds config.json")
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise ModelError(f"model: {model_id}: no such folder")
-    return from_hub(
+    found: Path = from_hub(
         f"model: {model_id}", lambda local: _snapshot(model_id, revision, local), lambda: _reach_hub(model_id)
     )
+    return found
 
 
 def from_hub(what: str, fetch: Callable[[bool], Any], probe: Callable[[], None]) -> Any:
@@ -237,8 +238,8 @@ def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0) -> EncoderMode
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
     try:
         module = AutoModelForSequenceClassification.from_pretrained(
@@ -293,7 +294,7 @@ def _find(module: nn.Module) -> tuple[Layout, ModelShape]:
     for number, block in enumerate(blocks):
         if list(_linears(block)) != list(roles.values()):
             raise ModelError(f"model: {kind}: anatomy not understood: {path}.{number} differs from {path}.0")
-        sizes = {role: tuple(block.get_submodule(p).weight.shape) for role, p in roles.items()}
+        sizes = {role: tuple(block.get_parameter(f"{p}.weight").shape) for role, p in roles.items()}
         neurons = sizes["ffn_in"][0]
         square = all(sizes[role] == (hidden, hidden) for role in _ROLES[:4])
         if not square or sizes["ffn_in"] != (neurons, hidden) or sizes["ffn_out"] != (hidden, neurons):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from autocompress.errors import MeasurementError
@@ -93,6 +94,7 @@ class Candidate:
         failure: the reason, None if it did not.
         feasible: whether the run file's constraints hold.
         origin: ``seed``, ``sampler`` or ``recover``.
+        folder: results folder of the study that it belongs to.
     """
 
     number: int
@@ -103,6 +105,7 @@ class Candidate:
     failure: str | None = None
     feasible: bool = True
     origin: str = "sampler"
+    folder: Path | None = field(default=None, compare=False, repr=False)
 
     @property
     def score(self) -> Measurement:

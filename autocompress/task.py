@@ -205,7 +205,7 @@ def _read(config: DataConfig) -> pd.DataFrame:
             if suffix == ".parquet":
                 return pd.read_parquet(path)
             if suffix in (".jsonl", ".json"):
-                return pd.read_json(path, lines=True, dtype=False)
+                return pd.DataFrame(pd.read_json(path, lines=True, dtype=False))
             return pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",")
         except pd.errors.EmptyDataError:
             raise DataError(f"data: {path}: is empty") from None

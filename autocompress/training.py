@@ -110,7 +110,7 @@ def _train(
             loss = loss_of(logits.float(), batch)
             if not torch.isfinite(loss):
                 raise ModelError(f"training: the loss is {loss.item()} at step {step}; lower the learning rate")
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -23,7 +23,15 @@ from autocompress.config import TargetConfig
 from autocompress.errors import RuntimeBuildError
 from autocompress.model import EncoderModel
 from autocompress.plan import CompressionPlan, Quantize
-from autocompress.runtimes.base import Artifact, LogitsOnly, Runtime, Session, example_inputs, linear_paths
+from autocompress.runtimes.base import (
+    Artifact,
+    LogitsOnly,
+    Runtime,
+    Session,
+    example_inputs,
+    linear_paths,
+    stand_in_value,
+)
 from autocompress.task import Batch
 from autocompress.transforms.quantize import ActivationRange, activation_ranges, per_channel, per_group
 
@@ -75,9 +83,7 @@ class OpenVINORuntime(Runtime):
     def check(self, plan: CompressionPlan, shape: ModelShape) -> None:
         """Accept everything that a `Quantize` can say: 16, 8 (with 8-bit activations in linear layers) and 4 bits."""
 
-    def build(
-        self, model: EncoderModel, plan: CompressionPlan, calibration: Sequence[Batch], folder: Path
-    ) -> Artifact:
+    def build(self, model: EncoderModel, plan: CompressionPlan, calibration: Sequence[Batch], folder: Path) -> Artifact:
         quantize = plan.of_type(Quantize)
         graph, inputs = _convert(model, calibration[0])
         static = any(q.activation_bits == 8 for q in quantize.values())
@@ -122,12 +128,12 @@ class OpenVINORuntime(Runtime):
         ov = _openvino()
         op = ov.opset13
         graph = ov.Core().read_model(artifact.folder / "model.xml")
-        for node in graph.get_ordered_ops():
+        for number, node in enumerate(graph.get_ordered_ops()):
             large = node.get_type_name() == "Constant" and node.get_byte_size() >= _STAND_IN_BYTES
             if not large or node.get_element_type() != ov.Type.f32:
                 continue
             shape = op.constant(np.array(list(node.shape), dtype=np.int64))
-            filled = op.broadcast(op.constant(np.array(0.01, dtype=np.float32)), shape)
+            filled = op.broadcast(op.constant(np.array(stand_in_value(number), dtype=np.float32)), shape)
             for target in node.output(0).get_target_inputs():
                 target.replace_source_output(filled.output(0))
         ov.save_model(graph, folder / "model.xml", compress_to_fp16=False)
@@ -144,7 +150,9 @@ def _convert(model: EncoderModel, batch: Batch) -> tuple[Any, tuple[str, ...]]:
     with torch.no_grad(), warnings.catch_warnings():
         # Tracing warns of the branches on masks that transformers takes in Python; both inputs kinds were traced.
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(wrapped, tuple(example.values()), check_trace=False, strict=False)
+        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+            wrapped, tuple(example.values()), check_trace=False, strict=False
+        )
         with _without_telemetry():
             dynamic = (ov.PartialShape([-1, -1]), ov.Type.i64)
             graph = ov.convert_model(traced, input=[dynamic] * len(example))

@@ -103,7 +103,7 @@ def _fisher(model: EncoderModel, batches: Sequence[Batch]) -> tuple[list[torch.T
         for batch in batches:
             with torch.enable_grad():
                 logits = model.module(**batch.inputs()).logits
-                functional.cross_entropy(logits, batch.labels, reduction="sum").backward()
+                functional.cross_entropy(logits, batch.labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
             for (number, role), value in captured.items():
                 assert value.grad is not None
                 # d loss / d gate = sum over tokens (and a head's width) of activation times its gradient, row by row.
@@ -175,7 +175,7 @@ def keep_blocks(model: EncoderModel, blocks: Sequence[int]) -> None:
     kept = model.block_list()
     model.replace(model.layout.blocks, nn.ModuleList([kept[b] for b in blocks]))
     model.shape = dataclasses.replace(model.shape, blocks=tuple(model.shape.blocks[b] for b in blocks))
-    model.module.config.num_hidden_layers = len(blocks)  # type: ignore[union-attr, assignment]
+    model.module.config.num_hidden_layers = len(blocks)  # type: ignore[union-attr]
 
 
 def _rows(layer: nn.Linear, index: torch.Tensor) -> nn.Linear:
@@ -188,7 +188,7 @@ def _columns(layer: nn.Linear, index: torch.Tensor) -> nn.Linear:
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     """Build a linear layer that holds copies of ``weight`` (``out x in``) and ``bias`` (``out``)."""
-    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.clone().contiguous())
     if bias is not None:
         layer.bias = nn.Parameter(bias.clone().contiguous())

@@ -36,7 +36,7 @@ class QuantizedWeight:
 
     def restored(self) -> np.ndarray:
         """Return the approximation, ``out x in``, float32."""
-        return (self.values * self.scales).reshape(self.values.shape[0], -1)
+        return np.asarray((self.values * self.scales).reshape(self.values.shape[0], -1))
 
 
 def per_channel(weight: np.ndarray) -> QuantizedWeight:

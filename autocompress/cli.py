@@ -1,0 +1,430 @@
+"""The command line: each command is one call of the public API. Results go to stdout, what happens to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autocompress import __version__
+from autocompress.errors import AutocompressError, ConfigError
+
+app = typer.Typer(
+    name="autocompress",
+    help="Search for compressed versions of a pretrained Transformer, scored on what is shipped.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+
+class Prefer(StrEnum):
+    """What `pick` optimises among the points within the limits."""
+
+    knee = "knee"
+    latency = "latency"
+    size = "size"
+    accuracy = "accuracy"
+
+
+Run = Annotated[str, typer.Argument(help="A run file, or demo for the one that ships with the package.")]
+Model = Annotated[str | None, typer.Option("--model", help="demo/minilm, a local folder or a hub id.")]
+Data = Annotated[str | None, typer.Option("--data", help="demo/movies, a csv, jsonl or parquet file, a datasets id.")]
+Space = Annotated[str | None, typer.Option("--space", help="A shipped search space or a YAML file.")]
+Target = Annotated[str | None, typer.Option("--target", help="Runtime: openvino or onnxruntime.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: search.trials=60. Repeatable.")]
+Folder = Annotated[Path, typer.Argument(help="The results folder of a search.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Trial = Annotated[int | None, typer.Option("--trial", help="Take this trial of the front.")]
+MaxDrop = Annotated[
+    str | None, typer.Option("--max-accuracy-drop", help="Against the reference: 1% (percentage points) or 0.01.")
+]
+MaxMs = Annotated[float | None, typer.Option("--max-latency-ms", help="Median latency in milliseconds.")]
+MaxMb = Annotated[float | None, typer.Option("--max-size-mb", help="Size in megabytes of 1e6 bytes.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    os.environ["AUTOCOMPRESS_DEBUG"] = "1" if debug else os.environ.get("AUTOCOMPRESS_DEBUG", "")
+
+
+def _run(
+    run: str, model: str | None, data: str | None, space: str | None, target: str | None, overrides: list[str] | None
+) -> Any:
+    from autocompress.config import RunConfig
+
+    named = {"model.id": model, "data.source": data, "space": space, "target.runtime": target}
+    given = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    return RunConfig.from_file(run, overrides=[*given, *(overrides or [])])
+
+
+def _progress(line: str) -> None:
+    typer.echo(f"{time.strftime('%H:%M:%S')} {line}", err=True)
+
+
+def _print(data: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(data, indent=1, default=str))
+        return
+    for key, value in _flat(data):
+        typer.echo(f"{key}: {value}")
+
+
+def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(data, dict):
+        return [row for key, value in data.items() for row in _flat(value, f"{prefix}.{key}" if prefix else str(key))]
+    return [(prefix, ", ".join(map(str, data)) if isinstance(data, list) else data)]
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the run file.")] = Path("run.yaml"),
+    demo: Annotated[bool, typer.Option("--demo", help="Write the demo's run file.")] = False,
+    model: Model = None,
+    data: Data = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented run file to edit."""
+    from autocompress.config import RunConfig, demo_run_text
+
+    if out.exists() and not force:
+        raise ConfigError(f"init: {out} exists; give another --out or --force")
+    if not demo and (model is None or data is None):
+        raise ConfigError("init: give --demo, or --model and --data")
+    text = demo_run_text()
+    for key, default, value in (
+        ("name", "demo", name),
+        ("  id", "demo/minilm", None if demo else model),
+        ("  source", "demo/movies", None if demo else data),
+    ):
+        if value is not None:
+            text = text.replace(f"{key}: {default}", f"{key}: {json.dumps(value)}", 1)
+    RunConfig.from_mapping(_parsed(text, out.name), source=out.name)
+    out.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {out}; next: autocompress search {out}")
+
+
+def _parsed(text: str, source: str) -> Any:
+    from autocompress import strict_yaml
+
+    return strict_yaml.parse(text, source)
+
+
+@app.command()
+def validate(
+    run: Run,
+    model: Model = None,
+    data: Data = None,
+    space: Space = None,
+    target: Target = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Check a run file with its model, data and space, without training anything."""
+    config = _run(run, model, data, space, target, set_)
+    from autocompress import api
+
+    found = api.validate(config)
+    found["space"] = {**found["space"], "seeds": len(found["space"]["seeds"])}
+    _print(found, as_json)
+
+
+@app.command()
+def plan(
+    run: Run,
+    model: Model = None,
+    data: Data = None,
+    space: Space = None,
+    target: Target = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a search would start with: the students and the ladder of uniform plans."""
+    config = _run(run, model, data, space, target, set_)
+    from autocompress import api
+
+    found = api.validate(config)["space"]
+    if as_json:
+        _print(found, True)
+        return
+    for name, words in found["students"].items():
+        typer.echo(f"student {name}: {words}")
+    for number, words in enumerate(found["seeds"]):
+        typer.echo(f"seed {number:>2}: {words}")
+
+
+@app.command()
+def finetune(
+    run: Run,
+    model: Model = None,
+    data: Data = None,
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Copy the classifier to this new folder.")] = None,
+) -> None:
+    """Fine-tune the model on the data where it has no head yet; a search does this by itself."""
+    config = _run(run, model, data, None, None, set_)
+    from autocompress import api
+
+    folder = api.finetune(config, progress=_progress)
+    if out is not None:
+        if out.exists():
+            raise ConfigError(f"finetune: {out} exists; give a new folder")
+        shutil.copytree(folder, out)
+    typer.echo(str(out or folder))
+
+
+@app.command()
+def search(
+    run: Run,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Results folder, default results/<name>.")] = None,
+    model: Model = None,
+    data: Data = None,
+    space: Space = None,
+    target: Target = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Search for compressed models; run again to continue."""
+    config = _run(run, model, data, space, target, set_)
+    from autocompress import api
+
+    folder = api.results_folder(config, out)
+    try:
+        study = api.search(config, folder, progress=_progress)
+    except KeyboardInterrupt:
+        _progress("interrupted; run the same command again to continue")
+        raise
+    _show(study, as_json)
+    if not as_json:
+        typer.echo(f"report: {folder / 'report.html'}")
+        typer.echo(f"next: autocompress export {folder} --pick knee --format openvino -o OUT")
+
+
+def _show(study: Any, as_json: bool) -> None:
+    front = study.front()
+    if as_json:
+        typer.echo(front.to_frame().to_json(orient="records", indent=1))
+        return
+    from rich.console import Console
+
+    from autocompress.report.tables import front_table
+
+    Console().print(front_table(front))
+
+
+@app.command()
+def status(folder: Folder, as_json: Json = False) -> None:
+    """Say how far a search is."""
+    from autocompress import api
+
+    _print(api.status(folder), as_json)
+
+
+@app.command()
+def report(folder: Folder, as_json: Json = False) -> None:
+    """Write report.html and the CSV files anew, and print the front."""
+    from autocompress import api
+
+    study = api.open_study(folder)
+    api.write_results(study)
+    _show(study, as_json)
+
+
+def _picked(
+    folder: Path, prefer: Prefer, trial: int | None, drop: str | None, ms: float | None, mb: float | None
+) -> Any:
+    from autocompress import api
+
+    limits = {"max_accuracy_drop": _share(drop), "max_latency_ms": ms, "max_size_mb": mb, "prefer": prefer.value}
+    return api.pick(api.open_study(folder).front(), limits, trial=trial)
+
+
+def _share(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        value = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 1:
+        raise ConfigError(f"--max-accuracy-drop: must be 0%..100% or 0..1, got {text!r}")
+    return value
+
+
+@app.command()
+def pick(
+    folder: Folder,
+    prefer: Annotated[Prefer, typer.Option("--prefer", "--pick", help="What to optimise.")] = Prefer.knee,
+    trial: Trial = None,
+    max_accuracy_drop: MaxDrop = None,
+    max_latency_ms: MaxMs = None,
+    max_size_mb: MaxMb = None,
+    as_json: Json = False,
+) -> None:
+    """Pick a point of the front."""
+    chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
+    _print(_about(chosen), as_json)
+
+
+def _about(candidate: Any) -> dict[str, Any]:
+    score = candidate.score
+    return {
+        "trial": candidate.number,
+        "plan_id": candidate.plan.plan_id,
+        "plan": candidate.plan.words(),
+        "accuracy": [score.accuracy, score.accuracy_low, score.accuracy_high],
+        "size_bytes": score.size_bytes,
+        "latency_ms": score.latency_ms,
+        "latency_ratio": [score.latency_ratio, score.latency_ratio_low, score.latency_ratio_high],
+    }
+
+
+@app.command()
+def recover(
+    folder: Folder,
+    prefer: Annotated[Prefer, typer.Option("--prefer", "--pick", help="What to optimise.")] = Prefer.knee,
+    trial: Trial = None,
+    max_accuracy_drop: MaxDrop = None,
+    max_latency_ms: MaxMs = None,
+    max_size_mb: MaxMb = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the training rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Distil a picked point from the teacher, measure it again and add it to the study."""
+    chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
+    from autocompress import api
+
+    _print(_about(api.recover(chosen, epochs=epochs, progress=_progress)), as_json)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("-o", "--out", help="An empty or new folder.")],
+    format_: Annotated[list[str] | None, typer.Option("--format", help="openvino or onnx. Repeatable.")] = None,
+    prefer: Annotated[Prefer, typer.Option("--prefer", "--pick", help="What to optimise.")] = Prefer.knee,
+    trial: Trial = None,
+    max_accuracy_drop: MaxDrop = None,
+    max_latency_ms: MaxMs = None,
+    max_size_mb: MaxMb = None,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ship a point: copy its artefact, reload it in a fresh process, compare, score on the held-out test rows."""
+    chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
+    from autocompress import api
+
+    found = api.export(chosen, out, formats=format_ or ["openvino"], force=force, progress=_progress)
+    shown = {}
+    for name, shipped in found.items():
+        shown[name] = {
+            "folder": str(shipped.folder),
+            "trial": chosen.number,
+            "plan": chosen.plan.words(),
+            "search_accuracy": shipped.measurement.accuracy,
+            "test_accuracy": [shipped.test.value, shipped.test.low, shipped.test.high],
+            "size_bytes": shipped.measurement.size_bytes,
+            "latency_ratio": shipped.measurement.latency_ratio,
+            "reloaded_predictions": "identical",
+            "agreement_with_scored_candidate": shipped.agreement,
+        }
+    _print(shown, as_json)
+
+
+@app.command()
+def measure(
+    folder: Annotated[Path, typer.Argument(help="A folder that export wrote.")],
+    pairs: Annotated[int, typer.Option("--pairs", min=5, max=10_000, help="Runs of model and reference in turn.")] = 40,
+    as_json: Json = False,
+) -> None:
+    """Time an exported folder on this machine against its reference."""
+    from autocompress import api
+
+    _print(api.measure(folder, pairs=pairs), as_json)
+
+
+class Listing(StrEnum):
+    """What `ls` can list."""
+
+    spaces = "spaces"
+    transforms = "transforms"
+    runtimes = "runtimes"
+    studies = "studies"
+
+
+@app.command()
+def ls(what: Listing, as_json: Json = False) -> None:
+    """List search spaces, transforms, runtimes, or the studies under results/."""
+    found: dict[str, Any] = {}
+    if what is Listing.spaces:
+        from autocompress.space import SearchSpace, shipped_spaces
+
+        found = {name: SearchSpace.load(name).description for name in shipped_spaces()}
+    elif what is Listing.transforms:
+        from autocompress.plan import DECISIONS
+
+        found = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in DECISIONS.items()}
+    elif what is Listing.runtimes:
+        found = _runtimes()
+    else:
+        from autocompress import api
+
+        for file in sorted(Path("results").glob("*/study.journal")):
+            found[str(file.parent)] = api.status(file.parent)
+    _print(found, as_json)
+
+
+def _runtimes() -> dict[str, str]:
+    from autocompress.errors import RuntimeBuildError
+    from autocompress.runtimes import RUNTIMES, get_runtime
+
+    found = {}
+    for name in RUNTIMES:
+        try:
+            get_runtime(name)
+            found[name] = "ready"
+        except RuntimeBuildError as error:
+            found[name] = str(error)
+    return found
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed, what the CPU can do, and which runtimes are ready."""
+    from autocompress import machine
+    from autocompress.bank import default_bank
+
+    _print({**machine.fingerprint(), "runtimes": _runtimes(), "bank": str(default_bank())}, as_json)
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 our error in one line, 2 usage, 130 interrupted."""
+    try:
+        app()
+    except AutocompressError as error:
+        if os.environ.get("AUTOCOMPRESS_DEBUG"):
+            raise
+        typer.echo(f"autocompress: {error}" if error.exit_code == 1 else str(error), err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Ship a picked candidate and prove the copy: reloaded in a fresh process it must predict as it was scored.
+
+An exported folder holds the model's files, the tokenizer, ``measurement.json`` with search and held-out scores, a
+model card, and in ``reference/`` a stand-in of the uncompressed model to be timed against.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autocompress import machine, scoring
+from autocompress.config import RunConfig, TargetConfig
+from autocompress.errors import ExportError
+from autocompress.evaluate import LOGITS_FILE, Progress, Workshop, kept_logits
+from autocompress.plan import CompressionPlan
+from autocompress.records import Candidate, Measurement
+from autocompress.report.card import model_card
+from autocompress.runtimes import Artifact, get_runtime
+
+MEASUREMENT_SCHEMA = 1
+FORMATS = {"openvino": "openvino", "onnx": "onnxruntime"}
+"""Export format to the runtime that builds and runs it."""
+RELOAD_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was shipped.
+
+    Args:
+        folder: where it stands.
+        measurement: the score of these very files on the search split.
+        test: accuracy on the held-out test split, with its 95 % Wilson interval.
+        agreement: share of search rows on which it predicts as the candidate that the study scored.
+    """
+
+    folder: Path
+    measurement: Measurement
+    test: scoring.Accuracy
+    agreement: float
+
+
+def export(
+    candidate: Candidate, run: RunConfig, out: Path, *, formats: Sequence[str], force: bool, progress: Progress
+) -> dict[str, Export]:
+    """Export ``candidate`` in each format; see `autocompress.export`."""
+    for name in formats:
+        if name not in FORMATS:
+            raise ExportError(f"export: format must be one of {', '.join(FORMATS)}, got {name!r}")
+        get_runtime(FORMATS[name])
+    if candidate.measurement is None or candidate.folder is None:
+        raise ExportError(f"export: trial {candidate.number} failed ({candidate.failure}); pick another")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise ExportError(f"export: {out} is not empty; give another folder or --force")
+    scored = Artifact.open(_artefact_of(candidate))
+    found = {}
+    for name in formats:
+        target = out if len(formats) == 1 else out / name
+        with tempfile.TemporaryDirectory(prefix="autocompress-export-") as scratch:
+            found[name] = _export(candidate, run, FORMATS[name], scored, target, Path(scratch), progress)
+    return found
+
+
+def _artefact_of(candidate: Candidate) -> Path:
+    assert candidate.folder is not None
+    folder = candidate.folder / "artefacts" / candidate.plan.plan_id
+    if not folder.is_dir():
+        raise ExportError(
+            f"export: the artefact of trial {candidate.number} was not kept; points of the front are, and all are "
+            "with search.keep_artefacts=all"
+        )
+    return folder
+
+
+def _export(
+    candidate: Candidate, run: RunConfig, runtime: str, scored: Artifact, out: Path, scratch: Path, progress: Progress
+) -> Export:
+    other = run.model_copy(update={"target": run.target.model_copy(update={"runtime": runtime})})
+    if runtime == run.target.runtime:
+        workshop = Workshop(run, scored.folder.parent, progress)
+        artifact, measured = scored, candidate.score
+    else:
+        # Another runtime's artefact is another candidate: it is built from the same plan, and scored before it ships.
+        progress(f"building and scoring the plan with {runtime}")
+        workshop = Workshop(other, scratch / "artefacts", progress)
+        workshop.build(CompressionPlan(), workshop.reference_folder)
+        measured = workshop.evaluate(candidate.plan)
+        artifact = Artifact.open(workshop.artefacts / candidate.plan.plan_id)
+    aside = scratch / "export"
+    aside.mkdir()
+    for name in (*artifact.files, "artefact.json"):
+        shutil.copyfile(artifact.folder / name, aside / name)
+    workshop.tokenizer.save_pretrained(aside / "tokenizer")
+    (aside / "reference").mkdir()
+    workshop.runtime.stand_in(Artifact.open(workshop.reference_folder), aside / "reference")
+    progress("reloading in a fresh process")
+    expected = kept_logits(artifact.folder)
+    reloaded = _reload(aside, workshop, scratch)
+    if scoring.predictions_hash(reloaded) != measured.predictions:
+        different = int((reloaded.argmax(1) != expected.argmax(1)).sum())
+        raise ExportError(
+            f"export: trial {candidate.number}: {different} of {len(expected)} predictions of the reloaded copy differ "
+            "from its score; the artefact no longer matches"
+        )
+    progress("scoring on the held-out test split")
+    session = workshop.runtime.load(Artifact.open(aside), workshop.run.target)
+    logits = scoring.logits_of(session, workshop.splits["test"], workshop.batch_size)
+    test = scoring.accuracy(logits, workshop.splits["test"])
+    agreement = float((expected.argmax(1) == kept_logits(scored.folder).argmax(1)).mean())
+    about = {
+        "schema": MEASUREMENT_SCHEMA,
+        "trial": candidate.number,
+        "plan_id": candidate.plan.plan_id,
+        "runtime": runtime,
+        "target": workshop.run.target.model_dump(),
+        "labels": list(workshop.task.labels),
+        "max_tokens": run.data.max_tokens,
+        "vocabulary": int(workshop.teacher.module.config.vocab_size),  # type: ignore[union-attr, arg-type]
+        "search": dataclasses.asdict(measured),
+        "test": dataclasses.asdict(test),
+        "agreement_with_scored_candidate": agreement,
+    }
+    (aside / "measurement.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (aside / "README.md").write_text(model_card(candidate, run, runtime, measured, test, agreement), encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(aside, out, dirs_exist_ok=True)
+    return Export(out, measured, test, agreement)
+
+
+def _reload(folder: Path, workshop: Workshop, scratch: Path) -> np.ndarray:
+    """Return the logits of the search rows from a process that knows nothing but the exported folder and the rows."""
+    rows = workshop.splits["search"]
+    batches: dict[str, np.ndarray] = {}
+    for number, batch in enumerate(rows.in_order_of_length(workshop.batch_size)):
+        batches |= {f"{number}/{name}": array for name, array in batch.arrays().items()}
+        batches[f"{number}/rows"] = batch.rows.numpy()
+    np.savez(scratch / "rows.npz", **batches)  # type: ignore[arg-type]
+    target = json.dumps(workshop.run.target.model_dump())
+    command = [sys.executable, "-m", "autocompress.reload", str(folder), str(scratch), target]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=RELOAD_SECONDS, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        raise ExportError(f"export: reloading took more than {RELOAD_SECONDS} s") from None
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise ExportError(f"export: the copy cannot be reloaded ({last[0]})")
+    found: np.ndarray = np.load(scratch / LOGITS_FILE, allow_pickle=False)
+    return found
+
+
+def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
+    """Time an exported folder against its reference; see `autocompress.measure`."""
+    artifact = Artifact.open(folder)
+    try:
+        about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+        stored = Measurement.from_json(json.dumps(about["search"]))
+        target = TargetConfig(**about["target"])
+        vocabulary = int(about["vocabulary"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{folder / 'measurement.json'}: cannot be read ({error}); give an exported folder") from None
+    if about.get("schema") != MEASUREMENT_SCHEMA:
+        raise ExportError(f"{folder / 'measurement.json'}: schema must be {MEASUREMENT_SCHEMA}")
+    runtime = get_runtime(artifact.runtime)
+    reference = runtime.load(Artifact.open(folder / "reference"), target)
+    timed = scoring.latency(
+        runtime.load(artifact, target),
+        reference,
+        scoring.timing_inputs(artifact.inputs, target, vocabulary, 0),
+        pairs=pairs,
+        clock=scoring.clock_of(target),
+        seed=0,
+    )
+    here = machine.fingerprint()
+    return {
+        "latency_ms": timed.p50_ms,
+        "latency_p90_ms": timed.p90_ms,
+        "reference_ms": timed.reference_ms,
+        "latency_ratio": timed.ratio,
+        "latency_ratio_low": timed.ratio_low,
+        "latency_ratio_high": timed.ratio_high,
+        "stored_latency_ratio": stored.latency_ratio,
+        "difference": timed.ratio / stored.latency_ratio - 1,
+        "size_bytes": artifact.size_bytes,
+        "target": target.model_dump(),
+        "machine": here,
+        "same_machine": here["id"] == stored.fingerprint.get("id"),
+    }

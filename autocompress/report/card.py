@@ -1,0 +1,60 @@
+"""The model card that travels with an exported folder."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import yaml
+
+from autocompress.config import RunConfig
+from autocompress.records import Candidate, Measurement
+from autocompress.report.tables import one_line
+
+if TYPE_CHECKING:
+    from autocompress.scoring import Accuracy
+
+
+def model_card(
+    candidate: Candidate, run: RunConfig, runtime: str, measured: Measurement, test: Accuracy, agreement: float
+) -> str:
+    """Return Markdown with YAML front matter; every number comes from the arguments."""
+    front_matter = yaml.safe_dump(
+        {"library_name": "autocompress", "base_model": run.model.id, "pipeline_tag": "text-classification"},
+        sort_keys=False,
+    )
+    target = run.target
+    cpu = measured.fingerprint.get("cpu", {}).get("name", "unknown CPU")
+    versions = measured.fingerprint.get("versions", {})
+    said = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    rows = [
+        ("Accuracy, search split", _percent(measured.accuracy, measured.accuracy_low, measured.accuracy_high)),
+        ("Accuracy, held-out test split", _percent(test.value, test.low, test.high) + f", {test.rows} rows"),
+        ("Size", f"{measured.size_bytes / 1e6:.2f} MB"),
+        ("Latency", f"{measured.latency_ms:.2f} ms median, {measured.latency_p90_ms:.2f} ms 90th percentile"),
+        (
+            "Latency over the uncompressed model's",
+            f"{measured.latency_ratio:.3f} [{measured.latency_ratio_low:.3f}, {measured.latency_ratio_high:.3f}]",
+        ),
+        ("Measured as", f"{runtime}, {target.threads} thread(s), {target.batch_size} x {target.tokens} tokens"),
+        ("Measured on", cpu),
+        ("Versions", said),
+        ("Same predictions as the study's candidate", f"{agreement * 100:.1f} % of the search rows"),
+        ("Data", run.data.source),
+        ("Seed", str(run.seed)),
+        ("Trial, plan", f"{candidate.number}, {candidate.plan.plan_id}"),
+    ]
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
+    plan = json.dumps(json.loads(candidate.plan.to_json()), indent=1)
+    return (
+        f"---\n{front_matter}---\n\n# {_cell(run.name)}: {_cell(candidate.plan.words())}\n\n"
+        f"| | |\n|---|---|\n{table}\n\n## Plan\n\n```json\n{plan}\n```\n"
+    )
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    return f"{value * 100:.2f} % [{low * 100:.2f}, {high * 100:.2f}]"
+
+
+def _cell(text: str) -> str:
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;")
