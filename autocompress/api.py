@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from autocompress import delivery, machine, model
 from autocompress.config import RunConfig
 from autocompress.errors import StudyError
-from autocompress.evaluate import Progress, Workshop, dropped, silent
+from autocompress.evaluate import Progress, Workshop, silent
 from autocompress.pareto import Front
 from autocompress.plan import MODEL_SITE, CompressionPlan, Recover
 from autocompress.records import Candidate
@@ -64,7 +65,7 @@ def search(run: RunConfig, out: str | Path | None = None, *, progress: Progress 
                 progress(tables.candidate_line(candidate, study.finished, total, reference))
                 tables.write_csv(study.candidates(), folder / "study.csv")
                 if run.search.keep_artefacts == "front":
-                    dropped(workshop.artefacts, [c.plan.plan_id for c in study.front().points])
+                    _drop_dominated(study, workshop.artefacts)
 
             # Ray is imported where it is needed: a finished search only rewrites its report.
             from autocompress.distribute import execute
@@ -78,6 +79,14 @@ def search(run: RunConfig, out: str | Path | None = None, *, progress: Progress 
     finally:
         study.close()
     return open_study(folder)
+
+
+def _drop_dominated(study: Study, artefacts: Path) -> None:
+    """Delete the artefacts of finished candidates that are not on the front; others may be in the making."""
+    front = {c.plan.plan_id for c in study.front().points}
+    for candidate in study.candidates():
+        if candidate.plan.plan_id not in front:
+            shutil.rmtree(artefacts / candidate.plan.plan_id, ignore_errors=True)
 
 
 def _run_for_workers(workshop: Workshop) -> RunConfig:

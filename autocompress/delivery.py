@@ -115,7 +115,7 @@ def _export(
         )
     progress("scoring on the held-out test split")
     session = workshop.runtime.load(Artifact.open(aside), workshop.run.target)
-    logits = scoring.logits_of(session, workshop.splits["test"], workshop.batch_size)
+    logits = scoring.logits_of(session, workshop.splits["test"], workshop.batches("test"))
     test = scoring.accuracy(logits, workshop.splits["test"])
     agreement = float((expected.argmax(1) == kept_logits(scored.folder).argmax(1)).mean())
     about = {
@@ -140,9 +140,8 @@ def _export(
 
 def _reload(folder: Path, workshop: Workshop, scratch: Path) -> np.ndarray:
     """Return the logits of the search rows from a process that knows nothing but the exported folder and the rows."""
-    rows = workshop.splits["search"]
     batches: dict[str, np.ndarray] = {}
-    for number, batch in enumerate(rows.in_order_of_length(workshop.batch_size)):
+    for number, batch in enumerate(workshop.batches("search")):
         batches |= {f"{number}/{name}": array for name, array in batch.arrays().items()}
         batches[f"{number}/rows"] = batch.rows.numpy()
     np.savez(scratch / "rows.npz", **batches)  # type: ignore[arg-type]

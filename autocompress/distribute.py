@@ -64,6 +64,10 @@ class _StudySearcher(Searcher):
             outcome = found["failure"] if "failure" in found else Measurement(**found["measurement"])
         self._told(self._study.tell(number, plan, outcome))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its settings for a restore that is never made; the study's lock and sessions stay here.
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the study is the only truth."""
 
@@ -79,6 +83,7 @@ class _Worker(tune.Trainable):
 
         run = RunConfig.from_mapping(json.loads(config["run"]))
         self._workshop = Workshop(run, Path(config["artefacts"]))
+        self._workshop.ready()
         self._plan = config["plan"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -96,6 +101,12 @@ class _Worker(tune.Trainable):
             text = str(error).strip().splitlines()
             outcome = {"failure": f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"}
         return {"done": True, "outcome": json.dumps(outcome)}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Save nothing: a trial is one step, and a killed one starts again."""
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Load nothing."""
 
 
 def execute(study: Study, run: RunConfig, artefacts: Path, told: Callable[[Candidate], None]) -> None:
@@ -118,7 +129,6 @@ def execute(study: Study, run: RunConfig, artefacts: Path, told: Callable[[Candi
     resources: dict[str, float] = {"cpu": min(threads, cores), **({LATENCY_SLOT: 1} if exclusive else {})}
     # More workers than cores were asked for by name: Ray is told so, or it would wait for cores that do not exist.
     logical = max(cores, math.ceil(workers * resources["cpu"]))
-    logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="ray.*")
     try:
         ray.init(
@@ -131,6 +141,9 @@ def execute(study: Study, run: RunConfig, artefacts: Path, told: Callable[[Candi
         )
     except (RuntimeError, ConnectionError, OSError, ValueError) as error:
         raise StudyError(f"search: Ray cannot be started ({str(error).strip().splitlines()[0]})") from None
+    # A worker's death is retried and then told as the candidate's failure; Tune's own traceback of it is noise.
+    for name in ("ray", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(artefacts)}
     try:
         with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:
@@ -147,6 +160,7 @@ def execute(study: Study, run: RunConfig, artefacts: Path, told: Callable[[Candi
                     name="search",
                     storage_path=scratch,
                     verbose=0,
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=run.search.max_retries),
                 ),
             ).fit()

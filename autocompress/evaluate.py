@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,8 @@ Progress = training.Progress
 LOGITS_FILE = "logits.npy"
 _RANGE_ROWS = 64
 """Calibration rows that activation ranges are taken from; more did not change accuracy."""
+_ACCURACY_BATCH, _ACCURACY_STEP = 32, 4
+"""Rows per call and multiple of tokens where a runtime's logits depend on neither."""
 _DROP_ROWS = 128
 """Calibration rows that the order of dropping blocks is taken from."""
 
@@ -244,10 +247,11 @@ class Workshop:
             return self._distilled(built, "the picked point", wanted.epochs, {"plan": made_from, "base": base.base})
         return built
 
-    @property
-    def batch_size(self) -> int:
-        """Rows per call for accuracy: the target's, unless the runtime's logits do not depend on it."""
-        return scoring.ACCURACY_BATCH if self.runtime.batch_invariant else self.run.target.batch_size
+    def batches(self, split: str) -> Iterator[Batch]:
+        """Yield the rows of a split for accuracy: in the target's batch size, unless logits do not depend on it."""
+        if self.runtime.batch_invariant:
+            return self.splits[split].in_order_of_length(_ACCURACY_BATCH, step=_ACCURACY_STEP)
+        return self.splits[split].in_order_of_length(self.run.target.batch_size)
 
     @property
     def reference_folder(self) -> Path:
@@ -278,7 +282,7 @@ class Workshop:
         """Measure a built artefact: accuracy through it, its bytes, its latency paired with the reference."""
         started = time.perf_counter()
         session = self.runtime.load(artifact, self.run.target)
-        logits = scoring.logits_of(session, self.splits[split], self.batch_size)
+        logits = scoring.logits_of(session, self.splits[split], self.batches(split))
         scored = scoring.accuracy(logits, self.splits[split])
         if split == "search":
             np.save(artifact.folder / LOGITS_FILE, logits, allow_pickle=False)
@@ -314,6 +318,13 @@ class Workshop:
         settings = {k: str(v) for k, v in self.runtime.settings(self.run.target).items()}
         return {**machine.fingerprint(), "target": self.run.target.model_dump(), "runtime_options": settings}
 
+    def ready(self) -> None:
+        """Load what every candidate needs, so that the first one is not charged for it."""
+        self.reference_session.run(self.inputs(Artifact.open(self.reference_folder)))
+        # The first build of a process imports the converter and its like.
+        with _threads(self.run.target.threads), tempfile.TemporaryDirectory() as scratch:
+            self.build(CompressionPlan(), Path(scratch) / "first")
+
     def evaluate(self, plan: CompressionPlan) -> Measurement:
         """Build and score one candidate; its artefact stays under its plan id.
 
@@ -346,11 +357,3 @@ def kept_logits(folder: Path) -> np.ndarray:
     """Return the logits that the artefact in ``folder`` was scored with, ``rows x classes``."""
     found: np.ndarray = np.load(folder / LOGITS_FILE, allow_pickle=False)
     return found
-
-
-def dropped(artefacts: Path, keep: Sequence[str]) -> None:
-    """Delete built candidates whose plan id is not in ``keep``; the reference stays."""
-    kept = {*keep, "reference"}
-    for folder in artefacts.iterdir() if artefacts.is_dir() else ():
-        if folder.name not in kept and not folder.name.startswith("."):
-            shutil.rmtree(folder, ignore_errors=True)

@@ -185,6 +185,8 @@ def check_files(folder: Path) -> None:
         raise ModelError(f"model: {config_file}: missing; a model folder holds config.json and safetensors") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"model: {config_file}: not readable as JSON ({_first_line(error)})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"model: {config_file}: must hold an object, got {type(config).__name__}")
     if config.get("auto_map"):
         raise ModelError(f"model: {folder}: needs remote code (auto_map in config.json), which is never run")
     weights = sorted(folder.glob("*.safetensors"))
@@ -242,7 +244,7 @@ def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0) -> EncoderMode
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
     try:
-        module = AutoModelForSequenceClassification.from_pretrained(
+        module, found = AutoModelForSequenceClassification.from_pretrained(
             folder,
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
@@ -253,11 +255,38 @@ def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0) -> EncoderMode
             trust_remote_code=False,
             dtype=torch.float32,
             ignore_mismatched_sizes=head_labels(folder) is None,
+            output_loading_info=True,
         )
     except Exception as error:
         raise ModelError(f"model: {folder}: does not load as a sequence classifier ({_first_line(error)})") from None
+    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if head_labels(folder) is None:
+        # A new head is expected to be made; a pooler, where there is one, is part of it.
+        encoder = f"{module.base_model_prefix}."
+        lacking = [key for key in lacking if key.startswith(encoder) and ".pooler." not in key]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ModelError(f"model: {folder}: lacks weights that its config.json asks for: {lacking[0]}{more}")
     module.config.problem_type = "single_label_classification"
     return understand(module.eval(), base=fingerprint(folder))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer that was saved with a model.
+
+    Raises:
+        ModelError: if there is none, or it needs remote code.
+    """
+    from transformers import AutoTokenizer
+
+    # Without any of these transformers makes up a tokenizer that knows no words.
+    names = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+    if not any(file for name in names for file in folder.glob(name)):
+        raise ModelError(f"model: {folder}: its tokenizer does not load (it holds none of {', '.join(names)})")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"model: {folder}: its tokenizer does not load ({_first_line(error)})") from None
 
 
 def understand(module: nn.Module, *, base: str) -> EncoderModel:
@@ -266,7 +295,11 @@ def understand(module: nn.Module, *, base: str) -> EncoderModel:
     Raises:
         ModelError: naming what was expected and what was found.
     """
-    layout, shape = _find(module)
+    try:
+        layout, shape = _find(module)
+    except AttributeError as error:
+        kind = type(module).__name__
+        raise ModelError(f"model: {kind}: anatomy not understood: its configuration ({_first_line(error)})") from None
     model = EncoderModel(module, layout, shape, base)
     _prove(model)
     return model
@@ -331,12 +364,17 @@ def _prove(model: EncoderModel) -> None:
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
     kind = type(model.module).__name__
     with torch.no_grad():
-        silenced = probe.module(input_ids=ids, attention_mask=mask).logits
+        try:
+            silenced = probe.module(input_ids=ids, attention_mask=mask).logits
+        except Exception as error:
+            raise ModelError(
+                f"model: {kind}: anatomy not understood: it does not run on token ids and a mask ({_first_line(error)})"
+            ) from None
         try:
             keep_heads(probe, 0, list(range(1, block.heads)))
             keep_neurons(probe, 0, list(range(1, block.neurons)))
             removed = probe.module(input_ids=ids, attention_mask=mask).logits
-        except RuntimeError as error:
+        except Exception as error:
             raise ModelError(
                 f"model: {kind}: anatomy not understood: a head cannot be removed ({_first_line(error)})"
             ) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +17,11 @@ import numpy as np
 from autocompress.config import TargetConfig
 from autocompress.errors import MeasurementError
 from autocompress.runtimes.base import Session
-from autocompress.task import Split
+from autocompress.task import Batch, Split
 
-WARMUP_RUNS = 5
+WARMUP_RUNS = 3
 BOOTSTRAP_DRAWS = 2000
 _Z95 = 1.959963984540054
-ACCURACY_BATCH = 16
-"""Rows per call when a runtime's logits do not depend on the batch."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ def wilson(hits: int, rows: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def logits_of(session: Session, rows: Split, batch_size: int) -> np.ndarray:
-    """Run all rows through an artefact.
+def logits_of(session: Session, rows: Split, batches: Iterable[Batch]) -> np.ndarray:
+    """Run all ``rows`` through an artefact, in ``batches`` that hold each of them once.
 
     Returns:
         ``rows x classes``, float32, in row order.
@@ -68,7 +66,7 @@ def logits_of(session: Session, rows: Split, batch_size: int) -> np.ndarray:
         MeasurementError: if any logit is not finite.
     """
     found: np.ndarray | None = None
-    for batch in rows.in_order_of_length(batch_size):
+    for batch in batches:
         logits = session.run(batch.arrays())
         if found is None:
             found = np.empty((len(rows), logits.shape[1]), dtype=np.float32)

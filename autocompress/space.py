@@ -267,9 +267,11 @@ class BoundSpace:
         recipes += [{"student": s, "width": w, "bits": 8, "embeddings": 4} for s in students for w in widths[:1]]
         recipes += [{"student": s, "drop": 1, "bits": 8, "embeddings": 4} for s in students]
         recipes += [{"rank": r, "bits": 8, "embeddings": 4} for r in axes["rank"][1:]]
-        recipes += [{"drop": 2, "bits": 8, "embeddings": 4}, {"bits": 16, "embeddings": 16}]
-        recipes += [{"width": w} for w in widths] + [{"rank": r} for r in axes["rank"]]
-        recipes += [{"student": s} for s in students] + [{"drop": 1}]
+        recipes += [{"drop": 2, "bits": 8, "embeddings": 4}]
+        # What a recipe does not name stays at its most: 16 bits cost the most time and save size only.
+        recipes += [{"student": s} for s in students] or [{}]
+        if not any(rule.bits for rule in self.space.rules):
+            recipes += [{"width": w} for w in widths] + [{"rank": r} for r in axes["rank"]] + [{"drop": 1}]
         seen: set[str] = set()
         seeds = []
         for recipe in recipes:
@@ -287,7 +289,7 @@ class BoundSpace:
             value: Value
             if name == "student":
                 value = recipe.get("student", NO_STUDENT)
-            elif name == "drop_blocks":
+            elif "." not in name:  # drop_blocks; a rule's parameters have dots
                 value = min(recipe.get("drop", 0), max(int(c) for c in choices))
             else:
                 axis = name.rsplit(".", 2)[1]  # a rule's name may hold dots
@@ -327,9 +329,10 @@ class BoundSpace:
             base = str(ask("student", (NO_STUDENT, *students), lambda c: {(MODEL_SITE, Student): students.get(str(c))}))
         if self.space.drop_blocks is not None:
             shape = self.shape.after(CompressionPlan(tuple(decisions)))
-            most = min(self.space.drop_blocks.at_most, len(shape.blocks) - 1)
+            most, most_of_all = (min(self.space.drop_blocks.at_most, len(s.blocks) - 1) for s in (shape, self.shape))
             ask(
-                "drop_blocks",
+                # One name has one set of choices in a study; a shallow student has fewer.
+                "drop_blocks" if most == most_of_all else f"drop_blocks_{most}",
                 tuple(range(most + 1)),
                 lambda c: {(MODEL_SITE, DropBlocks): _drop(self.drop_orders[base], int(c))},
             )

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,9 @@ def repair_tail(journal: Path) -> Path | None:
             return None
         except ValueError:
             end -= len(last)
-    backup = journal.with_name(f"{journal.name}.torn-{time.strftime('%Y%m%d-%H%M%S')}")
+    stamp = f"{journal.name}.torn-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (stamp if number == 1 else f"{stamp}-{number}" for number in itertools.count(1))
+    backup = next(path for path in map(journal.with_name, names) if not path.exists())
     shutil.copyfile(journal, backup)
     with journal.open("r+b") as opened:
         opened.truncate(end)
@@ -110,13 +114,18 @@ class Study:
         self.run = run
         self.space = space
         self.repaired: Path | None = None
-        self._lock: int | None = None
-        journal = folder / "study.journal"
+        self._lock: int | None = _drive(folder) if writable else None
+        try:
+            self._load(folder / "study.journal", identity, writable)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, journal: Path, identity: Mapping[str, Any] | None, writable: bool) -> None:
         if writable:
-            self._lock = _drive(folder)
             self.repaired = repair_tail(journal)
         elif not journal.exists():
-            raise StudyError(f"{folder}: holds no study.journal; run: autocompress search RUN --out {folder}")
+            raise StudyError(f"{self.folder}: holds no study.journal; run: autocompress search RUN --out {self.folder}")
         self._study = self._open(journal, identity, writable)
         self._asked: dict[int, optuna.Trial] = {}
         self.interrupted = self._reconcile() if writable else 0
@@ -126,7 +135,8 @@ class Study:
             if (candidate := self._read(trial)) is not None
         }
         self._known = {c.plan.plan_id for c in self._candidates.values()}
-        self._rng = random.Random(f"{run.seed}:{len(self._study.get_trials(deepcopy=False))}")  # noqa: S311
+        self._seeds = self.space.ladder() if writable and self.space is not None and self.run.search.seeds else []
+        self._rng = random.Random(f"{self.run.seed}:{len(self._study.get_trials(deepcopy=False))}")  # noqa: S311
 
     def _open(self, journal: Path, identity: Mapping[str, Any] | None, writable: bool) -> optuna.Study:
         try:
@@ -155,20 +165,18 @@ class Study:
                 raise StudyError(f"{journal}: this study was made with other settings ({changes}); use another --out")
         if writable:
             study.sampler = _sampler(self.run, len(study.get_trials(deepcopy=False)))
-            if not study.get_trials(deepcopy=False) and self.run.search.seeds and self.space is not None:
-                for params in self.space.ladder():
-                    study.enqueue_trial(params, user_attrs={"origin": "seed"})
         return study
 
     def _reconcile(self) -> int:
         """Fail the trials that a killed driver left running and enqueue their parameters again."""
         running = [t for t in self._study.get_trials(deepcopy=False) if t.state == TrialState.RUNNING]
         for trial in running:
-            self._study._storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
-            self._study.tell(trial.number, state=TrialState.FAIL)
             origin = trial.user_attrs.get("origin", "sampler")
+            # First, so that a driver killed in between leaves it enqueued twice, which does no harm, and not never.
             if "plan" in trial.user_attrs:
                 self._study.enqueue_trial(trial.params, user_attrs={"origin": origin})
+            self._study._storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
+            self._study.tell(trial.number, state=TrialState.FAIL)
         return len(running)
 
     @property
@@ -187,6 +195,7 @@ class Study:
         if self.remaining == 0:
             return None
         for attempt in range(_ASKS + 1):
+            self._enqueue_seed()
             if attempt == _ASKS and not self._enqueue_unknown():
                 return None
             trial = self._study.ask()
@@ -205,6 +214,14 @@ class Study:
             self._asked[trial.number] = trial
             return trial.number, plan
         return None
+
+    def _enqueue_seed(self) -> None:
+        """Enqueue the next seed of an unknown plan, unless trials wait, which a killed driver had begun."""
+        assert self.space is not None
+        while self._seeds and not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            params = self._seeds.pop(0)
+            if self.space.plan(params).plan_id not in self._known:
+                self._study.enqueue_trial(params, user_attrs={"origin": "seed"})
 
     def _enqueue_unknown(self) -> bool:
         """Enqueue random parameters of a plan that is not known yet; False if none was found."""
@@ -382,7 +399,10 @@ def _sampler(run: RunConfig, trials_before: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.NSGAIISampler(seed=seed)
     if run.search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
+    with warnings.catch_warnings():
+        # Optuna says on stderr that ``group`` is experimental; its version is pinned.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
 
 
 def _brief(value: object) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -70,9 +71,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """Return the given rows as one padded batch."""
+    def batch(self, rows: Sequence[int], *, step: int = 1) -> Batch:
+        """Return the given rows as one batch, padded to a multiple of ``step`` tokens or the split's longest row."""
         width = max(len(self.input_ids[row]) for row in rows)
+        if step > 1:
+            width = max(width, min(-(-width // step) * step, max(map(len, self.input_ids))))
         ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
         mask = torch.zeros((len(rows), width), dtype=torch.int64)
         types = None if self.token_type_ids is None else torch.zeros((len(rows), width), dtype=torch.int64)
@@ -85,11 +88,15 @@ class Split:
         labels = torch.tensor([self.labels[row] for row in rows])
         return Batch(ids, mask, types, labels, torch.tensor(list(rows)))
 
-    def in_order_of_length(self, batch_size: int) -> Iterator[Batch]:
-        """Yield all rows in batches of similar length, which saves padding; ``rows`` says where they belong."""
+    def in_order_of_length(self, batch_size: int, *, step: int = 1) -> Iterator[Batch]:
+        """Yield all rows in batches of similar length, which saves padding; ``rows`` says where they belong.
+
+        A ``step`` above 1 pads to multiples of it: a runtime that prepares its kernels for each new shape then meets
+        few of them.
+        """
         order = sorted(range(len(self)), key=lambda row: (len(self.input_ids[row]), row))
         for start in range(0, len(order), batch_size):
-            yield self.batch(order[start : start + batch_size])
+            yield self.batch(order[start : start + batch_size], step=step)
 
     def shuffled(self, batch_size: int, generator: torch.Generator) -> list[Batch]:
         """Return one epoch of shuffled batches, each of rows of similar length."""
@@ -216,6 +223,23 @@ def _read(config: DataConfig) -> pd.DataFrame:
     return _read_hub(config)
 
 
+@contextmanager
+def _hub_switched_off() -> Iterator[None]:
+    """Let `datasets` look into its cache only; asked for local files, it still tries the network, for half a minute."""
+    import datasets
+    import huggingface_hub
+
+    switches = (datasets.config, huggingface_hub.constants)
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    try:
+        for switch in switches:
+            switch.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.HF_HUB_OFFLINE = value
+
+
 def _read_hub(config: DataConfig) -> pd.DataFrame:
     import datasets
     import pandas as pd
@@ -225,8 +249,8 @@ def _read_hub(config: DataConfig) -> pd.DataFrame:
     datasets.disable_progress_bars()
 
     def fetch(local: bool) -> Any:
-        download = datasets.DownloadConfig(local_files_only=local)
-        return datasets.load_dataset(config.source, download_config=download)
+        with _hub_switched_off() if local else nullcontext():
+            return datasets.load_dataset(config.source)
 
     def probe() -> None:
         from huggingface_hub import HfApi

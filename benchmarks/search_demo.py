@@ -1,0 +1,244 @@
+"""Measure the main job as a user would run it, and write ``results/benchmarks/search-demo.json``.
+
+Run it in a fresh clone and a fresh virtual environment, after the installation, with nothing else running:
+``python benchmarks/search_demo.py``. It starts from an empty bank, runs the commands of README in subprocesses, kills
+a search once in the middle, and computes every figure from what they wrote. ``--eight-classes FILE.csv`` adds the run
+on another task (``benchmarks/eight_classes.py`` makes the file).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from autocompress import machine
+from autocompress.records import Measurement
+from autocompress.scoring import wilson
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "results" / "benchmarks" / "search-demo.json"
+COMMAND = "python benchmarks/search_demo.py"
+
+
+@dataclass
+class Figure:
+    """One measured figure; ``target`` is a bound in words, ``holds`` whether the value meets it."""
+
+    name: str
+    value: float
+    unit: str
+    interval: list[float] | None
+    target: str
+    holds: bool
+
+
+class Bench:
+    """Runs commands of the package with an own bank and collects figures."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.environment = {**os.environ, "XDG_CACHE_HOME": str(scratch / "cache"), "HF_HUB_OFFLINE": "1"}
+        self.figures: list[Figure] = []
+
+    def add(self, name: str, value: float, unit: str, target: str, holds: bool, interval: Any = None) -> None:
+        self.figures.append(Figure(name, float(value), unit, interval, target, bool(holds)))
+        print(f"{'ok  ' if holds else 'MISS'} {name}: {value:.6g} {unit} (target: {target})", flush=True)
+
+    def run(self, *arguments: str, log: str) -> tuple[float, str, list[float]]:
+        """Return seconds, stdout, and the moments at which progress lines came."""
+        command = [sys.executable, "-m", "autocompress.cli", *arguments]
+        started, moments = time.perf_counter(), []
+        with (self.scratch / f"{log}.log").open("w") as kept:
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+            )
+            assert process.stderr is not None and process.stdout is not None
+            for line in process.stderr:
+                moments.append(time.perf_counter() - started)
+                kept.write(line)
+            output = process.stdout.read()
+            code = process.wait()
+            kept.write(output)
+        seconds = time.perf_counter() - started
+        if code != 0:
+            raise SystemExit(f"{' '.join(arguments)} ended with {code}; see {self.scratch / (log + '.log')}")
+        return seconds, output, moments
+
+
+def main_job(bench: Bench, demo: Path) -> None:
+    seconds, _, moments = bench.run("search", "demo", "--out", str(demo), log="search")
+    bench.add("main job, from an empty bank to report.html", seconds / 60, "minutes", "<= 15", seconds <= 900)
+    gaps = [b - a for a, b in zip([0.0, *moments], [*moments, seconds], strict=True)]
+    bench.add("longest time without a line of progress", max(gaps), "seconds", "<= 60", max(gaps) <= 60)
+    study, front = pd.read_csv(demo / "study.csv"), pd.read_csv(demo / "pareto.csv")
+    environment = json.loads((demo / "environment.json").read_text())
+    reference = Measurement.from_json(json.dumps(environment["reference"]))
+    done = study[study.state == "COMPLETE"]
+    bench.add("evaluated candidates", len(done), "candidates", ">= 40", len(done) >= 40)
+    bench.add("rows of the search split", reference.rows, "rows", ">= 1000", reference.rows >= 1000)
+    slowest, middle = done.seconds.max(), done.seconds.median()
+    bench.add("slowest candidate", slowest, "seconds", "<= 10", slowest <= 10)
+    bench.add("median candidate", middle, "seconds", "<= 10", middle <= 10)
+    bench.add("points on the front", len(front), "points", ">= 8", len(front) >= 8)
+    used = {
+        "pruning": done.plan.str.contains(r"\d+ (?:heads|neurons) ?(?:rank|w|$)|without block", regex=True),
+        "bits": done.plan.str.contains(r"w(?:4|8)"),
+        "rank": done.plan.str.contains("rank "),
+        "student": done.plan.str.contains("student of"),
+    }
+    for axis, mask in used.items():
+        bench.add(f"candidates with {axis}", int(mask.sum()), "candidates", ">= 1", mask.any())
+    joint = sum(mask.astype(int) for mask in used.values()) >= 2
+    bench.add("candidates with two or more axes", int(joint.sum()), "candidates", ">= 1", joint.any())
+    near = front[front.accuracy >= reference.accuracy - 0.01 - 1e-9]
+    interval = list(wilson(round(reference.accuracy * reference.rows), reference.rows))
+    bench.add("reference accuracy, search split", reference.accuracy, "share", "reported", True, interval)
+    fastest = near.loc[near.latency_ratio.idxmin()]
+    bench.add(
+        "fastest point of the front within 1 point of accuracy",
+        1 / fastest.latency_ratio,
+        "times faster than fp32 in the same runtime",
+        ">= 3",
+        1 / fastest.latency_ratio >= 3,
+        [1 / fastest.latency_ratio_high, 1 / fastest.latency_ratio_low],
+    )
+    bench.add("its accuracy lost", reference.accuracy - fastest.accuracy, "share", "<= 0.01", True)
+    smallest = near.loc[near.size_bytes.idxmin()]
+    times = reference.size_bytes / smallest.size_bytes
+    bench.add("smallest point within 1 point of accuracy", times, "times smaller than fp32", ">= 5", times >= 5)
+    bench.add("its accuracy lost", reference.accuracy - smallest.accuracy, "share", "<= 0.01", True)
+
+
+def again(bench: Bench, demo: Path) -> None:
+    front, before = (demo / "pareto.csv").read_bytes(), len(pd.read_csv(demo / "study.csv"))
+    seconds, _, _ = bench.run("search", "demo", "--out", str(demo), log="again")
+    same = (demo / "pareto.csv").read_bytes() == front
+    bench.add("the same command again", seconds, "seconds", "<= 20, same front", seconds <= 20 and same)
+    added = len(pd.read_csv(demo / "study.csv")) - before
+    bench.add("candidates evaluated again", added, "candidates", "0", added == 0)
+
+
+def exports(bench: Bench, demo: Path) -> None:
+    for name in ("openvino", "onnx"):
+        out = bench.scratch / f"out-{name}"
+        arguments = ("export", str(demo), "--pick", "knee", "--format", name, "-o", str(out), "--json")
+        _, output, _ = bench.run(*arguments, log=f"export-{name}")
+        shipped = json.loads(output)[name]
+        identical = shipped["reloaded_predictions"] == "identical"
+        bench.add(f"{name}: reloaded predictions identical to its score", identical, "1 = yes", "1", identical)
+        agreement = shipped["agreement_with_scored_candidate"]
+        bench.add(f"{name}: predictions equal to the study's candidate", agreement, "share of rows", "reported", True)
+        value, low, high = shipped["test_accuracy"]
+        bench.add(f"{name}: accuracy, held-out test split", value, "share", "reported", True, [low, high])
+        _, output, _ = bench.run("measure", str(out), "--json", log=f"measure-{name}")
+        difference = json.loads(output)["difference"]
+        bench.add(
+            f"{name}: measured ratio against the stored one", difference, "share", "within 0.05", abs(difference) <= 0.05
+        )
+
+
+def extended(bench: Bench, demo: Path) -> None:
+    before = len(pd.read_csv(demo / "study.csv"))
+    bench.run("search", "demo", "--out", str(demo), "--set", "search.trials=60", log="sixty")
+    added = len(pd.read_csv(demo / "study.csv")) - before
+    bench.add("candidates added by search.trials=60", added, "candidates", "20", added == 20)
+
+
+def killed(bench: Bench, folder: Path) -> None:
+    """Kill a search in the middle (its own students and teacher come from the bank), then run the same command."""
+    arguments = ("search", "demo", "--out", str(folder), "--set", "search.trials=16")
+    command = [sys.executable, "-m", "autocompress.cli", *arguments]
+    process = subprocess.Popen(
+        command, env=bench.environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "[  5/" in line or "[ 5/" in line:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = pd.read_csv(folder / "study.csv")
+    bench.run(*arguments, log="resumed")
+    after = pd.read_csv(folder / "study.csv")
+    kept = finished.number.isin(after.number).all() and set(finished.plan_id) <= set(after.plan_id)
+    bench.add("kill -9: finished candidates lost", 0 if kept else 1, "0 = none", "0", kept)
+    from optuna.trial import TrialState
+
+    from autocompress.api import open_study
+
+    running = [t for t in open_study(folder)._study.get_trials() if t.state == TrialState.RUNNING]
+    bench.add("kill -9: trials left RUNNING", len(running), "trials", "0", not running)
+    exact = len(after) == 16 and after.plan_id.is_unique
+    bench.add("kill -9: candidates in the end, none twice", len(after), "candidates", "16", exact)
+
+
+def eight_classes(bench: Bench, data: Path, model: str) -> None:
+    out = bench.scratch / "eight"
+    seconds, _, _ = bench.run("search", "demo", "--out", str(out), "--model", model, "--data", str(data), log="eight")
+    study = pd.read_csv(out / "study.csv")
+    done = int((study.state == "COMPLETE").sum())
+    bench.add("eight classes: evaluated candidates", done, "candidates", ">= 40", done >= 40)
+    bench.add("eight classes: whole run", seconds / 60, "minutes", "reported", True)
+    reference = json.loads((out / "environment.json").read_text())["reference"]["accuracy"]
+    bench.add("eight classes: reference accuracy, search split", reference, "share", "reported", True)
+    front = pd.read_csv(out / "pareto.csv")
+    near = front[front.accuracy >= reference - 0.01 - 1e-9]
+    bench.add("eight classes: fastest within 1 point", 1 / near.latency_ratio.min(), "times", "reported", True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--eight-classes", type=Path, help="CSV of another task")
+    parser.add_argument("--keep", type=Path, help="copy the demo's results folder here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as folder:
+        bench = Bench(Path(folder))
+        demo = bench.scratch / "demo"
+        helped, _, _ = bench.run("--help", log="help")
+        bench.add("--help", helped, "seconds", "<= 0.7", helped <= 0.7)
+        try:
+            main_job(bench, demo)
+            if options.keep is not None:
+                keep = ("run.yaml", "study.csv", "pareto.csv", "report.html", "environment.json")
+                options.keep.mkdir(parents=True, exist_ok=True)
+                for name in keep:
+                    shutil.copyfile(demo / name, options.keep / name)
+            again(bench, demo)
+            exports(bench, demo)
+            killed(bench, bench.scratch / "killed")
+            extended(bench, demo)
+            if options.eight_classes is not None:
+                from autocompress.model import locate
+
+                eight_classes(bench, options.eight_classes.resolve(), str(locate("demo/minilm")))
+        finally:
+            write(bench.figures)
+
+
+def write(figures: list[Figure]) -> None:
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    content = {
+        "figures": [asdict(figure) for figure in figures],
+        "command": COMMAND,
+        "commit": head.stdout.strip(),
+        "fingerprint": machine.fingerprint(),
+    }
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {OUT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

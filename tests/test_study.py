@@ -1,0 +1,748 @@
+"""The study: its budget, what it refuses, and that nothing finished is lost however a driver ends. No model is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+import pytest
+from helpers_records import make_measurement, make_reference
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from autocompress import api, strict_yaml
+from autocompress.anatomy import BlockShape, ModelShape
+from autocompress.config import RunConfig, validated
+from autocompress.errors import NoFeasiblePointError, StudyError
+from autocompress.plan import MODEL_SITE, CompressionPlan, Recover, Student
+from autocompress.records import Candidate, Measurement
+from autocompress.space import BoundSpace, SearchSpace, bind
+from autocompress.study import Study, excesses, identity_of, repair_tail
+
+SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4)
+TINY_SPACE = "rules: [{match: block.*.ffn, bits: {choices: [8, 4, 16], tie: all}}, {match: embeddings, bits: [8, 16]}]"
+TINY_PLANS = 6
+CSV_COLUMNS = (
+    *("number", "state", "plan_id", "accuracy", "accuracy_low", "accuracy_high", "size_bytes", "latency_ms"),
+    *("latency_ratio", "latency_ratio_low", "latency_ratio_high", "seconds"),
+)
+
+
+def space_of(text: str) -> BoundSpace:
+    parsed = strict_yaml.parse(f"schema: 1\nname: test\n{text}", "test.yaml")
+    return bind(validated(SearchSpace, parsed, "test.yaml"), SHAPE)
+
+
+SMALL = bind(SearchSpace.load("encoder-small"), SHAPE)
+TINY = space_of(TINY_SPACE)
+
+
+def score_of(plan: CompressionPlan) -> Measurement:
+    """Return a score that depends on the plan alone, so that any driver gives the same one."""
+    first, second, third = hashlib.sha256(plan.plan_id.encode()).digest()[:3]
+    return make_measurement(
+        accuracy=0.5 + first / 1000, size_bytes=1_000_000 + 100_000 * second, ratio=0.1 + third / 300
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return results_in(tmp_path / "results")
+
+
+def results_in(path: Path) -> Path:
+    path.mkdir()
+    environment = {"schema": 1, "reference": dataclasses.asdict(make_reference()), "machine": {"id": "test"}}
+    (path / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def drive(folder: Path) -> Iterator[Callable[..., Study]]:
+    """Return a function that opens the study for writing; what stays open is closed at the end."""
+    opened: list[Study] = []
+
+    def open_(*overrides: str, space: BoundSpace = SMALL, at: Path = folder, **identity: str) -> Study:
+        run = run_of(*overrides)
+        found = identity_of(run, model="m", data="d", space=space) | identity
+        opened.append(Study(at, run, identity=found, space=space, writable=True))
+        return opened[-1]
+
+    yield open_
+    for study in opened:
+        study.close()
+
+
+def run_of(*overrides: str) -> RunConfig:
+    return RunConfig.from_mapping({"search": {"trials": 6}}, overrides=overrides)
+
+
+def evaluate(study: Study, count: int = 10**6) -> list[Candidate]:
+    """Ask and tell up to ``count`` candidates."""
+    told = []
+    while len(told) < count and (asked := study.ask()) is not None:
+        told.append(study.tell(*asked, score_of(asked[1])))
+    return told
+
+
+def rows(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials as another program finds them in the journal."""
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    return optuna.load_study(storage=storage, study_name="autocompress").get_trials()
+
+
+def states(folder: Path) -> dict[str, int]:
+    return {state.name: n for state in TrialState if (n := sum(t.state == state for t in rows(folder)))}
+
+
+def plan_ids(candidates: list[Candidate]) -> list[str]:
+    return [c.plan.plan_id for c in candidates]
+
+
+# --- asking and telling
+
+
+def test_candidates_are_asked_for_up_to_the_budget(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive()
+    assert (study.finished, study.remaining) == (0, 6)
+    number, plan = study.ask() or pytest.fail("nothing asked for")
+    assert (study.finished, study.remaining) == (0, 5)
+    told = study.tell(number, plan, score_of(plan))
+    assert (study.finished, study.remaining) == (1, 5)
+    assert (told.number, told.state, told.plan, told.measurement) == (number, "COMPLETE", plan, score_of(plan))
+    evaluate(study)
+    assert (study.finished, study.remaining, study.ask()) == (6, 0, None)
+    assert states(folder)["COMPLETE"] == 6
+    assert "RUNNING" not in states(folder)
+
+
+def test_no_more_are_running_than_the_budget_leaves(drive: Callable[..., Study]) -> None:
+    study = drive("search.trials=4")
+    running = [study.ask() for _ in range(6)]
+    assert running[4:] == [None, None]
+    for asked in running[:4]:
+        assert asked is not None
+        study.tell(*asked, "the worker died")
+    assert (study.finished, study.remaining, study.ask()) == (4, 0, None)
+
+
+def test_seeds_come_first_in_the_order_of_the_ladder(drive: Callable[..., Study]) -> None:
+    ladder = [SMALL.plan(params).plan_id for params in SMALL.ladder()]
+    study = drive(f"search.trials={len(ladder) + 5}")
+    told = evaluate(study)
+    assert plan_ids(told[: len(ladder)]) == ladder
+    assert [c.origin for c in told] == ["seed"] * len(ladder) + ["sampler"] * 5
+    assert told[0].params == SMALL.ladder()[0]
+
+
+def test_a_search_without_seeds_has_none(drive: Callable[..., Study]) -> None:
+    assert {c.origin for c in evaluate(drive("search.seeds=false"))} == {"sampler"}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_no_plan_is_asked_for_twice_in_a_study(drive: Callable[..., Study], sampler: str) -> None:
+    space = space_of(
+        "drop_blocks: {at_most: 1}\n"
+        "rules: [{match: block.*.ffn, neurons: {choices: [1.0, 0.5], tie: all}, bits: {choices: [8, 4, 16], tie: 2}}]"
+    )
+    found: list[str] = []
+    for trials in (12, 24):
+        study = drive("search.trials=" + str(trials), f"search.sampler={sampler}", space=space)
+        found += plan_ids(evaluate(study))
+        study.close()
+    assert len(found) == 24
+    assert len(set(found)) == 24
+
+
+def test_plans_in_flight_are_not_asked_for_again(drive: Callable[..., Study]) -> None:
+    study = drive(f"search.trials={TINY_PLANS}", space=TINY)
+    asked = [study.ask() for _ in range(TINY_PLANS)]
+    assert None not in asked
+    assert len({plan.plan_id for _, plan in filter(None, asked)}) == TINY_PLANS
+
+
+def test_a_space_that_is_exhausted_ends_the_search(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive("search.trials=50", space=TINY)
+    assert len(evaluate(study)) == TINY_PLANS
+    assert study.ask() is None
+    assert study.remaining == 50 - TINY_PLANS
+    study.close()
+    again = drive("search.trials=50", space=TINY)
+    assert again.ask() is None
+    assert again.finished == TINY_PLANS
+    assert not {"RUNNING", "WAITING"} & set(states(folder))
+
+
+def test_a_student_of_another_depth_does_not_take_parameters_from_the_search(drive: Callable[..., Study]) -> None:
+    # Fewer blocks leave fewer that can be dropped: the parameter's choices then differ within one study.
+    space = space_of(
+        "students: {shallow: {blocks: [0, 2], epochs: 1}}\ndrop_blocks: {at_most: 2}\n"
+        "rules: [{match: block.*.ffn, bits: {choices: [8, 4, 16], tie: all}}]"
+    )
+    told = evaluate(drive("search.trials=100", space=space))
+    depths = {(bool(c.plan.of_type(Student)), len(SHAPE.after(c.plan).blocks)) for c in told}
+    assert depths == {(False, 4), (False, 3), (False, 2), (True, 2), (True, 1)}
+    assert len(told) == 3 * (3 + 2)
+
+
+def test_one_seed_gives_the_same_sequence(drive: Callable[..., Study], tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b"):
+        study = drive("search.trials=25", "seed=3", at=results_in(tmp_path / name))
+        found.append(plan_ids(evaluate(study)))
+    assert found[0] == found[1]
+    other = drive("search.trials=25", "seed=4", at=results_in(tmp_path / "c"))
+    assert plan_ids(evaluate(other)) != found[0]
+
+
+# --- failures
+
+
+def test_a_failed_candidate_is_kept_with_its_reason(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive()
+    number, plan = study.ask() or pytest.fail("nothing asked for")
+    told = study.tell(number, plan, "block.1.ffn: not carried out")
+    assert (told.state, told.failure, told.measurement) == ("FAIL", "block.1.ffn: not carried out", None)
+    evaluate(study)
+    study.close()
+    read = Study(folder, run_of()).candidate(number)
+    assert (read.state, read.failure, read.plan) == ("FAIL", "block.1.ffn: not carried out", plan)
+    assert study.finished == 6
+    assert number not in [c.number for c in study.front().points]
+
+
+BAD = [
+    *[(field, value) for field in ("size_bytes", "latency_ms", "latency_ratio") for value in (0, -1)],
+    *[(field, value) for field in ("size_bytes", "latency_ms", "latency_ratio") for value in (math.nan, math.inf)],
+    *[("accuracy", value) for value in (math.nan, math.inf, -0.1, 1.1)],
+    ("loss", math.nan),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD)
+def test_a_number_that_cannot_stand_fails_its_trial(
+    drive: Callable[..., Study], folder: Path, field: str, value: float
+) -> None:
+    study = drive("search.trials=3")
+    good = evaluate(study, 1)[0]
+    number, plan = study.ask() or pytest.fail("nothing asked for")
+    # Better than the good one in every other number: only the bad number keeps it off the front.
+    best = make_measurement(accuracy=0.999, size_bytes=1, ratio=1e-6)
+    told = study.tell(number, plan, dataclasses.replace(best, **{field: value}))
+    assert (told.state, told.measurement) == ("FAIL", None)
+    assert told.failure is not None
+    assert told.failure.startswith(f"{field}: must be ")
+    assert str(value) in told.failure
+    last = evaluate(study)
+    assert len(last) == 1
+    assert number not in [c.number for c in study.front().points]
+    assert {c.number for c in study.front().points} <= {good.number, last[0].number}
+    study.close()
+    assert {k: n for k, n in states(folder).items() if k != "WAITING"} == {"COMPLETE": 2, "FAIL": 1}
+    assert Study(folder, run_of()).candidate(number).failure == told.failure
+
+
+# --- continuing
+
+
+def test_a_study_that_is_opened_again_is_the_same(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive("search.trials=12")
+    evaluate(study, 7)
+    study.tell(*(study.ask() or pytest.fail("nothing asked for")), "broken")
+    study.close()
+    for again in (Study(folder, run_of("search.trials=12")), drive("search.trials=12")):
+        assert again.candidates() == study.candidates()
+        assert again.front() == study.front()
+        assert again.front().reference == make_reference()
+        assert (again.finished, again.remaining, again.interrupted, again.repaired) == (8, 4, 0, None)
+
+
+def test_a_larger_number_of_trials_continues_a_study(drive: Callable[..., Study]) -> None:
+    study = drive()
+    first = evaluate(study)
+    study.close()
+    again = drive("search.trials=8")
+    assert again.remaining == 2
+    more = evaluate(again)
+    assert len(more) == 2
+    assert len({*plan_ids(first), *plan_ids(more)}) == 8
+    assert again.candidates()[:6] == first
+    again.close()
+    smaller = drive("search.trials=4")
+    assert (smaller.finished, smaller.remaining, smaller.ask()) == (8, 0, None)
+
+
+def test_seeds_are_not_enqueued_again(drive: Callable[..., Study]) -> None:
+    ladder = [SMALL.plan(params).plan_id for params in SMALL.ladder()]
+    found: list[str] = []
+    for trials in (4, 9, len(ladder)):
+        study = drive(f"search.trials={trials}")
+        found += plan_ids(evaluate(study))
+        study.close()
+    assert found == ladder
+
+
+def test_interrupted_trials_are_asked_for_again_and_not_counted(drive: Callable[..., Study], folder: Path) -> None:
+    budget = len(SMALL.ladder())
+    study = drive(f"search.trials={budget}")
+    evaluate(study, 2)
+    lost = [study.ask() or pytest.fail("nothing asked for") for _ in range(3)]
+    assert states(folder)["RUNNING"] == 3
+    study.close()  # the driver dies here
+    assert Study(folder, run_of()).finished == 2
+    again = drive(f"search.trials={budget}")
+    assert (again.interrupted, again.finished, again.remaining) == (3, 2, budget - 2)
+    assert "RUNNING" not in states(folder)
+    assert [t.state.name for t in rows(folder) if t.number in {n for n, _ in lost}] == ["FAIL"] * 3
+    told = evaluate(again)
+    assert len(told) == budget - 2
+    assert {plan.plan_id for _, plan in lost} <= set(plan_ids(told))
+    assert {c.origin for c in told} == {"seed"}
+    assert len(set(plan_ids(again.candidates()))) == len(again.candidates()) == budget
+    assert not {n for n, _ in lost} & {c.number for c in again.candidates()}
+
+
+def test_an_interrupted_trial_is_the_next_to_be_evaluated(drive: Callable[..., Study]) -> None:
+    # The seeds that still wait are more than the budget leaves: behind them it would never have its turn.
+    study = drive("search.trials=4")
+    evaluate(study, 2)
+    _, lost = study.ask() or pytest.fail("nothing asked for")
+    study.close()
+    again = drive("search.trials=4")
+    assert again.interrupted == 1
+    assert lost.plan_id in plan_ids(evaluate(again))
+
+
+def test_a_trial_that_is_interrupted_again_and_again_stays_one(drive: Callable[..., Study]) -> None:
+    budget = len(SMALL.ladder())
+    for attempt in range(4):
+        study = drive(f"search.trials={budget}")
+        assert study.interrupted == min(attempt, 1)
+        study.ask()
+        study.close()
+    told = evaluate(drive(f"search.trials={budget}"))
+    assert sorted(plan_ids(told)) == sorted(SMALL.plan(params).plan_id for params in SMALL.ladder())
+
+
+def test_a_driver_killed_between_any_two_records_loses_no_seed(
+    drive: Callable[..., Study], tmp_path: Path, folder: Path
+) -> None:
+    ladder = sorted(TINY.plan(params).plan_id for params in TINY.ladder())
+    trials = f"search.trials={len(ladder)}"
+    study = drive(trials, space=TINY)
+    evaluate(study, 1)
+    study.ask()
+    study.close()
+    lines = (folder / "study.journal").read_bytes().splitlines(keepends=True)
+    assert len(lines) > 10
+    for count in range(len(lines) + 1):
+        copy = tmp_path / str(count)
+        shutil.copytree(folder, copy)
+        (copy / "study.journal").write_bytes(b"".join(lines[:count]))
+        again = drive(trials, space=TINY, at=copy)
+        evaluate(again)
+        assert sorted(plan_ids(again.candidates())) == ladder
+        assert "RUNNING" not in states(copy)
+        again.close()
+
+
+_DRIVER = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_study import SMALL, identity_of, run_of, score_of
+from autocompress.study import Study
+run = run_of("search.trials={trials}")
+study = Study(Path(sys.argv[1]), run, identity=identity_of(run, model="m", data="d", space=SMALL), space=SMALL,
+              writable=True)
+print("open", flush=True)
+while (asked := study.ask()) is not None:
+    print(study.tell(*asked, score_of(asked[1])).number, flush=True)
+sys.stdin.read()
+"""
+
+
+def start_driver(folder: Path, trials: int) -> subprocess.Popen[str]:
+    code = _DRIVER.format(tests=str(Path(__file__).parent), trials=trials)
+    command = [sys.executable, "-c", code, str(folder)]
+    driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "open\n"
+    return driver
+
+
+def kill(driver: subprocess.Popen[str]) -> None:
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    for stream in (driver.stdin, driver.stdout):
+        if stream is not None:
+            stream.close()
+
+
+def test_a_driver_that_is_killed_loses_nothing_that_it_told(drive: Callable[..., Study], folder: Path) -> None:
+    told: list[int] = []
+    for count in (3, 11, 1):
+        driver = start_driver(folder, 60)
+        assert driver.stdout is not None
+        told += [int(driver.stdout.readline()) for _ in range(count)]
+        kill(driver)
+        study = drive("search.trials=60")
+        assert set(told) <= {c.number for c in study.candidates()}
+        assert "RUNNING" not in states(folder)
+        study.close()
+    final = drive("search.trials=60")
+    evaluate(final)
+    assert final.finished == 60
+    assert len(set(plan_ids(final.candidates()))) == 60
+    assert [c.measurement for c in final.candidates()] == [score_of(c.plan) for c in final.candidates()]
+
+
+# --- one driver at a time
+
+
+def test_a_second_driver_is_refused_until_the_first_has_closed(drive: Callable[..., Study], folder: Path) -> None:
+    first = drive()
+    evaluate(first, 2)
+    before = (folder / "study.journal").read_bytes()
+    with pytest.raises(StudyError, match="another search drives this study"):
+        drive()
+    assert (folder / "study.journal").read_bytes() == before
+    assert Study(folder, run_of()).finished == 2, "reading is allowed meanwhile"
+    first.close()
+    assert drive().finished == 2
+
+
+def test_a_driver_in_another_process_is_respected_until_it_is_killed(drive: Callable[..., Study], folder: Path) -> None:
+    driver = start_driver(folder, 1)
+    with pytest.raises(StudyError, match="another search drives this study"):
+        drive()
+    kill(driver)
+    assert drive().remaining >= 5
+
+
+def test_a_refused_study_can_be_opened_rightly_in_the_same_process(drive: Callable[..., Study]) -> None:
+    drive().close()
+    with pytest.raises(StudyError, match="other settings"):
+        drive(model="another")
+    assert drive().remaining == 6
+
+
+# --- what must be the same to continue
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"model": "m2"}, "(model: m became m2)"),
+        ({"data": "d2"}, "(data: d became d2)"),
+        ({"machine": "b"}, "(machine: null became b)"),
+    ],
+)
+def test_another_model_data_or_machine_is_refused(
+    drive: Callable[..., Study], folder: Path, change: dict[str, str], difference: str
+) -> None:
+    study = drive()
+    evaluate(study, 2)
+    study.close()
+    before = (folder / "study.journal").read_bytes()
+    with pytest.raises(StudyError) as caught:
+        drive(**change)
+    assert difference in str(caught.value)
+    assert "--out" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (folder / "study.journal").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("objectives=[accuracy, latency]", ("objectives: ", '["accuracy", "size_bytes", "latency"] became')),
+        ("target.tokens=32", ("target: ", '"tokens": 64', '"tokens": 32')),
+        ("target.runtime=onnxruntime", ("target: ", '"runtime": "openvino"', '"runtime": "onnxruntime"')),
+        ("recovery.epochs=7", ("recovery: ", '"epochs": 1.0', '"epochs": 7.0')),
+    ],
+)
+def test_another_objective_target_or_recovery_is_refused(
+    drive: Callable[..., Study], override: str, parts: tuple[str, ...]
+) -> None:
+    drive().close()
+    with pytest.raises(StudyError) as caught:
+        drive(override)
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_space_is_refused_even_under_the_same_name(drive: Callable[..., Study]) -> None:
+    drive(space=TINY).close()
+    with pytest.raises(StudyError, match=r"space: test [0-9a-f]{12} became encoder-small [0-9a-f]{12}\)"):
+        drive()
+    with pytest.raises(StudyError, match=r"space: test [0-9a-f]{12} became test [0-9a-f]{12}\)"):
+        drive(space=space_of(TINY_SPACE.replace("[8, 16]", "[8, 4]")))
+    assert drive(space=TINY).remaining == 6
+
+
+def test_what_may_change_does(drive: Callable[..., Study]) -> None:
+    drive().close()
+    overrides = ("search.trials=9", "search.workers=3", "search.latency_pairs=7", "constraints.max_size_mb=3", "seed=9")
+    assert drive(*overrides).remaining == 9
+
+
+# --- the journal
+
+
+def cuts(record: bytes) -> list[int]:
+    """Return about 40 numbers of bytes to cut off, the whole record and its newline alone among them."""
+    return sorted({1, 2, len(record) - 1, len(record), *range(1, len(record), max(1, len(record) // 36))})
+
+
+@pytest.mark.parametrize("last", ["told", "asked"])
+def test_a_torn_last_record_is_cut_off(drive: Callable[..., Study], tmp_path: Path, folder: Path, last: str) -> None:
+    study = drive(space=TINY)
+    evaluate(study, 3)
+    asked = study.ask() or pytest.fail("nothing asked for")
+    if last == "told":
+        study.tell(*asked, score_of(asked[1]))
+    study.close()
+    kept = study.candidates()[:3]
+    content = (folder / "study.journal").read_bytes()
+    record = content.splitlines(keepends=True)[-1]
+    positions = cuts(record)
+    assert len(positions) >= 35
+    for position in positions:
+        copy = tmp_path / f"{last}-{position}"
+        shutil.copytree(folder, copy)
+        torn = content[: len(content) - position]
+        (copy / "study.journal").write_bytes(torn)
+        again = drive(space=TINY, at=copy)
+        if position == len(record):
+            assert again.repaired is None
+        else:
+            assert again.repaired is not None
+            assert again.repaired.parent == copy
+            assert again.repaired.read_bytes() == torn
+        assert again.candidates() == kept
+        assert again.interrupted == 1
+        evaluate(again)
+        again.close()
+        read = Study(copy, run_of())
+        assert read.finished == 6
+        assert read.candidates()[:3] == kept
+        assert len(set(plan_ids(read.candidates()))) == 6
+
+
+def test_a_torn_journal_can_be_read_and_is_left_as_it_is(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive()
+    evaluate(study, 3)
+    study.close()
+    journal = folder / "study.journal"
+    torn = journal.read_bytes()[:-9]
+    journal.write_bytes(torn)
+    assert Study(folder, run_of()).candidates() == study.candidates()[:2]
+    assert journal.read_bytes() == torn
+    assert not list(folder.glob("*.torn-*"))
+
+
+def test_a_last_record_that_is_whole_but_no_json_is_cut_off(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive()
+    evaluate(study, 3)
+    study.close()
+    journal = folder / "study.journal"
+    content = journal.read_bytes()
+    journal.write_bytes(content + b"\x00" * 300 + b"\n")
+    again = drive()
+    assert again.repaired is not None
+    assert again.candidates() == study.candidates()
+    assert journal.read_bytes()[: len(content)] == content
+
+
+def test_a_sound_journal_is_not_repaired(drive: Callable[..., Study], folder: Path, tmp_path: Path) -> None:
+    evaluate(drive(), 2)
+    before = (folder / "study.journal").read_bytes()
+    assert repair_tail(folder / "study.journal") is None
+    assert (folder / "study.journal").read_bytes() == before
+    assert repair_tail(tmp_path / "none.journal") is None
+    (tmp_path / "empty.journal").touch()
+    assert repair_tail(tmp_path / "empty.journal") is None
+
+
+def test_repairs_do_not_overwrite_each_others_backups(folder: Path) -> None:
+    journal = folder / "study.journal"
+    found = []
+    for stump in (b'{"a"', b'{"bb"', b'{"ccc"'):
+        journal.write_bytes(b"{}\n" + stump)
+        found.append((repair_tail(journal), stump))
+        assert journal.read_bytes() == b"{}\n"
+    for backup, stump in found:
+        assert backup is not None
+        assert backup.read_bytes() == b"{}\n" + stump
+
+
+def test_a_corrupt_line_in_the_middle_is_refused_and_left_alone(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive()
+    evaluate(study, 3)
+    study.close()
+    journal = folder / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[len(lines) // 2] = b'{"op_code": 4, "wor\n'
+    journal.write_bytes(b"".join(lines))
+    for open_ in (drive, lambda: Study(folder, run_of())):
+        with pytest.raises(StudyError) as caught:
+            open_()
+        assert str(caught.value).startswith(f"{journal}: cannot be read (")
+        assert "\n" not in str(caught.value)
+    assert journal.read_bytes() == b"".join(lines)
+
+
+def test_a_folder_without_a_study_is_refused(folder: Path) -> None:
+    with pytest.raises(StudyError, match=r"holds no study\.journal; run: autocompress search"):
+        Study(folder, run_of())
+    assert not (folder / "study.journal").exists(), "reading makes no files"
+
+
+# --- constraints, recovered points
+
+
+def test_constraints_keep_candidates_off_the_front(drive: Callable[..., Study], folder: Path) -> None:
+    limit = "constraints.max_size_mb=10"
+    study = drive("search.trials=20", limit)
+    told = evaluate(study)
+    over = {c.number for c in told if c.score.size_bytes > 10_000_000}
+    assert 0 < len(over) < 20
+    assert {c.number for c in told if not c.feasible} == over
+    assert study.front().points
+    assert not over & {c.number for c in study.front().points}
+    study.close()
+    assert Study(folder, run_of(limit)).front() == study.front()
+    assert all(c.feasible for c in Study(folder, run_of()).candidates())
+
+
+def test_the_front_is_empty_where_nothing_is_feasible(drive: Callable[..., Study]) -> None:
+    study = drive("constraints.max_latency_ratio=1e-6")
+    evaluate(study)
+    assert len(study.front()) == 0
+    with pytest.raises(NoFeasiblePointError, match="no candidate completed within the constraints"):
+        study.front().pick()
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ("constraints.max_accuracy_drop=0.03", {"accuracy_drop": 0.0}),
+        ("constraints.max_accuracy_drop=0.01", {"accuracy_drop": 0.02}),
+        ("constraints.max_size_mb=15", {"size_mb": 5.0}),
+        ("constraints.max_latency_ms=10", {"latency_ms": -2.0}),
+        ("constraints.max_latency_ratio=0.25", {"latency_ratio": 0.25}),
+        ("seed=0", {}),
+    ],
+)
+def test_excesses_over_constraints(limits: str, expected: dict[str, float]) -> None:
+    found = excesses(make_measurement(), run_of(limits).constraints, make_reference())
+    assert found == pytest.approx(expected)
+    assert all(value == 0 or abs(value) > 1e-6 for value in found.values()), "an exact limit is not exceeded"
+
+
+def test_a_recovered_point_is_added_on_top(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive()
+    best = evaluate(study)[0]
+    plan = best.plan.with_decision(MODEL_SITE, Recover(epochs=1))
+    score = make_measurement(accuracy=0.99, size_bytes=500_000, ratio=0.05)
+    added = study.add(plan, score, origin="recover")
+    assert (added.state, added.origin, added.plan, added.measurement) == ("COMPLETE", "recover", plan, score)
+    assert added.number not in [c.number for c in study.candidates() if c.plan != plan]
+    assert [c.number for c in study.front().points] == [added.number]
+    assert (study.finished, study.remaining) == (6, 0)
+    assert study.add(plan, score, origin="recover") == added, "a known plan is not added twice"
+    assert len(study.candidates()) == 7
+    study.close()
+    again = drive("search.trials=8")
+    assert again.candidates() == study.candidates()
+    assert (again.finished, again.remaining) == (6, 2)
+    evaluate(again)
+    assert again.finished == 8
+    assert rows(folder)[added.number].state == TrialState.COMPLETE
+
+
+# --- numbers, ends
+
+
+def test_an_unknown_number_names_the_nearest(drive: Callable[..., Study]) -> None:
+    study = drive("search.trials=3")
+    with pytest.raises(StudyError, match=r"^trial 0: no such candidate; the study has none yet$"):
+        study.candidate(0)
+    numbers = [c.number for c in evaluate(study)]
+    assert study.candidate(numbers[1]).number == numbers[1]
+    with pytest.raises(StudyError, match=f"^trial 99: no such candidate; the nearest is trial {max(numbers)}$"):
+        study.candidate(99)
+    on_front = [c.number for c in study.front().points]
+    with pytest.raises(
+        NoFeasiblePointError, match=f"^trial 99: not on the front; the nearest is trial {max(on_front)}"
+    ):
+        study.front().trial(99)
+
+
+def written(folder: Path, study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    study.close()
+    api.write_results(Study(folder, study.run))
+    frames = [pd.read_csv(folder / name) for name in ("study.csv", "pareto.csv")]
+    for frame in frames:
+        assert set(CSV_COLUMNS) <= set(frame.columns)
+    return frames[0], frames[1], (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_results_where_all_trials_fail(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive("search.trials=3")
+    while (asked := study.ask()) is not None:
+        study.tell(*asked, "logits: 3 of 60 rows are not finite")
+    everything, front, report = written(folder, study)
+    assert list(everything["state"]) == ["FAIL"] * 3
+    assert list(everything["failure"]) == ["logits: 3 of 60 rows are not finite"] * 3
+    assert len(front) == 0
+    assert "logits: 3 of 60 rows are not finite" in report
+    with pytest.raises(NoFeasiblePointError, match="the front is empty"):
+        study.front().pick()
+
+
+def test_results_of_one_trial(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive("search.trials=1")
+    told = evaluate(study)[0]
+    everything, front, report = written(folder, study)
+    assert list(everything["number"]) == list(front["number"]) == [told.number]
+    assert front["size_bytes"][0] == told.score.size_bytes
+    assert {f"param.{name}" for name in told.params} <= set(front.columns)
+    assert "<html" in report
+    for prefer in ("knee", "latency", "size", "accuracy"):
+        assert study.front().pick(prefer=prefer) == told  # type: ignore[arg-type]
+
+
+def test_results_where_all_objectives_are_equal(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive("search.trials=25")
+    while (asked := study.ask()) is not None:
+        study.tell(*asked, make_measurement())
+    everything, front, report = written(folder, study)
+    assert len(everything) == 25
+    assert set(everything["state"]) == {"COMPLETE"}
+    assert len(front) == 1
+    assert "<html" in report
+    assert study.front().pick().number == front["number"][0]
+
+
+def test_a_study_whose_reference_is_gone_says_so(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive()
+    told: dict[str, Any] = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    del told["reference"]
+    (folder / "environment.json").write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(StudyError, match=r"environment\.json: cannot be read"):
+        _ = study.reference
