@@ -166,7 +166,11 @@ def results_folder(run: RunConfig, out: str | Path | None) -> Path:
         StudyError: if it cannot be written to, or the default one leads out of ``results``.
     """
     folder = Path(out) if out is not None else RESULTS / run.name
-    if out is None and not folder.resolve().is_relative_to(RESULTS.resolve()):
+    try:
+        inside = out is not None or folder.resolve().is_relative_to(RESULTS.resolve())
+    except (OSError, RuntimeError):  # a link to itself
+        inside = False
+    if not inside:
         raise StudyError(f"{folder}: leads out of {RESULTS}; give the folder with --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +214,7 @@ def recover(candidate: Candidate, *, epochs: float | None = None, progress: Prog
     """
     folder = _home(candidate)
     run = RunConfig.from_file(folder / "run.yaml")
-    plan = candidate.plan.with_decision(MODEL_SITE, Recover(epochs=epochs or run.recovery.epochs))
+    plan = candidate.plan.with_decision(MODEL_SITE, Recover(epochs=run.recovery.epochs if epochs is None else epochs))
     study = Study(folder, run, writable=True)
     try:
         workshop = Workshop(run, folder / "artefacts", progress)

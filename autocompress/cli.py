@@ -67,7 +67,7 @@ def _run(
     from autocompress.config import RunConfig
 
     named = {"model.id": model, "data.source": data, "space": space, "target.runtime": target}
-    given = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
     return RunConfig.from_file(run, overrides=[*given, *(overrides or [])])
 
 
@@ -97,10 +97,14 @@ def init(
     data: Data = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of run files instead.")] = False,
 ) -> None:
     """Write a commented run file to edit."""
     from autocompress.config import RunConfig, demo_run_text
 
+    if schema:
+        typer.echo(json.dumps(RunConfig.json_schema(), indent=1))
+        return
     if out.exists() and not force:
         raise ConfigError(f"init: {out} exists; give another --out or --force")
     if not demo and (model is None or data is None):
@@ -112,7 +116,7 @@ def init(
         ("  source", "demo/movies", None if demo else data),
     ):
         if value is not None:
-            text = text.replace(f"{key}: {default}", f"{key}: {json.dumps(value)}", 1)
+            text = text.replace(f"{key}: {default}", f"{key}: {json.dumps(value, ensure_ascii=False)}", 1)
     RunConfig.from_mapping(_parsed(text, out.name), source=out.name)
     out.write_text(text, encoding="utf-8")
     typer.echo(f"wrote {out}; next: autocompress search {out}")
@@ -418,7 +422,11 @@ def main() -> None:
     except AutocompressError as error:
         if os.environ.get("AUTOCOMPRESS_DEBUG"):
             raise
-        typer.echo(f"autocompress: {error}" if error.exit_code == 1 else str(error), err=True)
+        from autocompress.report.tables import one_line
+
+        # What a message quotes (a name, a file's content) may hold line breaks and control characters.
+        said = one_line(str(error))
+        typer.echo(f"autocompress: {said}" if error.exit_code == 1 else said, err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -14,11 +14,13 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# Tune would take Ctrl-C for the end of the search; the driver has to hear of it.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
@@ -31,6 +33,9 @@ from autocompress.errors import AutocompressError, StudyError
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 from autocompress.study import Study
+
+if TYPE_CHECKING:
+    from autocompress.evaluate import Workshop
 
 LATENCY_SLOT = "latency_slot"
 """Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
@@ -79,11 +84,8 @@ class _Worker(tune.Trainable):
     """Evaluates one plan per trial; the teacher, the rows and the reference stay loaded between trials."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        from autocompress.evaluate import Workshop
-
-        run = RunConfig.from_mapping(json.loads(config["run"]))
-        self._workshop = Workshop(run, Path(config["artefacts"]))
-        self._workshop.ready()
+        self._run, self._artefacts = RunConfig.from_mapping(json.loads(config["run"])), Path(config["artefacts"])
+        self._workshop: Workshop | None = None
         self._plan = config["plan"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -92,6 +94,8 @@ class _Worker(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         try:
+            # Not in setup: what fails there reaches the driver without its reason.
+            self._workshop = self._workshop or self._opened()
             measured = self._workshop.evaluate(CompressionPlan.from_json(self._plan))
             outcome = {"measurement": json.loads(measured.to_json())}
         except AutocompressError as error:
@@ -101,6 +105,13 @@ class _Worker(tune.Trainable):
             text = str(error).strip().splitlines()
             outcome = {"failure": f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"}
         return {"done": True, "outcome": json.dumps(outcome)}
+
+    def _opened(self) -> Workshop:
+        from autocompress.evaluate import Workshop
+
+        workshop = Workshop(self._run, self._artefacts)
+        workshop.ready()
+        return workshop
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save nothing: a trial is one step, and a killed one starts again."""
@@ -144,7 +155,8 @@ def execute(study: Study, run: RunConfig, artefacts: Path, told: Callable[[Candi
     # A worker's death is retried and then told as the candidate's failure; Tune's own traceback of it is noise.
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(artefacts)}
+    # Tune runs its workers in folders of their own.
+    config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(artefacts.absolute())}
     try:
         with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:
             tune.Tuner(

@@ -71,9 +71,7 @@ class Workshop:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.source, local_files_only=True, trust_remote_code=False)
+        return model.load_tokenizer(self.source)
 
     @cached_property
     def splits(self) -> dict[str, Split]:

@@ -73,6 +73,8 @@ _Picker = Callable[[str, Sequence[Value], Callable[[Value], Effect]], Value]
 FULL = "full"
 NO_STUDENT = "full"
 _NEURON_STEP = 32
+_RANK_STEP = 32
+"""Fractions become multiples of these, so that 4-bit groups fill them."""
 _FOUR_BIT_GROUP = 64
 
 
@@ -342,7 +344,8 @@ class BoundSpace:
                     shape = self.shape.after(CompressionPlan(tuple(decisions)))
                     for group, sites in enumerate(_groups(rule, axis_name, axis, shape)):
                         label = rule.name or sites[0].kind
-                        ask(f"{label}.{axis_name}.{group}", axis.choices, _effect(axis_name, sites))
+                        ranks = {site: d.rank for site, d in decisions if isinstance(d, LowRank)}
+                        ask(f"{label}.{axis_name}.{group}", axis.choices, _effect(axis_name, sites, ranks))
         return CompressionPlan(tuple(decisions))
 
 
@@ -419,33 +422,38 @@ def students_of(space: SearchSpace, shape: ModelShape) -> dict[str, Student]:
     return found
 
 
-def quantize_decision(bits: int, site: Site) -> Quantize:
-    """Return what ``bits`` mean at ``site``: integer arithmetic at 8 bits in linear layers, groups at 4 bits."""
+def quantize_decision(bits: int, site: Site, rank: int = 0) -> Quantize:
+    """Return what ``bits`` mean at ``site``: integer arithmetic at 8 bits in linear layers, groups at 4 bits.
+
+    Groups divide every input width at the site, that of the second factor (``rank``) included.
+    """
     if bits == 8:
         return Quantize(weight_bits=8, activation_bits=16 if site.kind == "embedding" else 8)
     if bits == 4:
         group = _FOUR_BIT_GROUP
-        while any(width % group for width in (site.inner, site.outer)):
+        while any(width % group for width in (site.inner, site.outer, rank)):
             group //= 2
         return Quantize(weight_bits=4, group_size=group)
     return Quantize(weight_bits=16)
 
 
-def _effect(axis_name: str, sites: Sequence[Site]) -> Callable[[Value], Effect]:
+def _effect(axis_name: str, sites: Sequence[Site], ranks: Mapping[str, int]) -> Callable[[Value], Effect]:
     kind = _DECISION_OF[axis_name]
-    return lambda choice: {(site.name, kind): _decide(axis_name, choice, site) for site in sites}
+    return lambda choice: {(s.name, kind): _decide(axis_name, choice, s, ranks.get(s.name, 0)) for s in sites}
 
 
-def _decide(axis_name: str, choice: Value, site: Site) -> Decision | None:
+def _decide(axis_name: str, choice: Value, site: Site, rank: int) -> Decision | None:
     """Turn a choice into the decision at ``site``, or None where it leaves the site as it is."""
     if axis_name == "bits":
-        return quantize_decision(int(choice), site)
+        return quantize_decision(int(choice), site, rank)
     if axis_name == "rank":
         if isinstance(choice, str):
             return None
         limit = site.largest_saving_rank()
         saving = site.inner * site.outer / (site.inner + site.outer)
         rank = choice if isinstance(choice, int) else max(1, int(choice * saving))
+        if isinstance(choice, float) and rank >= 2 * _RANK_STEP:
+            rank -= rank % _RANK_STEP
         # At a pruned width a rank can cease to save anything; the whole layer is then the smaller one.
         return LowRank(rank=rank) if rank <= limit else None
     if axis_name == "heads":

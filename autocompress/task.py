@@ -213,11 +213,14 @@ def _read(config: DataConfig) -> pd.DataFrame:
                 return pd.read_parquet(path)
             if suffix in (".jsonl", ".json"):
                 return pd.DataFrame(pd.read_json(path, lines=True, dtype=False))
-            return pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",")
+            # Only an empty field is missing: None, NA and null are words, and names of classes.
+            return pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", keep_default_na=False, na_values=[""])
         except pd.errors.EmptyDataError:
             raise DataError(f"data: {path}: is empty") from None
-        except (ValueError, OSError, pd.errors.ParserError) as error:
-            raise DataError(f"data: {path}: cannot be read ({str(error).splitlines()[0]})") from None
+        except Exception as error:
+            # Readers and decompressors have no class of errors in common.
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(f"data: {path}: cannot be read ({line})") from None
     if path.exists():
         raise DataError(f"data: {path}: must be a .csv, .tsv, .jsonl or .parquet file (or a compressed one)")
     return _read_hub(config)

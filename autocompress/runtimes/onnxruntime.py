@@ -264,7 +264,9 @@ class _Writer:
 
     def _make(self, kind: str, inputs: list[str], output: str, *, contrib: bool = False, **attributes: int) -> Any:
         domain = _CONTRIB if contrib else ""
-        return self._onnx.helper.make_node(kind, inputs, [output], name=f"{output}/{kind}", domain=domain, **attributes)
+        node = self._onnx.helper.make_node(kind, inputs, [output], name=f"{output}/{kind}", domain=domain)
+        node.attribute.extend(self._onnx.helper.make_attribute(name, value) for name, value in attributes.items())
+        return node
 
 
 def _scope(path: str) -> str:

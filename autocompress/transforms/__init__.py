@@ -24,6 +24,7 @@ from autocompress.plan import (
 )
 from autocompress.transforms.factorize import Factorization
 from autocompress.transforms.prune import HeadPruning, Importance, NeuronPruning, keep_blocks
+from autocompress.transforms.quantize import check_groups
 
 
 class Transform(Protocol):
@@ -57,14 +58,16 @@ def check_plan(plan: CompressionPlan, shape: ModelShape) -> None:
         if drop.blocks[-1] >= depth or len(drop.blocks) >= depth:
             raise PlanError(f"model: blocks to drop must be < {depth} and leave one, got {drop.blocks}")
         shape = shape.without(drop)
+    ranks = plan.of_type(LowRank)
     for kind in (PruneHeads, PruneNeurons, LowRank, Quantize):
         sites = shape.sites()
         for name, decision in plan.of_type(kind).items():
             if name not in sites:
                 raise PlanError(f"{name}: no such site; the model has {', '.join(sites)}")
-            handler = HANDLERS.get(kind)
-            if handler is not None:
-                handler.check(sites[name], decision)
+            if isinstance(decision, Quantize):
+                check_groups(sites[name], decision, ranks[name].rank if name in ranks else 0)
+            else:
+                HANDLERS[kind].check(sites[name], decision)
         shape = shape.after(CompressionPlan(tuple(plan.of_type(kind).items())))
 
 

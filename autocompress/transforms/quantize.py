@@ -14,12 +14,25 @@ import numpy as np
 import torch
 from torch import nn
 
+from autocompress.anatomy import Site
 from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
+from autocompress.plan import Quantize
 from autocompress.task import Batch
 
 _CLIPS = (1.0, 0.92, 0.84)
 """Shares of a group's largest magnitude that are tried as the end of the 4-bit grid."""
+
+
+def check_groups(site: Site, decision: Quantize, rank: int) -> None:
+    """Refuse groups that do not fill every input width at ``site``; ``rank`` is that of a second factor, or 0.
+
+    Raises:
+        PlanError: naming the width.
+    """
+    for width in (site.inner, site.outer, rank):
+        if decision.group_size and width % decision.group_size:
+            raise PlanError(f"{site.name}: group_size must divide the input width {width}, got {decision.group_size}")
 
 
 @dataclass(frozen=True)

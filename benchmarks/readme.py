@@ -1,0 +1,101 @@
+"""Write the measured figures into README.md and draw the front's picture, from what the benchmarks wrote.
+
+``python benchmarks/readme.py [--chromium /usr/bin/chromium]``. The picture is a screenshot of the front's figure in
+headless Chromium; no figure in README is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from autocompress.config import RunConfig
+from autocompress.pareto import Front
+from autocompress.plan import CompressionPlan
+from autocompress.records import Candidate, Measurement
+from autocompress.report.page import front_figure
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = ROOT / "results" / "minilm-movies-openvino"
+FIGURES = ROOT / "results" / "benchmarks" / "search-demo.json"
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+
+
+class _Named(CompressionPlan):
+    """A plan known by its words only, as a CSV file has it."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__()
+        object.__setattr__(self, "said", said)
+
+    def words(self) -> str:
+        return str(self.said)  # type: ignore[attr-defined]
+
+
+def candidates(reference: Measurement) -> list[Candidate]:
+    """Read the committed ``study.csv`` back into candidates."""
+    found = []
+    for row in pd.read_csv(RUN / "study.csv").to_dict("records"):
+        if row["state"] != "COMPLETE":
+            continue
+        score: dict[str, Any] = {k: row[k] for k in row if k in Measurement.__dataclass_fields__}
+        rest = {"loss": 0.0, "rows": reference.rows, "reference_ms": reference.latency_ms, "predictions": ""}
+        measured = Measurement(**{**rest, **score})
+        found.append(Candidate(number=row["number"], state="COMPLETE", plan=_Named(row["plan"]), measurement=measured))
+    return found
+
+
+def picture(chromium: str) -> None:
+    """Draw ``front.png``."""
+    reference = Measurement.from_json(json.dumps(json.loads((RUN / "environment.json").read_text())["reference"]))
+    run = RunConfig.from_file(RUN / "run.yaml")
+    every = candidates(reference)
+    front = Front.of(every, reference, run.objectives)
+    figure = front_figure(front, [c for c in every if c not in front.points])
+    figure.update_layout(width=1100, height=640)
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch) / "front.html"
+        figure.write_html(page, include_plotlyjs=True, config={"displayModeBar": False})
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+        flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={scratch}/profile"]
+        flags += ["--window-size=1120,660", "--hide-scrollbars", "--virtual-time-budget=8000"]
+        subprocess.run([chromium, *flags, f"--screenshot={RUN / 'front.png'}", page.as_uri()], check=True, timeout=120)
+
+
+def table() -> str:
+    """Return the figures as Markdown, with how to reproduce them."""
+    content = json.loads(FIGURES.read_text())
+    cpu, versions = content["fingerprint"]["cpu"], content["fingerprint"]["versions"]
+    measured_on = (
+        f"Measured on {cpu['cores']} cores of {cpu['name']} ({', '.join(cpu['features'])}) with OpenVINO "
+        f"{versions['openvino']}, ONNX Runtime {versions.get('onnxruntime', '-')} and torch {versions['torch']}; "
+        f"reproduce with `{content['command']}` ([figures as JSON](results/benchmarks/search-demo.json))."
+    )
+    lines = [measured_on, "", "| what | measured | 95 % interval | target | |", "|---|---|---|---|---|"]
+    for figure in content["figures"]:
+        interval = f"{figure['interval'][0]:.4g} to {figure['interval'][1]:.4g}" if figure["interval"] else ""
+        mark = "" if figure["target"] == "reported" else ("holds" if figure["holds"] else "**falls short**")
+        value = f"{figure['value']:.4g} {figure['unit']}"
+        lines.append(f"| {figure['name']} | {value} | {interval} | {figure['target']} | {mark} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chromium", default="/usr/bin/chromium")
+    options = parser.parse_args()
+    picture(options.chromium)
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
