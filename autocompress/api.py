@@ -253,7 +253,7 @@ def export(
     return delivery.export(candidate, run, Path(out), formats=formats, force=force, progress=progress)
 
 
-def measure(folder: str | Path, *, pairs: int = 40) -> dict[str, Any]:
+def measure(folder: str | Path, *, pairs: int = delivery.CONFIRMING_PAIRS) -> dict[str, Any]:
     """Time an exported folder on this machine against the reference that it carries.
 
     Returns:

@@ -343,6 +343,7 @@ def export(
             "test_accuracy": [shipped.test.value, shipped.test.low, shipped.test.high],
             "size_bytes": shipped.measurement.size_bytes,
             "latency_ratio": shipped.measurement.latency_ratio,
+            "latency_ratio_in_search": shipped.latency_ratio_in_search,
             "reloaded_predictions": "identical",
             "agreement_with_scored_candidate": shipped.agreement,
         }
@@ -352,7 +353,9 @@ def export(
 @app.command()
 def measure(
     folder: Annotated[Path, typer.Argument(help="A folder that export wrote.")],
-    pairs: Annotated[int, typer.Option("--pairs", min=5, max=10_000, help="Runs of model and reference in turn.")] = 40,
+    pairs: Annotated[
+        int, typer.Option("--pairs", min=5, max=10_000, help="Runs of model and reference in turn.")
+    ] = 120,
     as_json: Json = False,
 ) -> None:
     """Time an exported folder on this machine against its reference."""
@@ -431,6 +434,12 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        if os.environ.get("AUTOCOMPRESS_DEBUG"):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"autocompress: {where}{error.strerror or error}".replace("\n", " "), err=True)
         sys.exit(1)
 
 

@@ -260,8 +260,12 @@ class Workshop:
         return self.runtime.load(Artifact.open(self.reference_folder), self.run.target)
 
     def inputs(self, artifact: Artifact) -> dict[str, np.ndarray]:
-        vocabulary = int(self.teacher.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
-        return scoring.timing_inputs(artifact.inputs, self.run.target, vocabulary, self.run.seed)
+        return scoring.timing_inputs(artifact.inputs, self.run.target, self.vocabulary, self.run.seed)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids of the model."""
+        return int(self.teacher.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
 
     def build(self, plan: CompressionPlan, folder: Path) -> Artifact:
         """Build the plan's artefact in ``folder``: whole, or not at all."""

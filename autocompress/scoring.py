@@ -53,7 +53,8 @@ def wilson(hits: int, rows: int) -> tuple[float, float]:
     share, z2 = hits / rows, _Z95**2
     centre = (share + z2 / (2 * rows)) / (1 + z2 / rows)
     half = _Z95 / (1 + z2 / rows) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows * rows))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding must not leave a share of 0 or 1 outside its own interval.
+    return 0.0 if hits == 0 else centre - half, 1.0 if hits == rows else centre + half
 
 
 def logits_of(session: Session, rows: Split, batches: Iterable[Batch]) -> np.ndarray:
@@ -69,7 +70,7 @@ def logits_of(session: Session, rows: Split, batches: Iterable[Batch]) -> np.nda
     for batch in batches:
         logits = session.run(batch.arrays())
         if found is None:
-            found = np.empty((len(rows), logits.shape[1]), dtype=np.float32)
+            found = np.full((len(rows), logits.shape[1]), np.nan, dtype=np.float32)
         found[batch.rows.numpy()] = logits
     if found is None:
         raise MeasurementError("accuracy: there are no rows to score on")

@@ -370,6 +370,19 @@ class TestBatches:
         lengths = [len(split.input_ids[row]) for row in rows]
         assert lengths == sorted(lengths)
 
+    @pytest.mark.parametrize("step", [1, 4, 5])
+    def test_steps_of_padding_give_few_widths_and_lose_nothing(self, split: task.Split, step: int) -> None:
+        longest = max(map(len, split.input_ids))
+        plain, stepped = (list(split.in_order_of_length(7, step=n)) for n in (1, step))
+        for one, other in zip(plain, stepped, strict=True):
+            width = other.input_ids.shape[1]
+            assert width % step == 0 or width == longest
+            assert 0 <= width - one.input_ids.shape[1] < step
+            assert torch.equal(one.rows, other.rows)
+            assert torch.equal(one.attention_mask.sum(dim=1), other.attention_mask.sum(dim=1))
+            assert torch.equal(other.input_ids[:, : one.input_ids.shape[1]], one.input_ids)
+            assert (other.input_ids[other.attention_mask == 0] == split.pad_id).all()
+
     def test_an_epoch_covers_every_row_once_and_follows_its_generator(self, split: task.Split) -> None:
         def epoch(seed: int) -> list[list[int]]:
             return [b.rows.tolist() for b in split.shuffled(16, torch.Generator().manual_seed(seed))]

@@ -67,9 +67,7 @@ class ONNXRuntime(Runtime):
                     f"{site}: onnxruntime stores 4 bits in groups of >= {_SMALLEST_GROUP}, got {decision.group_size}"
                 )
 
-    def build(
-        self, model: EncoderModel, plan: CompressionPlan, calibration: Sequence[Batch], folder: Path
-    ) -> Artifact:
+    def build(self, model: EncoderModel, plan: CompressionPlan, calibration: Sequence[Batch], folder: Path) -> Artifact:
         import onnx
 
         file = folder / "model.onnx"

@@ -1,0 +1,77 @@
+"""The fingerprint of machine and versions that is stored with every number."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+
+import pytest
+
+from autocompress import machine
+
+
+@pytest.fixture(autouse=True)
+def _no_memory() -> Iterator[None]:
+    yield
+    machine.cpu.cache_clear()
+    machine.versions.cache_clear()
+
+
+def test_the_fingerprint_is_the_same_in_another_process() -> None:
+    code = "import json; from autocompress import machine; print(json.dumps(machine.fingerprint()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(done.stdout) == machine.fingerprint()
+
+
+def test_the_fingerprint_is_data_and_says_its_versions() -> None:
+    found = machine.fingerprint()
+    assert json.loads(json.dumps(found)) == found
+    assert found["versions"]["torch"] == metadata.version("torch")
+    assert found["versions"]["autocompress"] == metadata.version("autocompress")
+    assert set(found["cpu"]) == {"name", "features", "cores"}
+    assert found["cpu"]["name"]
+    assert len(found["id"]) == 12
+
+
+def test_the_id_is_of_the_cpu_and_not_of_how_much_of_it_we_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = machine.fingerprint()
+    monkeypatch.setattr(machine, "cores", lambda: 1000)
+    machine.cpu.cache_clear()
+    after = machine.fingerprint()
+    assert after["cpu"]["cores"] == 1000
+    assert after["id"] == before["id"]
+    monkeypatch.setattr(machine, "cpu", lambda: {**before["cpu"], "name": "another"})
+    assert machine.fingerprint()["id"] != before["id"]
+    monkeypatch.setattr(machine, "cpu", lambda: {**before["cpu"], "features": ["none"]})
+    assert machine.fingerprint()["id"] != before["id"]
+
+
+def test_cores_are_those_of_this_process() -> None:
+    assert machine.cores() >= 1
+    if hasattr(os, "sched_getaffinity"):
+        assert machine.cores() == len(os.sched_getaffinity(0))
+
+
+def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_PACKAGES", ("torch", "no-such-package-of-anybody"))
+    machine.versions.cache_clear()
+    assert set(machine.versions()) == {"python", "torch"}
+
+
+def test_without_cpuinfo_there_is_still_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def __init__(self, _: str) -> None:
+            pass
+
+        def read_text(self, **_: object) -> str:
+            raise FileNotFoundError
+
+    monkeypatch.setattr(machine, "Path", Gone)
+    machine.cpu.cache_clear()
+    found = machine.cpu()
+    assert found["name"]
+    assert found["features"] == []

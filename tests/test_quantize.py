@@ -1,0 +1,210 @@
+"""The arithmetic of quantisation: bounds of its errors, its grids, and the ranges of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BLOCKS, FAMILIES, LABELS, make_tokenizer
+
+from autocompress import model, task
+from autocompress.anatomy import Site
+from autocompress.config import DataConfig
+from autocompress.errors import PlanError
+from autocompress.plan import Quantize
+from autocompress.transforms import quantize
+from autocompress.transforms.quantize import ActivationRange, activation_ranges, check_groups, per_channel, per_group
+
+
+def weights(out: int = 24, width: int = 64, seed: int = 0) -> np.ndarray:
+    """Return weights whose channels differ by orders of magnitude, with a few outliers."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((out, width)) * 10.0 ** rng.uniform(-4, 2, (out, 1))
+    values[rng.random(values.shape) < 0.02] *= 20
+    return values.astype(np.float32)
+
+
+class TestPerChannel:
+    def test_the_error_is_at_most_half_a_step(self) -> None:
+        weight = weights()
+        found = per_channel(weight)
+        assert np.all(np.abs(found.restored() - weight) <= 0.5 * found.scales * (1 + 1e-5))
+
+    def test_shapes_and_grid(self) -> None:
+        found = per_channel(weights(5, 9))
+        assert found.values.shape == (5, 9)
+        assert found.values.dtype == np.int8
+        assert found.scales.shape == (5, 1)
+        assert found.scales.dtype == np.float32
+        assert found.restored().shape == (5, 9)
+        assert found.restored().dtype == np.float32
+
+    def test_the_largest_weight_of_a_channel_is_the_end_of_its_grid(self) -> None:
+        weight = weights()
+        found = per_channel(weight)
+        assert np.array_equal(np.abs(found.values).max(axis=1), np.full(24, 127))
+        assert found.values.min() >= -127
+        assert np.allclose(np.abs(found.restored()).max(axis=1), np.abs(weight).max(axis=1), rtol=1e-6)
+
+    def test_rows_of_zeros_stay_zeros(self) -> None:
+        weight = weights()
+        weight[3] = 0
+        found = per_channel(weight)
+        assert np.isfinite(found.scales).all()
+        assert np.all(found.scales > 0)
+        assert not found.restored()[3].any()
+
+    def test_the_weights_given_are_left_alone(self) -> None:
+        weight = weights()
+        before = weight.copy()
+        per_channel(weight)
+        per_group(weight, 16)
+        assert np.array_equal(weight, before)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 16, 64])
+class TestPerGroup:
+    def test_shapes_and_grid(self, group_size: int) -> None:
+        found = per_group(weights(), group_size)
+        assert found.values.shape == (24, 64 // group_size, group_size)
+        assert found.values.dtype == np.int8
+        assert found.scales.shape == (24, 64 // group_size, 1)
+        assert found.scales.dtype == np.float32
+        assert found.values.min() >= -8
+        assert found.values.max() <= 7
+        assert found.restored().shape == (24, 64)
+
+    def test_the_squared_error_is_at_most_that_of_rounding(self, group_size: int) -> None:
+        """Whatever clip is taken, it is no worse than the unclipped grid, whose error is half a step a weight."""
+        weight = weights()
+        grouped = weight.reshape(24, -1, group_size)
+        error = np.square(per_group(weight, group_size).restored().reshape(grouped.shape) - grouped).sum(axis=2)
+        step = np.abs(grouped).max(axis=2) / 7
+        assert np.all(error <= group_size * np.square(step / 2) * (1 + 1e-4))
+
+    def test_searching_a_clip_is_never_worse_than_none(self, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        weight = weights(seed=1)
+        grouped = weight.reshape(24, -1, group_size)
+
+        def error() -> np.ndarray:
+            restored = per_group(weight, group_size).restored().reshape(grouped.shape)
+            return np.asarray(np.square(restored.astype(np.float64) - grouped).sum(axis=2))
+
+        searched = error()
+        assert quantize._CLIPS[0] == 1.0
+        monkeypatch.setattr(quantize, "_CLIPS", (1.0,))
+        plain = error()
+        assert np.all(searched <= plain * (1 + 1e-5) + 1e-12)
+        if group_size >= 16:
+            assert searched.sum() < 0.99 * plain.sum()
+
+    def test_groups_of_zeros_stay_zeros(self, group_size: int) -> None:
+        weight = weights()
+        weight[2] = 0
+        weight[5, :group_size] = 0
+        found = per_group(weight, group_size)
+        assert np.isfinite(found.scales).all()
+        assert np.all(found.scales > 0)
+        assert not found.restored()[2].any()
+        assert not found.restored()[5, :group_size].any()
+
+
+def test_weights_on_a_grid_are_kept_exactly() -> None:
+    steps = np.random.default_rng(0).integers(-7, 8, (6, 32)).astype(np.float32)
+    steps[:, ::16] = 7
+    assert np.allclose(per_group(0.25 * steps, 16).restored(), 0.25 * steps, atol=1e-7)
+    steps = np.random.default_rng(0).integers(-127, 128, (6, 32)).astype(np.float32)
+    steps[:, 0] = 127
+    assert np.allclose(per_channel(0.5 * steps).restored(), 0.5 * steps, atol=1e-5)
+
+
+def test_a_group_has_a_scale_of_its_own() -> None:
+    weight = np.concatenate([np.full((1, 16), 0.001), np.full((1, 16), 100.0)], axis=1).astype(np.float32)
+    assert np.allclose(per_group(weight, 16).restored(), weight, rtol=1e-5)
+    assert not np.allclose(per_group(weight, 32).restored(), weight, rtol=1e-2)
+
+
+def test_groups_that_do_not_fill_a_row_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"group_size: must divide the input width 40, got 16"):
+        per_group(weights(4, 40), 16)
+
+
+def test_groups_are_checked_against_every_input_width() -> None:
+    site = Site("block.0.ffn", "ffn", inner=96, outer=64, parts=96)
+    check_groups(site, Quantize(weight_bits=4, group_size=32), rank=0)
+    check_groups(site, Quantize(weight_bits=8), rank=7)
+    with pytest.raises(PlanError, match=r"block\.0\.ffn: group_size must divide the input width 96, got 64"):
+        check_groups(site, Quantize(weight_bits=4, group_size=64), rank=0)
+    with pytest.raises(PlanError, match=r"block\.0\.ffn: group_size must divide the input width 40, got 32"):
+        check_groups(site, Quantize(weight_bits=4, group_size=32), rank=40)
+
+
+class TestActivationRange:
+    @pytest.mark.parametrize("ends", [(-1.0, 2.0), (-3.7, 0.11), (0.5, 2.0), (-2.0, -0.5), (0.0, 0.0), (-1e-3, 1e4)])
+    def test_it_holds_zero_exactly_and_nearly_what_was_seen(self, ends: tuple[float, float]) -> None:
+        low, high = ends
+        found = ActivationRange.around(low, high)
+        step = (found.high - found.low) / 255
+        assert step > 0
+        assert found.low <= 0 <= found.high
+        assert found.low / step == pytest.approx(round(found.low / step), abs=1e-6)
+        # Moving zero onto the grid shifts both ends by half a step at most.
+        assert found.low <= low + 0.5001 * step
+        assert found.high >= high - 0.5001 * step
+        assert found.high - found.low == pytest.approx(max(high, 0.0) - min(low, 0.0) or 255.0)
+
+    @pytest.fixture(params=FAMILIES)
+    def loaded(self, request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> model.EncoderModel:
+        self.family = request.param
+        return model.load(tiny_model(request.param), labels=LABELS)
+
+    @pytest.fixture
+    def rows(self, loaded: model.EncoderModel, tiny_csv: Path) -> task.Split:
+        tokenizer = make_tokenizer(self.family)
+        return task.load(DataConfig(source=str(tiny_csv), search_rows=60)).tokenized(tokenizer, 16)["train"].head(12)
+
+    def test_every_linear_layer_has_one(self, loaded: model.EncoderModel, rows: task.Split) -> None:
+        found = activation_ranges(loaded, list(rows.in_order_of_length(4)))
+        wanted = {p for site in loaded.shape.sites() if site != "embeddings" for p in loaded.layout.linears(site)}
+        assert set(found) == wanted
+        for number in range(BLOCKS):
+            query, key = (found[loaded.layout.path(number, role)] for role in ("query", "key"))
+            assert query == key, "layers that read the same tensor see the same range"
+
+    def test_padding_does_not_count(self, loaded: model.EncoderModel, rows: task.Split) -> None:
+        alone = activation_ranges(loaded, list(rows.in_order_of_length(1)))
+        padded = activation_ranges(loaded, list(rows.in_order_of_length(12)))
+        order = sorted(range(len(rows)), key=lambda row: len(rows.input_ids[row]))
+        assert len(rows.input_ids[order[0]]) < len(rows.input_ids[order[-1]]), "some rows are padded"
+        for path in alone:
+            assert padded[path].low == pytest.approx(alone[path].low, rel=1e-3, abs=1e-4)
+            assert padded[path].high == pytest.approx(alone[path].high, rel=1e-3, abs=1e-4)
+
+    def test_it_is_the_mean_of_what_rows_reach(self, loaded: model.EncoderModel, rows: task.Split) -> None:
+        lows, highs = [], []
+        path = loaded.layout.path(1, "ffn_out")
+
+        def note(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+            lows.append(float(inputs[0].min()))
+            highs.append(float(inputs[0].max()))
+
+        handle = loaded.module.get_submodule(path).register_forward_pre_hook(note)
+        with torch.no_grad():
+            for batch in rows.in_order_of_length(1):
+                loaded.module(**batch.inputs())
+        handle.remove()
+        expected = ActivationRange.around(float(np.mean(lows)), float(np.mean(highs)))
+        found = activation_ranges(loaded, list(rows.in_order_of_length(5)))[path]
+        assert found.low == pytest.approx(expected.low, rel=1e-3, abs=1e-4)
+        assert found.high == pytest.approx(expected.high, rel=1e-3, abs=1e-4)
+
+    def test_observing_leaves_the_model_as_it_is(self, loaded: model.EncoderModel, rows: task.Split) -> None:
+        batch = rows.batch([0, 1])
+        with torch.no_grad():
+            before = loaded.module(**batch.inputs()).logits
+            activation_ranges(loaded, [batch])
+            assert torch.equal(loaded.module(**batch.inputs()).logits, before)
+        assert not any(m._forward_pre_hooks for m in loaded.module.modules())

@@ -1,0 +1,260 @@
+"""Scoring: accuracy with its interval, logits in row order, and latency in pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import VOCABULARY, make_tokenizer
+
+from autocompress import scoring, task
+from autocompress.config import DataConfig, TargetConfig
+from autocompress.errors import MeasurementError
+from autocompress.runtimes.base import Session
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_csv: Path) -> task.Split:
+    loaded = task.load(DataConfig(source=str(tiny_csv), search_rows=60))
+    return loaded.tokenized(make_tokenizer("bert"), 16)["search"]
+
+
+class Clock:
+    """Time that passes only when a session runs."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Timed(Session):
+    """Takes given times in turn, the last one for ever."""
+
+    def __init__(self, clock: Clock, seconds: Callable[[int], float], calls: list[str], name: str) -> None:
+        self.clock, self.seconds, self.calls, self.name = clock, seconds, calls, name
+        self.runs = 0
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        self.clock.now += self.seconds(self.runs)
+        self.runs += 1
+        self.calls.append(self.name)
+        return np.zeros((1, 2), dtype=np.float32)
+
+
+class Scripted(Session):
+    """Returns logits that are a function of a row's tokens."""
+
+    def __init__(self, of: Callable[[np.ndarray, np.ndarray], list[float]]) -> None:
+        self.of = of
+        self.sizes: list[int] = []
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        self.sizes.append(len(ids))
+        return np.array([self.of(i, m) for i, m in zip(ids, mask, strict=True)], dtype=np.float32)
+
+
+class TestWilson:
+    @pytest.mark.parametrize(
+        ("hits", "count", "low", "high"),
+        [
+            # Wilson score interval, 95 %: Newcombe 1998, "Two-sided confidence intervals for the single proportion",
+            # Statistics in Medicine 17, table I, method 3.
+            (81, 263, 0.2553, 0.3662),
+            (15, 148, 0.0624, 0.1605),
+            (0, 20, 0.0, 0.1611),
+            (1, 29, 0.0061, 0.1718),
+        ],
+    )
+    def test_published_values(self, hits: int, count: int, low: float, high: float) -> None:
+        assert scoring.wilson(hits, count) == pytest.approx((low, high), abs=5e-5)
+
+    @pytest.mark.parametrize("count", [1, 7, 1000])
+    def test_it_is_symmetric_and_within_bounds(self, count: int) -> None:
+        for hits in {0, 1, count // 2, count}:
+            low, high = scoring.wilson(hits, count)
+            mirrored = scoring.wilson(count - hits, count)
+            assert 0 <= low <= hits / count <= high <= 1
+            assert low < high
+            assert mirrored == pytest.approx((1 - high, 1 - low))
+        assert scoring.wilson(0, count)[0] == 0.0
+        assert scoring.wilson(count, count)[1] == 1.0
+
+
+class TestAccuracy:
+    def split(self, labels: list[int]) -> task.Split:
+        return task.Split(tuple((1, 2) for _ in labels), None, tuple(labels))
+
+    def test_values_worked_out_by_hand(self) -> None:
+        logits = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 3.5], [0.0, -1.0]], dtype=np.float32)
+        found = scoring.accuracy(logits, self.split([0, 1, 0, 1]))
+        assert found.value == 0.5
+        assert found.rows == 4
+        assert (found.low, found.high) == scoring.wilson(2, 4)
+        losses = [np.log(1 + np.exp(-2)), np.log(1 + np.exp(-1)), np.log(1 + np.exp(0.5)), np.log(1 + np.exp(1))]
+        assert found.loss == pytest.approx(np.mean(losses), rel=1e-6)
+
+    def test_large_logits_do_not_overflow(self) -> None:
+        logits = np.array([[3e4, -3e4], [-3e4, 3e4]], dtype=np.float32)
+        assert scoring.accuracy(logits, self.split([0, 0])).loss == pytest.approx(3e4)
+
+    def test_the_hash_is_of_the_predicted_classes_in_order(self) -> None:
+        logits = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+        found = scoring.predictions_hash(logits)
+        assert len(found) == 64
+        assert scoring.predictions_hash(logits * 7 + 1) == found
+        assert scoring.predictions_hash(logits[::-1]) != found
+        flipped = logits.copy()
+        flipped[20] = -flipped[20]
+        assert scoring.predictions_hash(flipped) != found
+        assert scoring.accuracy(logits, self.split([0] * 50)).predictions == found
+        # Fixed for ever: what was exported is compared with it.
+        assert (
+            scoring.predictions_hash(np.eye(3, dtype=np.float32))
+            == "ad5dc1478de06a4c2728ea528bd9361a4b945e92a414bf4d180cedaaeaa5f4cc"
+        )
+
+
+class TestLogits:
+    @pytest.mark.parametrize("batch_size", [1, 7, 64])
+    def test_they_come_back_in_row_order(self, rows: task.Split, batch_size: int) -> None:
+        session = Scripted(lambda ids, mask: [float((ids * mask).sum()), float(mask.sum())])
+        found = scoring.logits_of(session, rows, rows.in_order_of_length(batch_size))
+        assert found.shape == (len(rows), 2)
+        assert found.dtype == np.float32
+        assert found[:, 0].tolist() == [float(sum(tokens)) for tokens in rows.input_ids]
+        assert found[:, 1].tolist() == [float(len(tokens)) for tokens in rows.input_ids]
+        assert max(session.sizes) == min(batch_size, len(rows))
+        assert sum(session.sizes) == len(rows)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_logits_that_are_not_finite_are_refused(self, rows: task.Split, value: float) -> None:
+        bad = {rows.input_ids[3], rows.input_ids[20]}
+
+        def of(ids: np.ndarray, mask: np.ndarray) -> list[float]:
+            return [0.0, value if tuple(ids[mask == 1].tolist()) in bad else 1.0]
+
+        with pytest.raises(MeasurementError, match=f"logits: 2 of {len(rows)} rows are not finite"):
+            scoring.logits_of(Scripted(of), rows, rows.in_order_of_length(8))
+
+    def test_rows_that_no_batch_holds_are_noticed(self, rows: task.Split) -> None:
+        session = Scripted(lambda *_: [0.0, 1.0])
+        with pytest.raises(MeasurementError, match=f"logits: 8 of {len(rows)} rows are not finite"):
+            scoring.logits_of(session, rows, list(rows.in_order_of_length(8))[1:])
+
+    def test_no_rows_are_refused(self) -> None:
+        with pytest.raises(MeasurementError, match="there are no rows to score on"):
+            scoring.logits_of(Scripted(lambda *_: [0.0, 1.0]), task.Split((), None, ()), [])
+
+
+class TestLatency:
+    def measure(
+        self,
+        candidate: Callable[[int], float],
+        reference: Callable[[int], float],
+        *,
+        pairs: int = 40,
+        calls: list[str] | None = None,
+        seed: int = 0,
+    ) -> scoring.Latency:
+        clock, noted = Clock(), calls if calls is not None else []
+        return scoring.latency(
+            Timed(clock, candidate, noted, "candidate"),
+            Timed(clock, reference, noted, "reference"),
+            {"input_ids": np.ones((1, 4), dtype=np.int64)},
+            pairs=pairs,
+            clock=clock,
+            seed=seed,
+        )
+
+    def test_constant_times_give_the_exact_ratio(self) -> None:
+        found = self.measure(lambda _: 0.003, lambda _: 0.012)
+        assert found.p50_ms == pytest.approx(3.0)
+        assert found.p90_ms == pytest.approx(3.0)
+        assert found.reference_ms == pytest.approx(12.0)
+        assert (found.ratio, found.ratio_low, found.ratio_high) == pytest.approx((0.25, 0.25, 0.25))
+
+    def test_the_interval_holds_the_ratio_under_noise(self) -> None:
+        hits, widths = 0, []
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            found = self.measure(
+                lambda _, rng=rng: 0.005 * rng.lognormal(0, 0.1), lambda _, rng=rng: 0.01 * rng.lognormal(0, 0.1)
+            )
+            assert found.ratio_low <= found.ratio <= found.ratio_high
+            hits += found.ratio_low <= 0.5 <= found.ratio_high
+            widths.append(found.ratio_high - found.ratio_low)
+        # 95 % of 40 is 38; 33 or fewer have a probability below one in a thousand.
+        assert hits >= 34
+        assert 0.005 < np.mean(widths) < 0.1
+
+    def test_drift_that_both_share_leaves_the_ratio(self) -> None:
+        """The machine slows down threefold while measuring: unpaired medians would be off, pairs are not."""
+        found = self.measure(lambda n: 0.005 * (1 + n / 15), lambda n: 0.01 * (1 + n / 15))
+        assert found.ratio == pytest.approx(0.5, rel=1e-6)
+
+    def test_a_few_hiccups_leave_the_ratio(self) -> None:
+        found = self.measure(lambda n: 0.5 if n % 10 == 7 else 0.005, lambda n: 0.9 if n % 10 == 2 else 0.01)
+        assert found.ratio == pytest.approx(0.5)
+        assert found.p50_ms == pytest.approx(5.0)
+
+    def test_who_goes_first_alternates_and_both_are_warmed_up(self) -> None:
+        calls: list[str] = []
+        self.measure(lambda _: 0.001, lambda _: 0.002, pairs=6, calls=calls)
+        warm = 2 * scoring.WARMUP_RUNS
+        assert calls[:warm].count("candidate") == scoring.WARMUP_RUNS
+        first = calls[warm::2]
+        assert first == ["candidate", "reference"] * 3
+        assert calls.count("candidate") == calls.count("reference") == scoring.WARMUP_RUNS + 6
+
+    def test_warm_up_does_not_count(self) -> None:
+        found = self.measure(lambda n: 9.0 if n < scoring.WARMUP_RUNS else 0.001, lambda _: 0.002, pairs=5)
+        assert found.p90_ms == pytest.approx(1.0)
+
+    def test_one_seed_gives_one_interval(self) -> None:
+        times = np.random.default_rng(0).lognormal(-5, 0.3, (400, 2))
+        assert scoring.summarize(times, seed=1) == scoring.summarize(times, seed=1)
+        assert scoring.summarize(times, seed=1) != scoring.summarize(times, seed=2)
+
+    @pytest.mark.parametrize("which", ["candidate", "reference"])
+    @pytest.mark.parametrize("seconds", [0.0, -0.001])
+    def test_runs_that_took_no_time_are_refused(self, which: str, seconds: float) -> None:
+        def odd(n: int) -> float:
+            return seconds if n == scoring.WARMUP_RUNS + 2 else 0.001
+
+        def even(_: int) -> float:
+            return 0.001
+
+        pair = (odd, even) if which == "candidate" else (even, odd)
+        with pytest.raises(MeasurementError, match="latency: 1 of 20 runs took no measurable time"):
+            self.measure(*pair, pairs=10)
+
+
+class TestInputs:
+    def test_they_have_exactly_the_targets_shape(self) -> None:
+        target = TargetConfig(batch_size=3, tokens=9)
+        names = ("attention_mask", "input_ids", "token_type_ids")
+        found = scoring.timing_inputs(names, target, len(VOCABULARY), seed=0)
+        assert tuple(found) == names
+        assert all(array.shape == (3, 9) and array.dtype == np.int64 for array in found.values())
+        assert found["attention_mask"].all()
+        assert not found["token_type_ids"].any()
+        assert found["input_ids"].min() >= 5
+        assert found["input_ids"].max() < len(VOCABULARY)
+
+    def test_they_follow_the_seed(self) -> None:
+        def ids(seed: int) -> Any:
+            return scoring.timing_inputs(("input_ids",), TargetConfig(), 1000, seed)["input_ids"].tolist()
+
+        assert ids(0) == ids(0)
+        assert ids(0) != ids(1)
+
+    def test_the_clock_is_cpu_time_at_one_thread(self) -> None:
+        assert scoring.clock_of(TargetConfig(threads=1)) is time.process_time
+        assert scoring.clock_of(TargetConfig(threads=2)) is time.perf_counter

@@ -1,0 +1,405 @@
+"""From a run file to an exported folder through the command line, with a tiny model: searched, continued, killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_cli import Done
+from test_study import CSV_COLUMNS, plan_ids, states
+
+from autocompress import api, task
+from autocompress.config import RunConfig, TargetConfig
+from autocompress.records import Candidate
+from autocompress.runtimes import Artifact, get_runtime
+from autocompress.scoring import logits_of
+
+pytestmark = pytest.mark.slow
+
+TRIALS = 6
+FORMATS = {"openvino": "model.bin", "onnx": "model.onnx"}
+PROGRESS = re.compile(r"\d\d:\d\d:\d\d .+")
+PARAMETERS = ("student", "attention.heads.0", "attention.bits.0", "ffn.neurons.0", "ffn.bits.0", "embedding.bits.0")
+
+
+def environment() -> dict[str, str]:
+    ours = {k: v for k, v in os.environ.items() if k not in ("GITHUB_ACTIONS", "FORCE_COLOR", "AUTOCOMPRESS_DEBUG")}
+    return {**ours, "TERM": "xterm-256color"}
+
+
+def command(*args: object, cwd: Path) -> Done:
+    done = subprocess.run(
+        [sys.executable, "-m", "autocompress.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=environment(),
+        timeout=600,
+    )
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(PROGRESS.fullmatch(line) for line in done.stderr.splitlines()) or done.returncode != 0, done.stderr
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def read_csv(file: Path) -> pd.DataFrame:
+    return pd.read_csv(file, float_precision="round_trip")
+
+
+@pytest.fixture(scope="module")
+def workplace(
+    tmp_path_factory: pytest.TempPathFactory, tiny_run: Callable[..., RunConfig], bert_headed_folder: Path
+) -> Path:
+    """A folder with a run file of the tiny model with a head, whose accuracy means something."""
+    folder = tmp_path_factory.mktemp("search")
+    overrides = [f"model.id={json.dumps(str(bert_headed_folder))}", f"search.trials={TRIALS}", "search.workers=2"]
+    (folder / "run.yaml").write_text(tiny_run(overrides).to_yaml(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def searched(workplace: Path) -> Path:
+    """The results folder of a search, at its default place below the folder that it was started in."""
+    done = command("search", "run.yaml", cwd=workplace)
+    assert done.code == 0, done.err
+    assert "[  6/6] trial " in done.err
+    assert "times smaller" in done.out
+    assert done.out.endswith("next: autocompress export results/tiny --pick knee --format openvino -o OUT\n")
+    return workplace / "results" / "tiny"
+
+
+@pytest.fixture
+def copy(searched: Path, tmp_path: Path) -> Path:
+    """A copy of the results folder to be changed."""
+    shutil.copytree(searched, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_a_search_evaluates_exactly_its_number_of_candidates(searched: Path) -> None:
+    table = read_csv(searched / "study.csv")
+    assert len(table) == TRIALS
+    assert list(table["state"]) == ["COMPLETE"] * TRIALS
+    assert table["number"].is_unique
+    assert table["plan_id"].is_unique
+    assert states(searched) == {"COMPLETE": TRIALS}
+
+
+def test_the_csv_files_hold_what_is_promised(searched: Path) -> None:
+    everything, front = (read_csv(searched / name) for name in ("study.csv", "pareto.csv"))
+    for table in (everything, front):
+        assert {*CSV_COLUMNS, *(f"param.{name}" for name in PARAMETERS)} <= set(table.columns)
+        for name in ("accuracy", "size_bytes", "latency_ms", "latency_ratio", "seconds"):
+            assert (table[name] > 0).all()
+        for name in ("accuracy", "latency_ratio"):
+            assert (table[f"{name}_low"] <= table[name]).all()
+            assert (table[name] <= table[f"{name}_high"]).all()
+    costs = everything[["accuracy", "size_bytes", "latency_ratio"]].to_numpy() * [-1, 1, 1]
+    dominated = [any((other <= row).all() and (other < row).any() for other in costs) for row in costs]
+    assert set(front["number"]) == set(everything["number"][~np.array(dominated)])
+    by_number = everything.set_index("number")
+    for _, point in front.iterrows():
+        assert point["accuracy"] == by_number["accuracy"][point["number"]]
+
+
+def test_the_environment_holds_the_reference(searched: Path) -> None:
+    found = json.loads((searched / "environment.json").read_text(encoding="utf-8"))
+    reference = found["reference"]
+    assert reference["accuracy"] > 0.8
+    assert reference["latency_ms"] > 0
+    artefact = Artifact.open(searched / "artefacts" / "reference")
+    assert reference["size_bytes"] == artefact.size_bytes > 50_000
+    assert found["machine"]["cpu"]["cores"] >= 1
+    assert set(found["protocol"]) == {"accuracy", "size", "latency"}
+
+
+def test_artefacts_of_the_front_are_kept_and_no_others(searched: Path) -> None:
+    front = read_csv(searched / "pareto.csv")
+    assert {path.name for path in (searched / "artefacts").iterdir()} == {"reference", *front["plan_id"]}
+    sizes = {plan_id: Artifact.open(searched / "artefacts" / plan_id).size_bytes for plan_id in front["plan_id"]}
+    assert sizes == dict(zip(front["plan_id"], front["size_bytes"], strict=True))
+
+
+def test_the_same_command_again_evaluates_nothing(searched: Path, workplace: Path) -> None:
+    names = ("study.csv", "pareto.csv", "study.journal", "environment.json", "run.yaml")
+    before = {name: (searched / name).read_bytes() for name in names}
+    done = command("search", "run.yaml", "--json", cwd=workplace)
+    assert [point["number"] for point in json.loads(done.out)] == list(read_csv(searched / "pareto.csv")["number"])
+    assert "evaluating" not in done.err
+    assert "measuring" not in done.err
+    assert {name: (searched / name).read_bytes() for name in names} == before
+
+
+def test_a_larger_number_adds_exactly_the_difference(copy: Path, workplace: Path) -> None:
+    before = read_csv(copy / "study.csv")
+    done = command("search", "run.yaml", "--out", copy, "--set", "search.trials=8", cwd=workplace)
+    assert done.code == 0, done.err
+    assert "evaluating 2 of 8 candidates" in done.err
+    after = read_csv(copy / "study.csv")
+    pd.testing.assert_frame_equal(after[: len(before)][list(before.columns)], before, check_dtype=False)
+    assert len(after) == 8
+    assert after["plan_id"].is_unique
+    assert states(copy) == {"COMPLETE": 8}
+
+
+def test_recovery_adds_one_candidate(copy: Path, workplace: Path) -> None:
+    number = int(read_csv(copy / "pareto.csv")["number"][0])
+    done = command("recover", copy, "--trial", number, "--epochs", "0.5", "--json", cwd=workplace)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert "recovered 0.5 epochs" in found["plan"]
+    table = read_csv(copy / "study.csv")
+    assert len(table) == TRIALS + 1
+    added = table.set_index("number").loc[found["trial"]]
+    assert (added["origin"], added["state"], added["plan_id"]) == ("recover", "COMPLETE", found["plan_id"])
+    assert command("status", copy, "--json", cwd=workplace).json()["complete"] == TRIALS + 1
+    again = command("search", "run.yaml", "--out", copy, cwd=workplace)
+    assert again.code == 0
+    assert "evaluating" not in again.err
+
+
+# --- export and measure
+
+
+@pytest.fixture(scope="module")
+def exported(searched: Path, workplace: Path) -> Path:
+    """A folder with one exported point in each format."""
+    done = command(
+        *("export", searched, "--pick", "accuracy", "--format", "openvino", "--format", "onnx", "-o", "out", "--json"),
+        cwd=workplace,
+    )
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert set(found) == set(FORMATS)
+    assert {shipped["reloaded_predictions"] for shipped in found.values()} == {"identical"}
+    return workplace / "out"
+
+
+def picked(searched: Path) -> Candidate:
+    return api.open_study(searched).front().pick(prefer="accuracy")
+
+
+def logits_through(folder: Path, run: RunConfig, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits and classes of a split, from nothing but an exported folder and the data."""
+    from transformers import AutoTokenizer
+
+    artifact = Artifact.open(folder)
+    about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+    session = get_runtime(artifact.runtime).load(artifact, TargetConfig(**about["target"]))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    rows = task.load(run.data, labels=tuple(about["labels"])).tokenized(tokenizer, about["max_tokens"])[split]
+    return logits_of(session, rows, 1), np.array(rows.labels)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_an_exported_folder_predicts_as_its_card_says(exported: Path, searched: Path, format_: str) -> None:
+    folder = exported / format_
+    run = RunConfig.from_file(searched / "run.yaml")
+    about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+    point = picked(searched)
+    assert (about["trial"], about["plan_id"]) == (point.number, point.plan.plan_id)
+    for split, stored in (("search", about["search"]["accuracy"]), ("test", about["test"]["value"])):
+        logits, labels = logits_through(folder, run, split)
+        assert (logits.argmax(axis=1) == labels).mean() == stored
+    assert about["test"]["rows"] == 60
+    assert about["test"]["low"] <= about["test"]["value"] <= about["test"]["high"]
+    assert about["search"]["size_bytes"] == Artifact.open(folder).size_bytes
+    assert 0.8 <= about["agreement_with_scored_candidate"] <= 1
+    assert (folder / "README.md").read_text(encoding="utf-8").startswith("---")
+
+
+def test_the_artefact_that_was_scored_is_the_one_that_ships(exported: Path, searched: Path) -> None:
+    folder, point = exported / "openvino", picked(searched)
+    source = searched / "artefacts" / point.plan.plan_id
+    for name in Artifact.open(folder).files:
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+    about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+    assert about["agreement_with_scored_candidate"] == 1
+    assert about["search"] == json.loads(point.score.to_json())
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_an_exported_folder_can_be_timed_again(exported: Path, workplace: Path, format_: str) -> None:
+    found = command("measure", exported / format_, "--pairs", "10", "--json", cwd=workplace).json()
+    about = json.loads((exported / format_ / "measurement.json").read_text(encoding="utf-8"))
+    assert found["stored_latency_ratio"] == about["search"]["latency_ratio"]
+    assert found["latency_ratio_low"] <= found["latency_ratio"] <= found["latency_ratio_high"]
+    assert found["difference"] == pytest.approx(found["latency_ratio"] / found["stored_latency_ratio"] - 1)
+    assert found["size_bytes"] == about["search"]["size_bytes"]
+    assert found["same_machine"] is True
+
+
+def test_a_folder_that_is_taken_needs_force(exported: Path, searched: Path, workplace: Path) -> None:
+    before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    mine = exported / "mine.txt"
+    mine.write_text("mine", encoding="utf-8")
+    line = command("export", searched, "-o", "out", cwd=workplace).line(1)
+    assert line == "autocompress: export: out is not empty; give another folder or --force"
+    assert {path: path.read_bytes() for path in before} == before
+    done = command("export", searched, "--pick", "accuracy", "-o", "out", "--force", cwd=workplace)
+    assert done.code == 0, done.err
+    assert Artifact.open(exported).runtime == "openvino"
+    assert mine.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("how", ["damaged", "exchanged"])
+def test_an_artefact_that_no_longer_matches_its_score_is_not_shipped(copy: Path, workplace: Path, how: str) -> None:
+    study = api.open_study(copy)
+    point = study.front().pick(prefer="accuracy")
+    folder = copy / "artefacts" / point.plan.plan_id
+    if how == "damaged":
+        weights = np.fromfile(folder / "model.bin", dtype=np.uint8)
+        (weights ^ 0xFF).tofile(folder / "model.bin")
+    else:
+        others = [c for c in study.front().points if c.score.predictions != point.score.predictions]
+        assert others, "a front on which everything predicts the same cannot show the fault"
+        for name in Artifact.open(folder).files:
+            shutil.copyfile(copy / "artefacts" / others[0].plan.plan_id / name, folder / name)
+    done = command("export", copy, "--trial", point.number, "-o", copy / "out", cwd=workplace)
+    assert done.code == 1
+    last = done.err.splitlines()[-1]
+    assert last.startswith(f"autocompress: export: trial {point.number}: ")
+    assert last.endswith("the artefact no longer matches")
+    assert not (copy / "out").exists()
+
+
+# --- the driver killed in mid-search (row 13) or interrupted (row 22)
+
+BUDGET = 8
+
+
+def descendants(pid: int) -> set[int]:
+    """Return the processes below ``pid``."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        parents[int(stat.parent.name)] = int(text.rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def start_search(workplace: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+    sets = [part for override in overrides for part in ("--set", override)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "autocompress.cli", "search", "run.yaml", "--out", str(out), *sets],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=workplace,
+        env=environment(),
+    )
+
+
+def lines_until(process: subprocess.Popen[str], wanted: str) -> Iterator[str]:
+    """Yield the process's progress up to the first line that holds ``wanted``."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        yield line
+        if wanted in line:
+            return
+    pytest.fail(f"ended before {wanted!r}")
+
+
+def finish(process: subprocess.Popen[str], sent: int) -> int:
+    process.send_signal(sent)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def by_number(out: Path) -> dict[int, Candidate]:
+    return {c.number: c for c in api.open_study(out).candidates()}
+
+
+def test_a_driver_that_is_killed_again_and_again_loses_nothing(workplace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    finished: dict[int, Candidate] = {}
+    below: set[int] = set()
+    moments = (
+        ("evaluating", 1.0, signal.SIGKILL),
+        ("] trial ", 0.0, signal.SIGKILL),
+        ("] trial ", 0.3, signal.SIGKILL),
+        ("] trial ", 0.1, signal.SIGINT),
+    )
+    for wanted, wait, sent in moments:
+        process = start_search(workplace, out, f"search.trials={BUDGET}")
+        told = [re.findall(r"\] trial (\d+) ", line) for line in lines_until(process, wanted)]
+        time.sleep(wait)
+        below |= descendants(process.pid)
+        code = finish(process, sent)
+        assert code == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
+        kept = by_number(out)
+        assert {int(number) for found in told for number in found} <= set(kept)
+        assert {number: kept[number] for number in finished} == finished
+        finished = kept
+    assert 3 <= len(finished) < BUDGET
+    done = command("search", "run.yaml", "--out", out, "--set", f"search.trials={BUDGET}", cwd=workplace)
+    assert done.code == 0, done.err
+    after = by_number(out)
+    assert {number: after[number] for number in finished} == finished
+    assert len(after) == BUDGET
+    assert len(set(plan_ids(list(after.values())))) == BUDGET
+    assert all(c.measurement is not None for c in after.values())
+    found = states(out)
+    assert "RUNNING" not in found
+    assert "WAITING" not in found
+    assert len(read_csv(out / "study.csv")) == BUDGET
+    assert command("status", out, "--json", cwd=workplace).json()["complete"] == BUDGET
+    assert below
+    until = time.monotonic() + 60
+    while (left := {pid for pid in below if alive(pid)}) and time.monotonic() < until:
+        time.sleep(1)
+    assert not left, "Ray's processes end with the driver that started them"
+
+
+def alive(pid: int) -> bool:
+    try:
+        command_line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    # Empty for a zombie; a number that was given to another process is none of ours.
+    return b"ray" in command_line
+
+
+def test_a_running_search_keeps_another_one_out(workplace: Path, searched: Path, copy: Path) -> None:
+    import fcntl
+
+    with (copy / "study.lock").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = command("search", "run.yaml", "--out", copy, "--set", "search.trials=9", cwd=workplace)
+    assert done.line(1).endswith("another search drives this study; wait for it or use another --out")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("space=encoder-bits", "space: encoder-small "),
+        ("objectives=[accuracy, latency]", "objectives: "),
+        ("target.threads=2", "target: "),
+        ("data.max_train_rows=100", "data: "),
+    ],
+)
+def test_other_settings_are_refused_for_the_same_folder(copy: Path, workplace: Path, change: str, said: str) -> None:
+    before: dict[str, Any] = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
+    done = command("search", "run.yaml", "--out", copy, "--set", change, cwd=workplace)
+    assert done.code == 1
+    last = done.err.splitlines()[-1]
+    assert "this study was made with other settings (" in last
+    assert said in last
+    assert {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()} == before

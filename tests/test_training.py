@@ -1,0 +1,208 @@
+"""Training: the loss falls, students move towards their teacher, and a seed gives the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LABELS, make_model, make_tokenizer
+from torch.nn import functional
+
+from autocompress import machine, task, training
+from autocompress.config import DataConfig
+from autocompress.errors import ModelError
+from autocompress.training import TrainingBudget
+
+
+@pytest.fixture(scope="module")
+def splits(tiny_csv: Path) -> dict[str, task.Split]:
+    return task.load(DataConfig(source=str(tiny_csv), search_rows=60)).tokenized(make_tokenizer("bert"), 16)
+
+
+@pytest.fixture
+def module() -> Any:
+    return make_model("bert", labels=LABELS)
+
+
+def budget(**fields: Any) -> TrainingBudget:
+    given = {"epochs": 2, "learning_rate": 2e-3, "batch_size": 16, "precision": "float32", **fields}
+    return TrainingBudget(**given)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def loss_on(module: Any, rows: task.Split) -> float:
+    return float(functional.cross_entropy(training.logits_of(module, rows), torch.tensor(rows.labels)))
+
+
+def accuracy_on(module: Any, rows: task.Split) -> float:
+    predicted = training.logits_of(module, rows).argmax(dim=1)
+    return float((predicted == torch.tensor(rows.labels)).float().mean())
+
+
+def divergence(student: Any, teacher: torch.Tensor, rows: task.Split) -> float:
+    found = functional.log_softmax(training.logits_of(student, rows), dim=-1)
+    return float(functional.kl_div(found, teacher.log_softmax(dim=-1), log_target=True, reduction="batchmean"))
+
+
+def weights(module: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+class TestFinetuning:
+    def test_the_loss_falls_on_rows_seen_and_unseen(self, module: Any, splits: dict[str, task.Split]) -> None:
+        before = {name: loss_on(module, rows) for name, rows in splits.items()}
+        training.finetune(module, splits["train"], budget(epochs=8), seed=0, progress=quiet)
+        assert loss_on(module, splits["train"]) < 0.5 * before["train"]
+        assert loss_on(module, splits["test"]) < before["test"]
+        assert accuracy_on(module, splits["test"]) > 0.75
+        assert not module.training
+
+    def test_one_seed_gives_the_same_weights(self, module: Any, splits: dict[str, task.Split]) -> None:
+        rows = splits["train"].head(48)
+        found = []
+        for seed in (1, 1, 2):
+            trained = copy.deepcopy(module)
+            torch.rand(seed)
+            training.finetune(trained, rows, budget(), seed=seed, progress=quiet)
+            found.append(weights(trained))
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2])
+
+    @pytest.mark.parametrize(("epochs", "steps"), [(1, 4), (0.5, 2), (2.25, 9), (0.01, 1)])
+    def test_the_budget_is_kept(self, module: Any, splits: dict[str, task.Split], epochs: float, steps: int) -> None:
+        said: list[str] = []
+        training.finetune(module, splits["train"].head(50), budget(epochs=epochs), seed=0, progress=said.append)
+        assert said[-1].startswith(f"step {steps}/{steps}, loss ")
+
+    def test_frozen_parameters_stay(self, module: Any, splits: dict[str, task.Split]) -> None:
+        table = module.bert.embeddings.word_embeddings.weight
+        table.requires_grad_(False)
+        before = table.clone()
+        training.finetune(module, splits["train"].head(32), budget(), seed=0, progress=quiet)
+        assert torch.equal(table, before)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_loss_that_is_not_finite_is_refused(
+        self, module: Any, splits: dict[str, task.Split], value: float
+    ) -> None:
+        with torch.no_grad():
+            module.classifier.weight.fill_(value)
+        with pytest.raises(ModelError, match=r"training: the loss is nan at step 0; lower the learning rate"):
+            training.finetune(module, splits["train"], budget(), seed=0, progress=quiet)
+
+    def test_a_learning_rate_that_blows_up_is_refused(self, module: Any, splits: dict[str, task.Split]) -> None:
+        with torch.no_grad():
+            module.classifier.weight.mul_(1e38)
+        with pytest.raises(ModelError, match=r"training: the loss is (nan|inf) at step \d+; lower the learning rate"):
+            training.finetune(module, splits["train"], budget(learning_rate=1.0), seed=0, progress=quiet)
+
+    def test_the_rate_rises_and_falls(self) -> None:
+        rates = [training._linear(step, 100) for step in range(100)]
+        top = rates.index(max(rates))
+        assert 3 <= top <= 8
+        assert rates[: top + 1] == sorted(rates[: top + 1])
+        assert rates[top:] == sorted(rates[top:], reverse=True)
+        assert all(0 < rate <= 1 for rate in rates)
+        assert training._linear(0, 1) > 0, "a budget of one step must learn something"
+
+
+class TestDistillation:
+    @pytest.fixture(scope="class")
+    def teacher(self, splits: dict[str, task.Split]) -> torch.Tensor:
+        module = make_model("bert", labels=LABELS, seed=5)
+        return 3 * training.logits_of(module, splits["train"])
+
+    def test_a_student_moves_towards_its_teacher(self, splits: dict[str, task.Split], teacher: torch.Tensor) -> None:
+        rows = splits["train"]
+        student = make_model("bert", labels=LABELS, num_hidden_layers=2)
+        before = divergence(student, teacher, rows)
+        training.distill(student, teacher, rows, budget(epochs=8, alpha=1.0), seed=0, progress=quiet)
+        assert divergence(student, teacher, rows) < 0.5 * before
+
+    def test_alpha_weighs_teacher_against_labels(self, splits: dict[str, task.Split], teacher: torch.Tensor) -> None:
+        rows = splits["train"]
+        found = {}
+        for alpha in (0.0, 1.0):
+            student = make_model("bert", labels=LABELS, num_hidden_layers=2)
+            training.distill(student, teacher, rows, budget(epochs=6, alpha=alpha), seed=0, progress=quiet)
+            found[alpha] = (divergence(student, teacher, rows), loss_on(student, rows))
+        assert found[1.0][0] < found[0.0][0]
+        assert found[0.0][1] < found[1.0][1]
+
+    def test_without_the_teacher_it_is_finetuning(
+        self, module: Any, splits: dict[str, task.Split], teacher: torch.Tensor
+    ) -> None:
+        rows, other = splits["train"].head(48), copy.deepcopy(module)
+        training.finetune(module, rows, budget(), seed=3, progress=quiet)
+        training.distill(other, teacher[:48], rows, budget(alpha=0.0), seed=3, progress=quiet)
+        assert torch.allclose(weights(module), weights(other), atol=1e-6)
+
+    @pytest.mark.parametrize("temperature", [1.0, 4.0])
+    def test_the_loss_is_that_of_the_paper(
+        self, monkeypatch: pytest.MonkeyPatch, module: Any, splits: dict[str, task.Split], temperature: float
+    ) -> None:
+        """Hinton et al. 2015: alpha T^2 KL(teacher || student), both softened by T, + (1 - alpha) cross-entropy."""
+        losses: list[Callable[..., torch.Tensor]] = []
+        monkeypatch.setattr(training, "_train", lambda *arguments, **_: losses.append(arguments[3]))
+        rows = splits["train"]
+        teacher = torch.randn(len(rows), 2)
+        training.distill(module, teacher, rows, budget(alpha=0.3, temperature=temperature), seed=0, progress=quiet)
+        batch, logits = rows.batch([4, 9, 2]), torch.randn(3, 2)
+        p = (teacher[[4, 9, 2]] / temperature).softmax(dim=1)
+        q = (logits / temperature).softmax(dim=1)
+        soft = float((p * (p / q).log()).sum(dim=1).mean())
+        hard = float(-logits.log_softmax(dim=1)[range(3), batch.labels].mean())
+        expected = 0.3 * temperature**2 * soft + 0.7 * hard
+        assert float(losses[0](logits, batch)) == pytest.approx(expected, rel=1e-4)
+
+    def test_one_seed_gives_the_same_weights(self, splits: dict[str, task.Split], teacher: torch.Tensor) -> None:
+        found = []
+        for _ in range(2):
+            student = make_model("bert", labels=LABELS, num_hidden_layers=1)
+            training.distill(student, teacher, splits["train"].head(32), budget(), seed=0, progress=quiet)
+            found.append(weights(student))
+        assert torch.equal(found[0], found[1])
+
+
+class TestLogits:
+    def test_they_stand_in_the_order_of_rows(self, module: Any, splits: dict[str, task.Split]) -> None:
+        rows = splits["test"]
+        found = training.logits_of(module, rows)
+        assert found.shape == (len(rows), 2)
+        assert found.dtype == torch.float32
+        with torch.no_grad():
+            for row in (0, 7, len(rows) - 1):
+                assert torch.allclose(found[row], module(**rows.batch([row]).inputs()).logits[0], atol=1e-5)
+
+    def test_they_are_taken_without_dropout(self, module: Any, splits: dict[str, task.Split]) -> None:
+        module.train()
+        first = training.logits_of(module, splits["test"])
+        module.train()
+        assert torch.equal(first, training.logits_of(module, splits["test"]))
+
+    def test_bfloat16_is_close(self, module: Any, splits: dict[str, task.Split]) -> None:
+        rows = splits["test"].head(8)
+        exact = training.logits_of(module, rows)
+        rough = training.logits_of(module, rows, precision="bfloat16")
+        assert not torch.equal(rough, exact)
+        assert torch.allclose(rough, exact, atol=0.1 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"), [([], False), (["avx2", "avx512f"], False), (["avx512_bf16"], True), (["amx_bf16"], True)]
+)
+def test_bfloat16_is_taken_where_the_cpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, features: list[str], expected: bool
+) -> None:
+    monkeypatch.setattr(machine, "cpu", lambda: {"name": "any", "features": features, "cores": 1})
+    assert training.has_bfloat16() is expected
+    for precision, wanted in (("auto", expected), ("float32", False), ("bfloat16", True)):
+        with training._autocast(precision):
+            assert torch.is_autocast_enabled("cpu") is wanted
