@@ -232,7 +232,7 @@ def _hub_switched_off() -> Iterator[None]:
     import datasets
     import huggingface_hub
 
-    switches = (datasets.config, huggingface_hub.constants)
+    switches: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [switch.HF_HUB_OFFLINE for switch in switches]
     try:
         for switch in switches:
@@ -264,7 +264,7 @@ def _read_hub(config: DataConfig) -> pd.DataFrame:
         found = from_hub(f"data: {config.source}", fetch, probe)
     except ModelError as error:
         raise DataError(str(error)) from None
-    frames = []
+    frames: list[pd.DataFrame] = []
     for name, part in found.items():
         frame = part.to_pandas()
         feature = part.features.get(config.label)
