@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autocompress import delivery, machine, model
+from autocompress.binding import bind
 from autocompress.config import RunConfig
 from autocompress.errors import StudyError
 from autocompress.evaluate import Progress, Workshop, silent
@@ -20,7 +21,7 @@ from autocompress.plan import MODEL_SITE, CompressionPlan, Recover
 from autocompress.records import Candidate
 from autocompress.report import page, tables
 from autocompress.report.tables import write_aside
-from autocompress.space import SearchSpace, bind
+from autocompress.space import SearchSpace
 from autocompress.study import Study, identity_of
 from autocompress.transforms import check_plan
 

@@ -68,6 +68,11 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise ExportError(f"export: {out} is not empty; give another folder or --force")
     scored = Artifact.open(_artefact_of(candidate))
+    if scored.plan != candidate.plan or scored.size_bytes != candidate.score.size_bytes:
+        raise ExportError(
+            f"export: trial {candidate.number}: {scored.folder} has {scored.size_bytes} bytes of "
+            f"{scored.plan.words()}, scored were {candidate.score.size_bytes} of {candidate.plan.words()}; the artefact no longer matches"
+        )
     found = {}
     for name in formats:
         target = out if len(formats) == 1 else out / name
@@ -110,7 +115,10 @@ def _export(
     workshop.runtime.stand_in(Artifact.open(workshop.reference_folder), aside / "reference")
     progress("reloading in a fresh process")
     expected = kept_logits(artifact.folder)
-    reloaded, timed = _reload(aside, workshop, scratch)
+    try:
+        reloaded, timed = _reload(aside, workshop, scratch)
+    except ExportError as error:
+        raise ExportError(f"export: trial {candidate.number}: {error}") from None
     if scoring.predictions_hash(reloaded) != measured.predictions:
         different = int((reloaded.argmax(1) != expected.argmax(1)).sum())
         raise ExportError(
@@ -173,10 +181,10 @@ def _reload(folder: Path, workshop: Workshop, scratch: Path) -> tuple[np.ndarray
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=RELOAD_SECONDS, check=False)  # noqa: S603
     except subprocess.TimeoutExpired:
-        raise ExportError(f"export: reloading took more than {RELOAD_SECONDS} s") from None
+        raise ExportError(f"reloading the copy took more than {RELOAD_SECONDS} s") from None
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ExportError(f"export: the copy cannot be reloaded ({last[0]})")
+        raise ExportError(f"the copy cannot be reloaded ({last[0]})")
     found: np.ndarray = np.load(scratch / LOGITS_FILE, allow_pickle=False)
     timed = scoring.Latency(**json.loads((scratch / "latency.json").read_text(encoding="utf-8")))
     return found, timed

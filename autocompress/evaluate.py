@@ -24,13 +24,14 @@ from safetensors.torch import load_file, save_file
 
 from autocompress import machine, model, scoring, task, training
 from autocompress.bank import Bank, default_bank
+from autocompress.binding import BoundSpace, bind, students_of
 from autocompress.config import RunConfig
 from autocompress.errors import AutocompressError
 from autocompress.model import EncoderModel
 from autocompress.plan import MODEL_SITE, CompressionPlan, Recover, Student
 from autocompress.records import Measurement
 from autocompress.runtimes import Artifact, Runtime, Session, get_runtime
-from autocompress.space import BoundSpace, SearchSpace, bind, students_of
+from autocompress.space import SearchSpace
 from autocompress.task import Batch, Split
 from autocompress.transforms import apply_plan, check_plan
 from autocompress.transforms.prune import Importance, importance, keep_blocks, keep_heads, keep_neurons

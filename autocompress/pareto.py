@@ -175,6 +175,6 @@ class Front:
 
     def plot(self) -> go.Figure:
         """Return the front as a plotly figure: accuracy over latency, size as marker area."""
-        from autocompress.report.page import front_figure
+        from autocompress.report.figures import front_figure
 
         return front_figure(self, ())

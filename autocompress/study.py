@@ -25,12 +25,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from autocompress.binding import BoundSpace
 from autocompress.config import ConstraintsConfig, RunConfig
 from autocompress.errors import ConfigError, MeasurementError, StudyError
 from autocompress.pareto import Front
 from autocompress.plan import CompressionPlan
 from autocompress.records import OBJECTIVES, Candidate, Measurement
-from autocompress.space import BoundSpace
 
 STUDY_SCHEMA = 1
 _NAME = "autocompress"

@@ -19,7 +19,7 @@ from autocompress.config import RunConfig
 from autocompress.pareto import Front
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
-from autocompress.report.page import front_figure
+from autocompress.report.figures import front_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "results" / "minilm-movies-openvino"

@@ -13,7 +13,8 @@ from plotly.offline import get_plotlyjs
 from autocompress.pareto import Front
 from autocompress.plan import CompressionPlan, PruneNeurons
 from autocompress.records import Candidate
-from autocompress.report.page import front_figure, size_figure, write_report
+from autocompress.report.figures import front_figure, size_figure
+from autocompress.report.page import write_report
 
 OBJECTIVES = ("accuracy", "size_bytes", "latency")
 ATTACK = "</script><img src=x onerror=alert(1)>"

@@ -24,11 +24,12 @@ from optuna.trial import TrialState
 
 from autocompress import api, strict_yaml
 from autocompress.anatomy import BlockShape, ModelShape
+from autocompress.binding import BoundSpace, bind
 from autocompress.config import RunConfig, validated
 from autocompress.errors import NoFeasiblePointError, StudyError
 from autocompress.plan import MODEL_SITE, CompressionPlan, Recover, Student
 from autocompress.records import Candidate, Measurement
-from autocompress.space import BoundSpace, SearchSpace, bind
+from autocompress.space import SearchSpace
 from autocompress.study import Study, excesses, identity_of, repair_tail
 
 SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4)

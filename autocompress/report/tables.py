@@ -196,3 +196,13 @@ def front_table(front: Front) -> Table:
             escape(one_line(candidate.plan.words())),
         )
     return table
+
+
+def size_mb(score: Measurement) -> float:
+    """Return the size in megabytes of 1e6 bytes."""
+    return score.size_bytes / 1e6
+
+
+def accuracy_words(score: Measurement) -> str:
+    """Say an accuracy with its interval, in percent without the sign."""
+    return f"{100 * score.accuracy:.1f} % ({100 * score.accuracy_low:.1f} to {100 * score.accuracy_high:.1f})"

@@ -1,0 +1,363 @@
+"""A search space bound to one model: parameters become plans, and plans parameters again.
+
+One walk over the parameters serves samplers, seeds, stored trials and the way back from a plan to its parameters, so
+that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autocompress.anatomy import ModelShape, Site
+from autocompress.errors import ConfigError, PlanError
+from autocompress.plan import (
+    MODEL_SITE,
+    CompressionPlan,
+    Decision,
+    DropBlocks,
+    LowRank,
+    PruneHeads,
+    PruneNeurons,
+    Quantize,
+    Student,
+)
+from autocompress.space import Axis, BitsAxis, KeepAxis, RankAxis, Rule, SearchSpace, Value
+
+Chooser = Callable[[str, Sequence[Value]], Value]
+Effect = dict[tuple[str, type[Decision]], Decision | None]
+_Picker = Callable[[str, Sequence[Value], Callable[[Value], Effect]], Value]
+
+FULL = "full"
+NO_STUDENT = "full"
+_NEURON_STEP = 32
+_RANK_STEP = 32
+"""Fractions become multiples of these, so that 4-bit groups fill them."""
+_FOUR_BIT_GROUP = 64
+
+_DECISION_OF: dict[str, type[Decision]] = {
+    "heads": PruneHeads,
+    "neurons": PruneNeurons,
+    "rank": LowRank,
+    "bits": Quantize,
+}
+_KINDS = {
+    "heads": ("attention",),
+    "neurons": ("ffn",),
+    "rank": ("attention", "ffn"),
+    "bits": ("attention", "ffn", "embedding", "head"),
+}
+
+
+@dataclass(frozen=True)
+class BoundSpace:
+    """A search space over the sites of one model.
+
+    Args:
+        space: the choices.
+        shape: sizes of the uncompressed model.
+        drop_orders: for ``full`` and each student, the order in which blocks go, least important first.
+    """
+
+    space: SearchSpace
+    shape: ModelShape
+    drop_orders: Mapping[str, tuple[int, ...]]
+
+    @property
+    def students(self) -> dict[str, Student]:
+        return students_of(self.space, self.shape)
+
+    def decode(self, choose: Chooser) -> CompressionPlan:
+        """Build a plan; ``choose(name, choices)`` is asked once for each parameter that has a choice."""
+        return self._walk(lambda name, choices, _: choose(name, choices))
+
+    def plan(self, params: Mapping[str, Value]) -> CompressionPlan:
+        """Build the plan of given parameters; a parameter left out takes its first choice.
+
+        Raises:
+            ConfigError: if a value is not among the choices, or a name is not a parameter at that place.
+        """
+        asked: set[str] = set()
+
+        def choose(name: str, choices: Sequence[Value]) -> Value:
+            asked.add(name)
+            value = params.get(name, choices[0])
+            if value not in choices:
+                raise ConfigError(f"parameter {name}: must be one of {list(choices)}, got {value!r}")
+            # The choice as the space has it: a stored 1.0 that comes back as 1 would read as a count.
+            return choices[list(choices).index(value)]
+
+        plan = self.decode(choose)
+        if unknown := sorted(set(params) - asked):
+            raise ConfigError(f"parameter {unknown[0]}: not in this space at this place; it has {sorted(asked)}")
+        return plan
+
+    def parameters(self, plan: CompressionPlan) -> dict[str, Value]:
+        """Return the parameters that decode to ``plan``, so that it can be enqueued.
+
+        Raises:
+            PlanError: if this space cannot express the plan.
+        """
+        wanted = {(site, type(decision)): decision for site, decision in plan}
+        found: dict[str, Value] = {}
+
+        def pick(name: str, choices: Sequence[Value], effect: Callable[[Value], Effect]) -> Value:
+            fitting = (c for c in choices if all(wanted.get(key) == d for key, d in effect(c).items()))
+            found[name] = next(fitting, choices[0])
+            return found[name]
+
+        if self._walk(pick) != plan:
+            raise PlanError(f"plan {plan.plan_id}: space {self.space.name} cannot express it ({plan.words()})")
+        return found
+
+    def ladder(self) -> list[dict[str, Value]]:
+        """Return the parameters of uniform plans: each student, bit width, width, rank and depth, and products.
+
+        The order puts what usually pays first, so that a short search starts with it.
+        """
+        students = list(self.space.students)
+        axes = {name: self._levels(name) for name in ("heads", "neurons", "rank")}
+        widths = sorted({*axes["heads"], *axes["neurons"]}, reverse=True)
+        recipes: list[dict[str, Any]] = [{"bits": 8, "embeddings": 8}, {"bits": 8, "embeddings": 4}]
+        recipes += [{"student": s, "bits": 8, "embeddings": 4} for s in students]
+        recipes += [{"bits": 4, "embeddings": 4}]
+        recipes += [{"width": w, "bits": 8, "embeddings": 4} for w in widths]
+        recipes += [{"rank": axes["rank"][0], "bits": 8, "embeddings": 4}] if axes["rank"] else []
+        recipes += [{"student": s, "bits": 8, "embeddings": 8} for s in students]
+        recipes += [{"student": s, "bits": 4, "embeddings": 4} for s in students]
+        recipes += [{"drop": 1, "bits": 8, "embeddings": 4}]
+        recipes += [{"student": s, "width": w, "bits": 8, "embeddings": 4} for s in students for w in widths[:1]]
+        recipes += [{"student": s, "drop": 1, "bits": 8, "embeddings": 4} for s in students]
+        recipes += [{"rank": r, "bits": 8, "embeddings": 4} for r in axes["rank"][1:]]
+        recipes += [{"drop": 2, "bits": 8, "embeddings": 4}]
+        # What a recipe does not name stays at its most: 16 bits cost the most time and save size only.
+        recipes += [{"student": s} for s in students] or [{}]
+        if not any(rule.bits for rule in self.space.rules):
+            recipes += [{"width": w} for w in widths] + [{"rank": r} for r in axes["rank"]] + [{"drop": 1}]
+        seen: set[str] = set()
+        seeds = []
+        for recipe in recipes:
+            params = self._seed(recipe)
+            plan_id = self.plan(params).plan_id
+            if plan_id not in seen:
+                seen.add(plan_id)
+                seeds.append(params)
+        return seeds
+
+    def _seed(self, recipe: Mapping[str, Any]) -> dict[str, Value]:
+        params: dict[str, Value] = {}
+
+        def pick(name: str, choices: Sequence[Value], effect: Callable[[Value], Effect]) -> Value:
+            value: Value
+            if name == "student":
+                value = recipe.get("student", NO_STUDENT)
+            elif "." not in name:  # drop_blocks; a rule's parameters have dots
+                value = min(recipe.get("drop", 0), max(int(c) for c in choices))
+            else:
+                axis = name.rsplit(".", 2)[1]  # a rule's name may hold dots
+                if axis == "bits":
+                    key = "embeddings" if any(site == "embeddings" for site, _ in effect(choices[0])) else "bits"
+                    value = recipe.get(key, max(int(c) for c in choices))
+                else:
+                    value = recipe.get("rank" if axis == "rank" else "width", FULL if axis == "rank" else 1.0)
+                value = _closest(value, choices)
+            params[name] = value
+            return value
+
+        self._walk(pick)
+        return params
+
+    def _levels(self, axis_name: str) -> list[float]:
+        found = {
+            float(choice)
+            for rule in self.space.rules
+            if (axis := rule.axes().get(axis_name)) is not None
+            for choice in axis.choices
+            if isinstance(choice, float) and choice < 1
+        }
+        return sorted(found, reverse=True)
+
+    def _walk(self, pick: _Picker) -> CompressionPlan:
+        decisions: list[tuple[str, Decision]] = []
+
+        def ask(name: str, choices: Sequence[Value], effect: Callable[[Value], Effect]) -> Value:
+            choice = choices[0] if len(choices) == 1 else pick(name, choices, effect)
+            decisions.extend((site, d) for (site, _), d in effect(choice).items() if d is not None)
+            return choice
+
+        shape, base = self.shape, NO_STUDENT
+        students = self.students
+        if students:
+            base = str(ask("student", (NO_STUDENT, *students), lambda c: {(MODEL_SITE, Student): students.get(str(c))}))
+        if self.space.drop_blocks is not None:
+            shape = self.shape.after(CompressionPlan(tuple(decisions)))
+            most, most_of_all = (min(self.space.drop_blocks.at_most, len(s.blocks) - 1) for s in (shape, self.shape))
+            ask(
+                # One name has one set of choices in a study; a shallow student has fewer.
+                "drop_blocks" if most == most_of_all else f"drop_blocks_{most}",
+                tuple(range(most + 1)),
+                lambda c: {(MODEL_SITE, DropBlocks): _drop(self.drop_orders[base], int(c))},
+            )
+        for axis_name in _KINDS:
+            for rule in self.space.rules:
+                if (axis := rule.axes().get(axis_name)) is not None:
+                    shape = self.shape.after(CompressionPlan(tuple(decisions)))
+                    for group, sites in enumerate(_groups(rule, axis_name, axis, shape)):
+                        label = rule.name or sites[0].kind
+                        ranks = {site: d.rank for site, d in decisions if isinstance(d, LowRank)}
+                        ask(f"{label}.{axis_name}.{group}", axis.choices, _effect(axis_name, sites, ranks))
+        return CompressionPlan(tuple(decisions))
+
+
+def bind(space: SearchSpace, shape: ModelShape, drop_orders: Mapping[str, tuple[int, ...]] | None = None) -> BoundSpace:
+    """Bind ``space`` to a model of ``shape``; without ``drop_orders`` blocks go from the last one on.
+
+    Raises:
+        ConfigError: if a pattern matches nothing, two rules decide the same, or a count exceeds the model's.
+    """
+    where = f"space {space.name}"
+    sites = shape.sites()
+    decided: set[tuple[str, str]] = set()
+    labels: set[tuple[str, str]] = set()
+    for rule in space.rules:
+        matched = [site for name, site in sites.items() if fnmatch.fnmatchcase(name, rule.match)]
+        if not matched:
+            raise ConfigError(f"{where}: pattern {rule.match!r} matches no site; the model has {', '.join(sites)}")
+        for axis_name, axis in rule.axes().items():
+            fitting = [site for site in matched if site.kind in _KINDS[axis_name]]
+            if not fitting:
+                raise ConfigError(
+                    f"{where}: {axis_name} at {rule.match!r} matches no site that has them "
+                    f"({', '.join(_KINDS[axis_name])})"
+                )
+            for site in fitting:
+                if (site.name, axis_name) in decided:
+                    raise ConfigError(f"{where}: {axis_name} at {site.name} is decided by two rules")
+                decided.add((site.name, axis_name))
+                _check_counts(where, axis_name, axis, site)
+            label = (rule.name or fitting[0].kind, axis_name)
+            if label in labels:
+                raise ConfigError(f"{where}: two rules share the parameters {'.'.join(label)}; give them names")
+            labels.add(label)
+    students = students_of(space, shape)
+    if drop_orders is None:
+        depths = {NO_STUDENT: len(shape.blocks), **{name: len(s.blocks) for name, s in students.items()}}
+        drop_orders = {name: tuple(reversed(range(depth))) for name, depth in depths.items()}
+    return BoundSpace(space, shape, dict(drop_orders))
+
+
+def students_of(space: SearchSpace, shape: ModelShape) -> dict[str, Student]:
+    """Return the student architectures of ``space`` in numbers of a model of ``shape``.
+
+    Raises:
+        ConfigError: if a student asks for more than the model has, or is the model itself.
+    """
+    depth = len(shape.blocks)
+    found: dict[str, Student] = {}
+    for name, spec in space.students.items():
+        where = f"space {space.name}: students.{name}"
+        if name == NO_STUDENT:
+            raise ConfigError(f"{where}: the name {NO_STUDENT!r} stands for the uncompressed model")
+        if isinstance(spec.blocks, tuple):
+            blocks = spec.blocks
+        else:
+            count = max(1, round(spec.blocks * depth))
+            blocks = tuple(i * depth // count for i in range(count))
+        if any(b >= depth for b in blocks):
+            raise ConfigError(f"{where}.blocks: must be < {depth}, got {max(blocks)}")
+        heads = min(shape.blocks[b].heads for b in blocks)
+        neurons = min(shape.blocks[b].neurons for b in blocks)
+        for field, value, limit in (("heads", spec.heads, heads), ("neurons", spec.neurons, neurons)):
+            if isinstance(value, int) and value > limit:
+                raise ConfigError(f"{where}.{field}: must be <= {limit}, got {value}")
+        student = Student(
+            blocks=blocks,
+            heads=_kept(spec.heads, heads, 1),
+            neurons=_kept(spec.neurons, neurons, _NEURON_STEP),
+            epochs=spec.epochs,
+        )
+        if shape.of_student(student) == shape:
+            raise ConfigError(f"{where}: is as large as the model itself")
+        found[name] = student
+    return found
+
+
+def quantize_decision(bits: int, site: Site, rank: int = 0) -> Quantize:
+    """Return what ``bits`` mean at ``site``: integer arithmetic at 8 bits in linear layers, groups at 4 bits.
+
+    Groups divide every input width at the site, that of the second factor (``rank``) included.
+    """
+    if bits == 8:
+        return Quantize(weight_bits=8, activation_bits=16 if site.kind == "embedding" else 8)
+    if bits == 4:
+        group = _FOUR_BIT_GROUP
+        while any(width % group for width in (site.inner, site.outer, rank)):
+            group //= 2
+        return Quantize(weight_bits=4, group_size=group)
+    return Quantize(weight_bits=16)
+
+
+def _effect(axis_name: str, sites: Sequence[Site], ranks: Mapping[str, int]) -> Callable[[Value], Effect]:
+    kind = _DECISION_OF[axis_name]
+    return lambda choice: {(s.name, kind): _decide(axis_name, choice, s, ranks.get(s.name, 0)) for s in sites}
+
+
+def _decide(axis_name: str, choice: Value, site: Site, rank: int) -> Decision | None:
+    """Turn a choice into the decision at ``site``, or None where it leaves the site as it is."""
+    if axis_name == "bits":
+        return quantize_decision(int(choice), site, rank)
+    if axis_name == "rank":
+        if isinstance(choice, str):
+            return None
+        limit = site.largest_saving_rank()
+        saving = site.inner * site.outer / (site.inner + site.outer)
+        rank = choice if isinstance(choice, int) else max(1, int(choice * saving))
+        if isinstance(choice, float) and rank >= 2 * _RANK_STEP:
+            rank -= rank % _RANK_STEP
+        # At a pruned width a rank can cease to save anything; the whole layer is then the smaller one.
+        return LowRank(rank=rank) if rank <= limit else None
+    if axis_name == "heads":
+        heads = _kept(choice, site.parts, 1)
+        return PruneHeads(keep=heads) if heads < site.parts else None
+    neurons = _kept(choice, site.parts, _NEURON_STEP)
+    return PruneNeurons(keep=neurons) if neurons < site.parts else None
+
+
+def _kept(choice: Value, parts: int, step: int) -> int:
+    if isinstance(choice, int):
+        return min(choice, parts)
+    step = step if parts >= 2 * step else 1
+    return min(parts, max(step, round(float(choice) * parts / step) * step))
+
+
+def _drop(order: Sequence[int], count: int) -> DropBlocks | None:
+    return DropBlocks(blocks=tuple(sorted(order[:count]))) if count else None
+
+
+def _groups(rule: Rule, axis_name: str, axis: Axis, shape: ModelShape) -> Iterator[list[Site]]:
+    matched = [
+        site
+        for name, site in shape.sites().items()
+        if site.kind in _KINDS[axis_name] and fnmatch.fnmatchcase(name, rule.match)
+    ]
+    wanted = {"all": 1, "none": len(matched)}.get(str(axis.tie), axis.tie)
+    count = min(int(wanted), len(matched))
+    for group in range(count):
+        start, end = group * len(matched) // count, (group + 1) * len(matched) // count
+        yield matched[start:end]
+
+
+def _check_counts(where: str, axis_name: str, axis: KeepAxis | BitsAxis | RankAxis, site: Site) -> None:
+    limit = {"heads": site.parts, "neurons": site.parts, "rank": min(site.inner, site.outer)}.get(axis_name)
+    for choice in axis.choices:
+        if limit is not None and isinstance(choice, int) and choice > limit:
+            raise ConfigError(f"{where}: {axis_name} at {site.name}: must be <= {limit}, got {choice}")
+
+
+def _closest(value: Value, choices: Sequence[Value]) -> Value:
+    if value in choices or isinstance(value, str):
+        return value if value in choices else choices[0]
+    numbers = [c for c in choices if not isinstance(c, str)]
+    return min(numbers, key=lambda c: abs(float(c) - float(value))) if numbers else choices[0]

@@ -1,0 +1,650 @@
+"""The contract of runtimes: what is built is the model, at the bits that the plan says, and loads from its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, HIDDEN, LABELS, make_model, make_tokenizer
+from torch import nn
+
+from autocompress import task
+from autocompress.config import DataConfig, TargetConfig
+from autocompress.errors import PlanError, RuntimeBuildError
+from autocompress.model import EncoderModel, understand
+from autocompress.plan import (
+    MODEL_SITE,
+    CompressionPlan,
+    Decision,
+    DropBlocks,
+    LowRank,
+    PruneHeads,
+    PruneNeurons,
+    Quantize,
+)
+from autocompress.runtimes import RUNTIMES, Artifact, Runtime, Session, get_runtime
+from autocompress.runtimes.base import linear_paths
+from autocompress.transforms import apply_plan
+from autocompress.transforms.prune import importance
+from autocompress.transforms.quantize import activation_ranges, per_channel, per_group
+
+TARGET = TargetConfig(tokens=16)
+W16 = Quantize(weight_bits=16)
+W8 = Quantize(weight_bits=8)
+W8A8 = Quantize(weight_bits=8, activation_bits=8)
+W4 = Quantize(weight_bits=4, group_size=16)
+
+STRUCTURES: dict[str, tuple[tuple[str, Decision], ...]] = {
+    "odd sizes": (("block.0.attention", PruneHeads(keep=3)), ("block.1.ffn", PruneNeurons(keep=37))),
+    "one block": ((MODEL_SITE, DropBlocks(blocks=(0,))),),
+    "low rank": (("block.0.attention", LowRank(rank=5)), ("block.1.ffn", LowRank(rank=7))),
+    "all": (
+        (MODEL_SITE, DropBlocks(blocks=(1,))),
+        ("block.0.attention", PruneHeads(keep=1)),
+        ("block.0.attention", LowRank(rank=3)),
+        ("block.0.ffn", PruneNeurons(keep=1)),
+    ),
+}
+MIXED: tuple[tuple[str, Decision], ...] = (
+    ("embeddings", W4),
+    ("block.0.attention", W8A8),
+    ("block.0.ffn", LowRank(rank=16)),
+    ("block.0.ffn", W4),
+    ("block.1.attention", W16),
+    ("head", W8),
+)
+"""Every width at once, with one site (block.1.ffn) left as it is."""
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest) -> Runtime:
+    pytest.importorskip(RUNTIMES[request.param][2])
+    return get_runtime(request.param)
+
+
+def tiny(family: str, **overrides: Any) -> EncoderModel:
+    depth = {"n_layers": 2} if family == "distilbert" else {"num_hidden_layers": 2}
+    return understand(make_model(family, labels=LABELS, **depth, **overrides), base="test")
+
+
+class Material:
+    """A model of one family with rows to run through it."""
+
+    def __init__(self, family: str, file: Path, **columns: str) -> None:
+        self.model = tiny(family)
+        loaded = task.load(DataConfig(source=str(file), search_rows=60, **columns))
+        self.rows = loaded.tokenized(make_tokenizer(family), 16)["train"]
+        self.calibration = list(self.rows.head(16).in_order_of_length(8))
+        order = sorted(range(len(self.rows)), key=lambda row: len(self.rows.input_ids[row]))
+        # The shortest, the longest and some between them: padding is part of every comparison.
+        self.batch = self.rows.batch([order[0], order[-1], *range(6)])
+
+    def structured(self, plan: CompressionPlan) -> EncoderModel:
+        built = self.model.clone()
+        apply_plan(built, plan, importance(self.model, self.calibration))
+        return built
+
+
+@pytest.fixture(scope="module")
+def material(tiny_csv: Path) -> Callable[[str], Material]:
+    made: dict[str, Material] = {}
+
+    def get(family: str) -> Material:
+        if family not in made:
+            made[family] = Material(family, tiny_csv)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def build(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Artifact, EncoderModel]]:
+    """Return a function that builds a plan's artefact once, with the torch model that it was built from."""
+    made: dict[tuple[int, str], tuple[Artifact, EncoderModel]] = {}
+
+    def get(given: Material, decisions: Sequence[tuple[str, Decision]] = ()) -> tuple[Artifact, EncoderModel]:
+        plan = CompressionPlan(tuple(decisions))
+        key = (id(given), plan.plan_id)
+        if key not in made:
+            model = given.structured(plan)
+            folder = tmp_path_factory.mktemp(f"{runtime.name}-")
+            runtime.check(plan, given.model.shape)
+            made[key] = (runtime.build(model, plan, given.calibration, folder), model)
+        return made[key]
+
+    return get
+
+
+Build = Callable[..., tuple[Artifact, EncoderModel]]
+
+
+def torch_logits(model: EncoderModel, batch: task.Batch) -> np.ndarray:
+    with torch.no_grad():
+        return np.asarray(model.module(**batch.inputs()).logits.numpy())
+
+
+def run(runtime: Runtime, artifact: Artifact, batch: task.Batch) -> np.ndarray:
+    return runtime.load(artifact, TARGET).run(batch.arrays())
+
+
+class TestParity:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_fp32_artefact_is_the_model(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material], family: str
+    ) -> None:
+        given = material(family)
+        artifact, model = build(given)
+        session = runtime.load(artifact, TARGET)
+        # One row, rows of one length, many padded ones, and rows longer than those that were traced.
+        for rows in ([0], [3], list(range(40))):
+            batch = given.rows.batch(rows)
+            found = session.run(batch.arrays())
+            assert found.shape == (len(rows), len(LABELS))
+            assert found.dtype == np.float32
+            assert np.allclose(found, torch_logits(model, batch), atol=1e-4)
+
+    @pytest.mark.parametrize("family", ["bert", "electra"])
+    def test_pairs_of_texts_bring_their_segments(
+        self, runtime: Runtime, build: Build, tiny_pairs_csv: Path, family: str
+    ) -> None:
+        given = Material(family, tiny_pairs_csv, text="first", text_pair="second")
+        artifact, model = build(given)
+        assert artifact.inputs == ("input_ids", "attention_mask", "token_type_ids")
+        assert np.allclose(run(runtime, artifact, given.batch), torch_logits(model, given.batch), atol=1e-4)
+        swapped = dataclasses.replace(given.batch, token_type_ids=torch.zeros_like(given.batch.input_ids))
+        assert not np.allclose(run(runtime, artifact, swapped), torch_logits(model, given.batch), atol=1e-3)
+
+    @pytest.mark.parametrize("family", ["bert", "distilbert"])
+    @pytest.mark.parametrize("structure", STRUCTURES)
+    def test_what_is_left_after_structural_decisions_is_the_model(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material], family: str, structure: str
+    ) -> None:
+        given = material(family)
+        artifact, model = build(given, STRUCTURES[structure])
+        found = run(runtime, artifact, given.batch)
+        assert np.allclose(found, torch_logits(model, given.batch), atol=1e-4)
+        assert not np.allclose(found, torch_logits(given.model, given.batch), atol=1e-3)
+        assert artifact.size_bytes < build(given)[0].size_bytes
+
+
+@contextmanager
+def quantised_inputs(
+    model: EncoderModel, paths: Sequence[str], change: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    handles = [
+        model.module.get_submodule(path).register_forward_pre_hook(
+            lambda _, inputs, path=path: (change(path, inputs[0]),)
+        )
+        for path in paths
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def on_grid(value: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    step = (high - low) / 255
+    return (torch.round((value.clamp(low, high) - low) / step)) * step + low
+
+
+def paths_of(model: EncoderModel, site: str) -> list[str]:
+    return list(model.layout.embeddings) if site == "embeddings" else linear_paths(model, site)
+
+
+def stored(weight: np.ndarray, decision: Quantize) -> np.ndarray:
+    """Return what a weight (``out x in``) becomes at the decision's width."""
+    if decision.weight_bits == 16:
+        return weight.astype(np.float16).astype(np.float32)
+    found = per_channel(weight) if decision.weight_bits == 8 else per_group(weight, decision.group_size)
+    return found.restored()
+
+
+def simulated(runtime: Runtime, model: EncoderModel, plan: CompressionPlan, given: Material) -> np.ndarray:
+    """Return logits of the torch model with quantised weights and, at 8 bits, the runtime's quantised inputs."""
+    ranges = activation_ranges(model, given.calibration)
+    copied = model.clone()
+    static: list[str] = []
+    dynamic: list[str] = []
+    for site, decision in plan.of_type(Quantize).items():
+        for path in paths_of(copied, site):
+            layer = copied.module.get_submodule(path)
+            layer.weight.data = torch.from_numpy(stored(layer.weight.detach().numpy(), decision))
+            if site != "embeddings" and decision.weight_bits == 8:
+                if runtime.name == "onnxruntime":
+                    dynamic.append(path)
+                elif decision.activation_bits == 8:
+                    static.append(path)
+    with (
+        quantised_inputs(copied, static, lambda path, x: on_grid(x, ranges[path].low, ranges[path].high)),
+        quantised_inputs(copied, dynamic, lambda _, x: on_grid(x, min(float(x.min()), 0), max(float(x.max()), 0))),
+    ):
+        return torch_logits(copied, given.batch)
+
+
+def constants(artifact: Artifact) -> list[tuple[int, np.ndarray]]:
+    """Return the bits and the numbers of every constant in the built files."""
+    found = []
+    if artifact.runtime == "openvino":
+        import openvino
+
+        bits = {"f32": 32, "f16": 16, "i8": 8, "i4": 4}
+        for node in openvino.Core().read_model(artifact.folder / "model.xml").get_ordered_ops():
+            kind = node.get_element_type().get_type_name() if node.get_type_name() == "Constant" else ""
+            if kind in bits:
+                value = np.array(node.data)
+                found.append((bits[kind], unpacked(value, signed=True) if kind == "i4" else value))
+    else:
+        import onnx
+
+        types = onnx.TensorProto
+        bits = {types.FLOAT: 32, types.FLOAT16: 16, types.INT8: 8, types.UINT8: 4}
+        for tensor in onnx.load(str(artifact.folder / artifact.files[0])).graph.initializer:
+            if tensor.data_type in bits:
+                value = onnx.numpy_helper.to_array(tensor)
+                packed = tensor.data_type == types.UINT8
+                found.append((bits[tensor.data_type], unpacked(value, signed=False) if packed else value))
+    return found
+
+
+def unpacked(packed: np.ndarray, *, signed: bool) -> np.ndarray:
+    """Return the numbers -8..7 of bytes that hold two of them each, the lower half first."""
+    flat = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
+    nibbles = np.stack([flat & 0x0F, flat >> 4], axis=1).reshape(-1).astype(np.int8)
+    return np.where(nibbles > 7, nibbles - 16, nibbles) if signed else nibbles - 8
+
+
+def holds(found: Sequence[tuple[int, np.ndarray]], bits: int, numbers: np.ndarray) -> bool:
+    """Say whether a constant of that width holds these numbers (``out x in``) in either orientation."""
+    flat = [value.reshape(-1) for width, value in found if width == bits and value.size == numbers.size]
+    return any(np.array_equal(value, way.reshape(-1)) for value in flat for way in (numbers, numbers.T))
+
+
+def numbers_of(weight: np.ndarray, bits: int, group_size: int) -> np.ndarray:
+    if bits == 8:
+        return per_channel(weight).values
+    if bits == 4:
+        return per_group(weight, group_size).values.reshape(weight.shape)
+    return weight.astype(np.float16 if bits == 16 else np.float32)
+
+
+def check_bits(artifact: Artifact, model: EncoderModel, plan: CompressionPlan) -> None:
+    """Check in the built files that every weight stands there at its width, and at no other."""
+    found = constants(artifact)
+    decided = plan.of_type(Quantize)
+    for site in model.shape.sites():
+        paths = paths_of(model, site)
+        assert paths
+        for path in paths:
+            weight = model.module.get_submodule(path).weight.detach().numpy()
+            bits = decided[site].weight_bits if site in decided else 32
+            group = decided[site].group_size if site in decided else 0
+            assert holds(found, bits, numbers_of(weight, bits, group)), f"{path} is not there in {bits} bits"
+            for other in {32, 16, 8} - {bits}:
+                assert not holds(found, other, numbers_of(weight, other, 0)), f"{path} is there in {other} bits"
+
+
+# Of the largest logit. 16 bits: half precision keeps 11 bits of each weight. 4 bits: the scales are stored in half
+# precision by OpenVINO, and ONNX Runtime computes on 8-bit activations. 8 bits: inputs that fall on the edge between
+# two steps may round either way, here as there.
+TOLERANCE = {16: 0.002, 8: 0.03, 4: 0.03}
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("kind", ["embeddings", "attention", "ffn", "head"])
+def test_each_kind_of_site_holds_its_bits(
+    runtime: Runtime, build: Build, material: Callable[[str], Material], kind: str, bits: int
+) -> None:
+    given = material("bert")
+    sites = [site for site in given.model.shape.sites() if site.endswith(kind)]
+    decision = {16: W16, 8: W8 if kind == "embeddings" else W8A8, 4: W4}[bits]
+    artifact, model = build(given, [(site, decision) for site in sites])
+    check_bits(artifact, model, artifact.plan)
+
+    logits = run(runtime, artifact, given.batch)
+    plain = torch_logits(model, given.batch)
+    expected = simulated(runtime, model, artifact.plan, given)
+    allowed = TOLERANCE[bits] * np.abs(plain).max()
+    assert np.abs(logits - expected).max() <= allowed
+    # The numbers stored are those computed with: the logits are far nearer to these than to the unquantised ones.
+    assert np.abs(logits - expected).mean() < 0.5 * np.abs(logits - plain).mean()
+
+    weights = sum(model.module.get_submodule(path).weight.numel() for site in sites for path in paths_of(model, site))
+    reference = build(given)[0]
+    # Scales, and a description of the new nodes that does not grow with the weights, take back a part.
+    files = [name for name in artifact.files if not name.endswith(".xml")]
+    saved = sum(
+        (a.folder / name).stat().st_size * sign for a, sign in ((reference, 1), (artifact, -1)) for name in files
+    )
+    scales = {16: 0, 8: 4 * weights / 16, 4: 4 * weights / 16}[bits]
+    nodes = 0 if runtime.name == "openvino" else 1500 * len(sites) * 4
+    assert saved > weights * (32 - bits) / 8 - scales - nodes - 500
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_widths_mix_per_site_in_one_artefact(
+    runtime: Runtime, build: Build, material: Callable[[str], Material], family: str
+) -> None:
+    given = material(family)
+    artifact, model = build(given, MIXED)
+    check_bits(artifact, model, CompressionPlan(MIXED))
+    expected = simulated(runtime, model, artifact.plan, given)
+    logits = run(runtime, artifact, given.batch)
+    assert np.abs(logits - expected).max() <= 0.05 * np.abs(expected).max()
+    assert np.abs(logits - expected).mean() < 0.5 * np.abs(logits - torch_logits(model, given.batch)).mean()
+
+
+def test_all_sites_at_once_take_a_fraction_of_the_bytes(
+    runtime: Runtime, build: Build, material: Callable[[str], Material]
+) -> None:
+    given = material("bert")
+    sizes = {}
+    for decision in (None, W16, W8A8, W4):
+        sites = given.model.shape.sites()
+        artifact, model = build(given, [] if decision is None else [(site, decision) for site in sites])
+        check_bits(artifact, model, artifact.plan)
+        heavy = max(artifact.files, key=lambda name: name.endswith((".bin", ".onnx")))
+        sizes[decision] = (artifact.folder / heavy).stat().st_size
+        assert artifact.size_bytes == sum((artifact.folder / name).stat().st_size for name in artifact.files)
+    assert sizes[None] > sizes[W16] > sizes[W8A8] > sizes[W4]
+
+
+class TestArithmetic:
+    """That 8 bits are computed with integers, and only where the plan says so."""
+
+    def test_openvino_quantises_the_inputs_of_8_bit_products(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material]
+    ) -> None:
+        if runtime.name != "openvino":
+            pytest.skip("reads an OpenVINO IR")
+        import openvino
+
+        artifact, model = build(material("bert"), MIXED)
+        graph = openvino.Core().read_model(artifact.folder / "model.xml")
+        quantised, plain = 0, 0
+        for node in graph.get_ordered_ops():
+            if node.get_type_name() != "MatMul" or self._source_type(node.input_value(1)) is None:
+                continue
+            integers = node.input_value(0).get_node().get_type_name() == "FakeQuantize"
+            assert integers <= (self._source_type(node.input_value(1)) == "i8")
+            quantised += integers
+            plain += not integers
+        assert quantised == len(linear_paths(model, "block.0.attention"))
+        others = ("block.0.ffn", "block.1.attention", "block.1.ffn", "head")
+        assert plain == sum(len(linear_paths(model, site)) for site in others)
+
+    @staticmethod
+    def _source_type(value: Any) -> str | None:
+        """Return the element type of the constant behind decompression, or None if there is none."""
+        node = value.get_node()
+        while node.get_type_name() in ("Convert", "Multiply", "Reshape"):
+            node = node.input_value(0).get_node()
+        return str(node.get_element_type().get_type_name()) if node.get_type_name() == "Constant" else None
+
+    def test_onnxruntime_takes_an_operator_of_its_own_for_each_product(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material]
+    ) -> None:
+        if runtime.name != "onnxruntime":
+            pytest.skip("reads an ONNX file")
+        import onnx
+
+        artifact, model = build(material("bert"), MIXED)
+        graph = onnx.load(str(artifact.folder / "model.onnx")).graph
+        kinds = [node.op_type for node in graph.node]
+        eight = [*linear_paths(model, "block.0.attention"), *linear_paths(model, "head")]
+        assert kinds.count("DynamicQuantizeMatMul") == len(eight)
+        assert kinds.count("MatMulNBits") == len(linear_paths(model, "block.0.ffn"))
+        assert kinds.count("GatherBlockQuantized") == len(model.layout.embeddings)
+        read = {name for node in graph.node for name in node.input}
+        assert {tensor.name for tensor in graph.initializer} <= read, "a weight that nothing reads was left"
+        onnx.checker.check_model(str(artifact.folder / "model.onnx"))
+
+
+class TestBatches:
+    def test_a_row_does_not_depend_on_its_batch_where_that_is_promised(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material]
+    ) -> None:
+        given = material("bert")
+        sites = given.model.shape.sites()
+        for decisions in ((), tuple((site, W8A8) for site in sites), MIXED):
+            session = runtime.load(build(given, decisions)[0], TARGET)
+            rows = list(range(24))
+            alone = np.concatenate([session.run(given.rows.batch([row]).arrays()) for row in rows])
+            together = session.run(given.rows.batch(rows, step=4).arrays())
+            if runtime.batch_invariant or not decisions:
+                # A step of an 8-bit input may go either way when sums are taken in another order.
+                assert np.abs(alone - together).max() <= (1e-4 if not decisions else 0.02 * np.abs(alone).max())
+                assert np.median(np.abs(alone - together)) < 1e-4
+            else:
+                assert np.median(np.abs(alone - together)) > 1e-4, "it could be promised"
+
+    def test_the_same_inputs_give_the_same_bits(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material]
+    ) -> None:
+        given = material("bert")
+        artifact, _ = build(given, MIXED)
+        session = runtime.load(artifact, TARGET)
+        first = session.run(given.batch.arrays())
+        session.run(given.rows.batch([0, 1]).arrays())
+        assert np.array_equal(session.run(given.batch.arrays()), first)
+        assert np.array_equal(run(runtime, artifact, given.batch), first)
+        threads = runtime.load(artifact, TargetConfig(threads=2)).run(given.batch.arrays())
+        assert np.allclose(threads, first, atol=0.02 * np.abs(first).max())
+
+
+READ_BACK = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from autocompress.config import TargetConfig
+from autocompress.runtimes import Artifact, get_runtime
+folder = Path(sys.argv[1])
+artifact = Artifact.open(folder)
+batch = dict(np.load(folder / "batch.npz"))
+logits = get_runtime(artifact.runtime).load(artifact, TargetConfig(tokens=16)).run(batch)
+print(json.dumps([artifact.plan.plan_id, logits.tolist()]))
+"""
+
+
+class TestFiles:
+    def test_another_process_reads_it_back(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material], tmp_path: Path
+    ) -> None:
+        given = material("bert")
+        artifact, _ = build(given, MIXED)
+        folder = copy_of(artifact, tmp_path / "moved")
+        np.savez(folder / "batch.npz", **given.batch.arrays())
+        done = subprocess.run(
+            [sys.executable, "-c", READ_BACK, str(folder)], capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        plan_id, logits = json.loads(done.stdout.splitlines()[-1])
+        assert plan_id == CompressionPlan(MIXED).plan_id
+        assert np.array_equal(np.array(logits, dtype=np.float32), run(runtime, artifact, given.batch))
+
+    def test_its_description_survives(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material]
+    ) -> None:
+        artifact, _ = build(material("bert"), MIXED)
+        assert Artifact.open(artifact.folder) == artifact
+        assert artifact.runtime == runtime.name
+        assert artifact.inputs == ("input_ids", "attention_mask")
+        assert {path.name for path in artifact.folder.iterdir()} >= {*artifact.files, "artefact.json"}
+
+    @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "other"])
+    def test_files_that_are_not_the_model_are_refused(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material], tmp_path: Path, damage: str
+    ) -> None:
+        folder = copy_of(build(material("bert"))[0], tmp_path / "damaged")
+        for name in Artifact.open(folder).files:
+            file = folder / name
+            whole = file.read_bytes()
+            if damage == "missing":
+                file.unlink()
+            else:
+                file.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "other": b"not a model" * 99}[damage])
+            with pytest.raises(RuntimeBuildError) as caught:
+                runtime.load(Artifact.open(folder), TARGET)
+            assert "\n" not in str(caught.value)
+            assert str(folder) in str(caught.value)
+            file.write_bytes(whole)
+        assert runtime.load(Artifact.open(folder), TARGET)
+
+    @pytest.mark.parametrize(
+        ("change", "why"),
+        [
+            ({"schema": 2}, "schema must be 1, got 2"),
+            ({"files": ["../model.xml"]}, "names '../model.xml', which is not a file beside it"),
+            ({"files": ["/etc/hostname"]}, "names '/etc/hostname', which is not a file beside it"),
+            ({"files": ["none.bin"]}, "names 'none.bin', which is not a file beside it"),
+            ({"files": None}, "not readable"),
+            ({"plan": {"schema": 1, "decisions": [{"site": "head", "type": "Explode"}]}}, "unknown decision 'Explode'"),
+        ],
+    )
+    def test_descriptions_that_do_not_fit_are_refused(
+        self, build: Build, material: Callable[[str], Material], tmp_path: Path, change: Mapping[str, Any], why: str
+    ) -> None:
+        folder = copy_of(build(material("bert"))[0], tmp_path / "edited")
+        about = json.loads((folder / "artefact.json").read_text(encoding="utf-8"))
+        (folder / "artefact.json").write_text(json.dumps({**about, **change}), encoding="utf-8")
+        with pytest.raises((RuntimeBuildError, PlanError), match=why):
+            Artifact.open(folder)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
+    def test_what_is_no_description_is_refused(self, tmp_path: Path, text: str) -> None:
+        with pytest.raises(RuntimeBuildError, match=r"holds no artefact\.json"):
+            Artifact.open(tmp_path)
+        (tmp_path / "artefact.json").write_text(text, encoding="utf-8")
+        with pytest.raises(RuntimeBuildError, match=r"artefact\.json: "):
+            Artifact.open(tmp_path)
+
+
+def copy_of(artifact: Artifact, folder: Path) -> Path:
+    folder.mkdir()
+    for name in (*artifact.files, "artefact.json"):
+        (folder / name).write_bytes((artifact.folder / name).read_bytes())
+    return folder
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("kind", ["embeddings", "head", "block.0.ffn"])
+    def test_a_layer_that_is_not_in_the_graph_is_an_error(
+        self, runtime: Runtime, material: Callable[[str], Material], tmp_path: Path, kind: str
+    ) -> None:
+        given = material("bert")
+        model = given.model.clone()
+        layout = model.layout
+        if kind == "block.0.ffn":
+            block = model.block_list()[0]
+            block.unused = nn.Linear(HIDDEN, HIDDEN)
+            layout = dataclasses.replace(layout, roles={**layout.roles, "ffn_out": "unused"})
+        elif kind == "head":
+            model.module.unused = nn.Linear(HIDDEN, HIDDEN)
+            layout = dataclasses.replace(layout, head=(*layout.head, "unused"))
+        else:
+            model.module.unused = nn.Embedding(4, HIDDEN)
+            layout = dataclasses.replace(layout, embeddings=(*layout.embeddings, "unused"))
+        model = dataclasses.replace(model, layout=layout)
+        for decision in (W16, W8, W4):
+            with pytest.raises(RuntimeBuildError, match=rf"{kind}: not carried out: .* graph has no .*unused"):
+                runtime.build(model, CompressionPlan(((kind, decision),)), given.calibration, tmp_path)
+        assert not (tmp_path / "artefact.json").exists()
+
+    def test_onnxruntime_refuses_groups_that_its_kernels_do_not_have(
+        self, runtime: Runtime, material: Callable[[str], Material]
+    ) -> None:
+        shape = material("bert").model.shape
+        for group, fits in ((8, False), (16, True), (24, False), (32, True)):
+            plan = CompressionPlan((("block.1.ffn", Quantize(weight_bits=4, group_size=group)),))
+            if fits or runtime.name == "openvino":
+                runtime.check(plan, shape)
+            else:
+                with pytest.raises(PlanError, match=rf"block\.1\.ffn: onnxruntime .* got {group}"):
+                    runtime.check(plan, shape)
+
+    @pytest.mark.parametrize("group", [1, 2, 8, 32])
+    def test_groups_that_are_accepted_are_built(
+        self, runtime: Runtime, material: Callable[[str], Material], build: Build, group: int
+    ) -> None:
+        given = material("bert")
+        decisions = [(site, Quantize(weight_bits=4, group_size=group)) for site in ("embeddings", "block.0.ffn")]
+        try:
+            runtime.check(CompressionPlan(tuple(decisions)), given.model.shape)
+        except PlanError:
+            assert group < 16
+            return
+        artifact, model = build(given, decisions)
+        expected = simulated(runtime, model, artifact.plan, given)
+        assert np.abs(run(runtime, artifact, given.batch) - expected).max() <= 0.03 * np.abs(expected).max()
+
+    def test_an_unknown_runtime(self) -> None:
+        with pytest.raises(RuntimeBuildError, match=r"target\.runtime: must be one of openvino, onnxruntime, got 'x'"):
+            get_runtime("x")
+
+    @pytest.mark.parametrize(
+        ("name", "extra"), [("openvino", "autocompress"), ("onnxruntime", r"autocompress\[onnx\]")]
+    )
+    def test_a_runtime_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch, name: str, extra: str) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        with pytest.raises(RuntimeBuildError, match=rf'{name} is not installed; run: pip install "{extra}"'):
+            get_runtime(name)
+
+
+class TestStandIn:
+    @pytest.mark.parametrize("decisions", [(), MIXED], ids=["fp32", "mixed"])
+    def test_it_is_small_and_runs_like_the_original(
+        self,
+        runtime: Runtime,
+        build: Build,
+        material: Callable[[str], Material],
+        tmp_path: Path,
+        decisions: tuple[tuple[str, Decision], ...],
+    ) -> None:
+        given = material("bert")
+        artifact, _ = build(given, decisions)
+        copy = runtime.stand_in(artifact, tmp_path)
+        assert Artifact.open(tmp_path) == copy
+        assert copy.inputs == artifact.inputs
+        assert copy.files == artifact.files
+        session: Session = runtime.load(copy, TARGET)
+        for rows in ([0], [0, 1, 2]):
+            batch = given.rows.batch(rows)
+            found = session.run(batch.arrays())
+            assert found.shape == run(runtime, artifact, batch).shape
+            assert np.isfinite(found).all()
+        if not decisions:
+            assert not any(bits == 32 and value.nbytes >= 4096 for bits, value in constants(copy))
+            # What is left of a tiny model is the description of its graph, which is the same.
+            assert copy.size_bytes < artifact.size_bytes - 0.8 * self._weights(artifact)
+
+    @staticmethod
+    def _weights(artifact: Artifact) -> int:
+        return sum(value.nbytes for bits, value in constants(artifact) if bits == 32 and value.nbytes >= 4096)
+
+    def test_a_large_model_stands_in_a_fraction_of_its_bytes(
+        self, runtime: Runtime, material: Callable[[str], Material], tmp_path: Path
+    ) -> None:
+        wide = tiny("distilbert", dim=128, hidden_dim=1024)
+        for name in ("whole", "stand-in"):
+            (tmp_path / name).mkdir()
+        artifact = runtime.build(wide, CompressionPlan(), material("distilbert").calibration, tmp_path / "whole")
+        copy = runtime.stand_in(artifact, tmp_path / "stand-in")
+        assert copy.size_bytes < 0.1 * artifact.size_bytes
+
+
+def test_settings_name_what_latency_depends_on(runtime: Runtime) -> None:
+    settings = runtime.settings(TargetConfig(threads=3))
+    assert 3 in settings.values()
+    assert settings != runtime.settings(TargetConfig(threads=1))
+    assert "f32" in settings.values()
