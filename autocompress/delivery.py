@@ -70,8 +70,9 @@ def export(
     scored = Artifact.open(_artefact_of(candidate))
     if scored.plan != candidate.plan or scored.size_bytes != candidate.score.size_bytes:
         raise ExportError(
-            f"export: trial {candidate.number}: {scored.folder} has {scored.size_bytes} bytes of "
-            f"{scored.plan.words()}, scored were {candidate.score.size_bytes} of {candidate.plan.words()}; the artefact no longer matches"
+            f"export: trial {candidate.number}: the artefact no longer matches: {scored.folder} has "
+            f"{scored.size_bytes} bytes of {scored.plan.words()}, scored were {candidate.score.size_bytes} of "
+            f"{candidate.plan.words()}"
         )
     found = {}
     for name in formats:

@@ -89,7 +89,8 @@ def report(
 
 
 def traces(figure: Any) -> dict[str, dict[str, Any]]:
-    return {trace["name"]: trace for trace in json.loads(figure.to_json(engine="json"))["data"]}
+    data = json.loads(figure.to_json(engine="json"))["data"]
+    return {trace["name"]: trace for trace in data if trace["hoverinfo"] != "skip"}
 
 
 def test_the_figure_has_front_others_and_reference_in_their_units() -> None:
@@ -97,7 +98,7 @@ def test_the_figure_has_front_others_and_reference_in_their_units() -> None:
     assert figure.layout.xaxis.title.text.startswith("latency, ms (median)")
     assert "bars: 95 % intervals" in figure.layout.xaxis.title.text
     assert figure.layout.yaxis.title.text == "accuracy, %"
-    by_name = {trace.name: trace for trace in figure.data}
+    by_name = {trace.name: trace for trace in figure.data if trace.name != "edge"}
     assert set(by_name) == {"other candidates", "breaks a constraint", "Pareto front", "uncompressed reference"}
     line = by_name["Pareto front"]
     assert list(line.x) == pytest.approx([4.0, 12.8, 14.4]), "joined in order of latency"
@@ -136,7 +137,7 @@ def test_hover_tells_the_whole_point() -> None:
 
 def test_the_second_figure_is_over_size() -> None:
     figure = size_figure(front_of(SEARCH), SEARCH)
-    by_name = {trace.name: trace for trace in figure.data}
+    by_name = {trace.name: trace for trace in figure.data if trace.name != "edge"}
     assert figure.layout.xaxis.title.text.startswith("size, MB")
     assert list(by_name["Pareto front"].x) == pytest.approx([15, 30, 40])
     assert by_name["Pareto front"].error_x.array is None
@@ -285,3 +286,11 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
 def test_a_lone_surrogate_costs_a_character_not_the_report(tmp_path: Path) -> None:
     html = report(tmp_path, [make_candidate(0, state="FAIL", failure="file \udcff gone")], title="\udcff title")
     assert "file gone" in html
+
+
+def test_the_line_joins_only_points_that_are_best_in_the_picture() -> None:
+    figure = front_figure(front_of(SEARCH), SEARCH)
+    (edge,) = [trace for trace in figure.data if trace.name == "edge"]
+    assert len(edge.x) >= 1
+    assert list(edge.x) == sorted(edge.x)
+    assert list(edge.y) == sorted(edge.y)

@@ -36,7 +36,7 @@ from autocompress.runtimes import RUNTIMES, Artifact, Runtime, Session, get_runt
 from autocompress.runtimes.base import linear_paths
 from autocompress.transforms import apply_plan
 from autocompress.transforms.prune import importance
-from autocompress.transforms.quantize import activation_ranges, per_channel, per_group
+from autocompress.transforms.quantize import ActivationRange, activation_ranges, per_channel, per_group
 
 TARGET = TargetConfig(tokens=16)
 W16 = Quantize(weight_bits=16)
@@ -194,9 +194,9 @@ def quantised_inputs(
             handle.remove()
 
 
-def on_grid(value: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    step = (high - low) / 255
-    return (torch.round((value.clamp(low, high) - low) / step)) * step + low
+def on_grid(value: torch.Tensor, span: ActivationRange) -> torch.Tensor:
+    step = (span.high - span.low) / 255
+    return torch.round((value.clamp(span.low, span.high) - span.low) / step) * step + span.low
 
 
 def paths_of(model: EncoderModel, site: str) -> list[str]:
@@ -227,8 +227,10 @@ def simulated(runtime: Runtime, model: EncoderModel, plan: CompressionPlan, give
                 elif decision.activation_bits == 8:
                     static.append(path)
     with (
-        quantised_inputs(copied, static, lambda path, x: on_grid(x, ranges[path].low, ranges[path].high)),
-        quantised_inputs(copied, dynamic, lambda _, x: on_grid(x, min(float(x.min()), 0), max(float(x.max()), 0))),
+        quantised_inputs(copied, static, lambda path, x: on_grid(x, ranges[path])),
+        quantised_inputs(
+            copied, dynamic, lambda _, x: on_grid(x, ActivationRange.around(float(x.min()), float(x.max())))
+        ),
     ):
         return torch_logits(copied, given.batch)
 

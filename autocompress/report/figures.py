@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from autocompress.pareto import Front
+import numpy as np
+
+from autocompress.pareto import Front, nondominated
 from autocompress.records import Candidate, Measurement
 from autocompress.report.tables import accuracy_words, one_line, short, size_mb, times_faster, times_smaller
 
@@ -79,7 +81,7 @@ def front_figure(front: Front, others: Sequence[Candidate]) -> go.Figure:
     carried over to the median latency in proportion.
 
     Args:
-        front: drawn in colour, joined in order of latency, with its reference as a star.
+        front: drawn in colour, its best points in these two axes joined, with its reference as a star.
         others: further candidates, drawn small and grey; failed ones and those on the front are left out.
     """
     return _figure(front, others, _LATENCY_VIEW)
@@ -105,7 +107,6 @@ def _figure(front: Front, others: Sequence[Candidate], view: _View) -> go.Figure
     if points:
         marker = _front_marker([c.score for c in points], view)
         trace = _trace(go, "Pareto front", points, front.reference, view, marker)
-        trace.update(mode="lines+markers", line={"width": 1, "color": "#7a8694"})
         _add_bars(trace, [c.score for c in points], view)
         figure.add_trace(trace)
     star = {"symbol": "star", "size": 15, "color": "#d1495b", "line": {"width": 1, "color": "#33363b"}}
@@ -120,6 +121,8 @@ def _figure(front: Front, others: Sequence[Candidate], view: _View) -> go.Figure
             hoverinfo="text",
         )
     )
+    if points:
+        figure.add_trace(_edge(go, points, view))
     bars = "bars: 95 % intervals" + (", horizontal of the paired ratio" if view.spread else "")
     figure.update_layout(
         template="plotly_white",
@@ -157,6 +160,22 @@ def _trace(
         marker=dict(marker),
         hovertext=[_hover(c, reference) for c in group],
         hoverinfo="text",
+    )
+
+
+def _edge(go: Any, points: Sequence[Candidate], view: _View) -> Any:
+    """Join the points that are best in this picture's two axes alone; the others are on the front by a third."""
+    shown = np.array([[view.x(c.score), -c.score.accuracy] for c in points])
+    best = [c for c, kept in zip(points, nondominated(shown), strict=True) if kept]
+    return go.Scatter(
+        name="edge",
+        x=[view.x(c.score) for c in best],
+        y=[100 * c.score.accuracy for c in best],
+        mode="lines",
+        line={"width": 1.5, "color": "#7a8694"},
+        hoverinfo="skip",
+        zorder=-1,
+        showlegend=False,
     )
 
 

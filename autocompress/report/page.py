@@ -93,7 +93,8 @@ def write_report(
     heading = escape(one_line(title))
     # With more objectives than a picture has axes the front is no staircase, which looks like a fault if not said.
     names = escape(", ".join(name.removesuffix("_bytes") for name in front.objectives))
-    together = f" The front is judged by {names} together, so its line may fall." if len(front.objectives) > 2 else ""
+    together = f" The front is judged by {names} together." if len(front.objectives) > 2 else ""
+    together += " The line joins the points that are best in this picture alone."
     remarks = "".join(f"<li>{escape(one_line(note))}</li>" for note in notes)
     body = f"""<h1>{heading}</h1>
 {_together(_opening(front))}

@@ -75,10 +75,14 @@ class Artifact:
             raise RuntimeBuildError(f"{folder}: holds no {ARTIFACT_FILE}; give a folder that export wrote") from None
         except ValueError as error:
             raise RuntimeBuildError(f"{file}: not readable ({error})") from None
-        if about.get("schema") != ARTIFACT_SCHEMA:
-            raise RuntimeBuildError(f"{file}: schema must be {ARTIFACT_SCHEMA}, got {about.get('schema')!r}")
-        plan = CompressionPlan.from_json(json.dumps(about["plan"]))
-        artifact = cls(folder, about["runtime"], tuple(about["files"]), tuple(about["inputs"]), plan)
+        if not isinstance(about, dict) or about.get("schema") != ARTIFACT_SCHEMA:
+            found = about.get("schema") if isinstance(about, dict) else type(about).__name__
+            raise RuntimeBuildError(f"{file}: schema must be {ARTIFACT_SCHEMA}, got {found!r}")
+        try:
+            plan = CompressionPlan.from_json(json.dumps(about["plan"]))
+            artifact = cls(folder, str(about["runtime"]), tuple(about["files"]), tuple(about["inputs"]), plan)
+        except (KeyError, TypeError) as error:
+            raise RuntimeBuildError(f"{file}: not readable ({error!r})") from None
         for name in artifact.files:
             if Path(name).name != name or not (folder / name).is_file():
                 raise RuntimeBuildError(f"{file}: names {name!r}, which is not a file beside it")

@@ -62,9 +62,10 @@ class ONNXRuntime(Runtime):
     def check(self, plan: CompressionPlan, shape: ModelShape) -> None:
         """Refuse 4-bit groups that the kernels do not have."""
         for site, decision in plan.of_type(Quantize).items():
-            if decision.weight_bits == 4 and decision.group_size < _SMALLEST_GROUP:
+            group = decision.group_size
+            if decision.weight_bits == 4 and (group < _SMALLEST_GROUP or group & (group - 1)):
                 raise PlanError(
-                    f"{site}: onnxruntime stores 4 bits in groups of >= {_SMALLEST_GROUP}, got {decision.group_size}"
+                    f"{site}: onnxruntime stores 4 bits in groups of a power of two >= {_SMALLEST_GROUP}, got {group}"
                 )
 
     def build(self, model: EncoderModel, plan: CompressionPlan, calibration: Sequence[Batch], folder: Path) -> Artifact:
