@@ -47,10 +47,11 @@ def search(run: RunConfig, out: str | Path | None = None, *, progress: Progress 
     started = time.perf_counter()
     workshop = Workshop(run, folder / "artefacts", progress)
     space = workshop.space
-    environment = _environment(folder, workshop, progress)
+    _ensure_environment(folder, workshop, progress)
     data = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
     identity = identity_of(run, model=workshop.teacher.base, data=data, space=space)
-    identity["machine"] = environment["machine"]["id"]
+    # Latencies of two machines are not to be mixed in one study.
+    identity["machine"] = machine.fingerprint()["id"]
     study = Study(folder, run, identity=identity, space=space, writable=True)
     try:
         if study.repaired is not None:
@@ -102,8 +103,8 @@ def _run_for_workers(workshop: Workshop) -> RunConfig:
     return RunConfig.from_mapping(settings)
 
 
-def _environment(folder: Path, workshop: Workshop, progress: Progress) -> dict[str, Any]:
-    """Return ``environment.json``, measuring the reference where it was not yet."""
+def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) -> None:
+    """Write ``environment.json``, measuring the reference, unless both are there for this model, data and target."""
     file = folder / "environment.json"
     target = workshop.run.target.model_dump()
     key = {"model": workshop.teacher.base, "data": workshop.task.fingerprint, "target": target}
@@ -115,7 +116,7 @@ def _environment(folder: Path, workshop: Workshop, progress: Progress) -> dict[s
         if found.get("schema") != ENVIRONMENT_SCHEMA:
             raise StudyError(f"{file}: schema must be {ENVIRONMENT_SCHEMA}, got {found.get('schema')!r}")
         if (folder / "study.journal").exists() or found.get("key") == key:
-            return found
+            return
     progress("measuring the uncompressed model")
     measured = workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))
     environment = {
@@ -137,7 +138,6 @@ def _environment(folder: Path, workshop: Workshop, progress: Progress) -> dict[s
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(file, json.dumps(environment, indent=1))
-    return environment
 
 
 def write_results(study: Study, workshop: Workshop | None = None) -> None:

@@ -195,9 +195,16 @@ class TestLatency:
         assert 0.005 < np.mean(widths) < 0.1
 
     def test_drift_that_both_share_leaves_the_ratio(self) -> None:
-        """The machine slows down threefold while measuring: unpaired medians would be off, pairs are not."""
+        """The machine slows down threefold while measuring."""
         found = self.measure(lambda n: 0.005 * (1 + n / 15), lambda n: 0.01 * (1 + n / 15))
         assert found.ratio == pytest.approx(0.5, rel=1e-6)
+
+    def test_the_ratio_is_the_median_over_pairs(self) -> None:
+        found = scoring.summarize(np.array([[0.001, 0.001], [0.002, 0.004], [0.009, 0.003]]), seed=0)
+        assert found.ratio == pytest.approx(1.0)
+        assert found.p50_ms == pytest.approx(2.0)
+        assert found.reference_ms == pytest.approx(3.0)
+        assert (found.ratio_low, found.ratio_high) == pytest.approx((0.5, 3.0))
 
     def test_a_few_hiccups_leave_the_ratio(self) -> None:
         found = self.measure(lambda n: 0.5 if n % 10 == 7 else 0.005, lambda n: 0.9 if n % 10 == 2 else 0.01)

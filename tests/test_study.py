@@ -315,6 +315,18 @@ def test_interrupted_trials_are_asked_for_again_and_not_counted(drive: Callable[
     assert not {n for n, _ in lost} & {c.number for c in again.candidates()}
 
 
+def test_interrupted_proposals_of_the_sampler_come_first(drive: Callable[..., Study]) -> None:
+    budget = ("search.trials=9", "search.seeds=false")
+    study = drive(*budget)
+    evaluate(study, 3)
+    lost = [plan.plan_id for _, plan in filter(None, (study.ask() for _ in range(2)))]
+    study.close()
+    told = evaluate(drive(*budget))
+    assert plan_ids(told)[:2] == lost
+    assert {c.origin for c in told} == {"sampler"}
+    assert len(told) == 6
+
+
 def test_an_interrupted_trial_is_the_next_to_be_evaluated(drive: Callable[..., Study]) -> None:
     # The seeds that still wait are more than the budget leaves: behind them it would never have its turn.
     study = drive("search.trials=4")

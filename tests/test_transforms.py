@@ -615,25 +615,34 @@ class TestStudentsAndRecovery:
         return Workshop(run, tmp_path / "artefacts")
 
     def test_a_student_has_its_shape_and_is_trained(self, workshop: Workshop) -> None:
-        student = Student(blocks=(0, 2), heads=3, neurons=20)
+        student = Student(blocks=(0, 2), heads=2, neurons=20)
         plan = CompressionPlan(((MODEL_SITE, student), ("block.1.ffn", PruneNeurons(keep=9))))
         workshop.check(plan)
         built = workshop.structured(plan)
         assert built.shape == workshop.teacher.shape.after(plan)
-        removed = 4 * HIDDEN * SIZE + 3 * SIZE + (NEURONS - 20) * (2 * HIDDEN + 1)
+        removed = 2 * (4 * HIDDEN * SIZE + 3 * SIZE) + (NEURONS - 20) * (2 * HIDDEN + 1)
         block = sum(p.numel() for p in workshop.teacher.block_list()[0].parameters())
         expected = workshop.teacher.parameters() - block - 2 * removed - 11 * (2 * HIDDEN + 1)
         assert built.parameters() == expected
         base, scores = workshop.base(student)
         assert len(scores.heads) == 2
         assert base.base != workshop.teacher.base
-        kept = workshop.base(None)[1].best_heads(2, 3)
-        index = [h * SIZE + i for h in kept for i in range(SIZE)]
-        started = workshop.teacher.linear(2, "query").weight[index]
-        ended = base.linear(1, "query").weight
-        assert ended.shape == started.shape
-        assert not torch.equal(started, ended)
-        assert torch.allclose(started, ended, atol=0.05), "initialised from the teacher's block 2"
+        teacher_scores = workshop.base(None)[1]
+        assert teacher_scores.best_heads(1, 2) != teacher_scores.best_heads(2, 2), (
+            "or the last block would prove little"
+        )
+        for number, block in enumerate(student.blocks):
+            kept = teacher_scores.best_heads(block, 2)
+            parts = {
+                "query": [h * SIZE + i for h in kept for i in range(SIZE)],
+                "ffn_in": teacher_scores.best_neurons(block, 20),
+            }
+            for role, rows in parts.items():
+                started = workshop.teacher.linear(block, role).weight[rows]
+                ended = base.linear(number, role).weight
+                assert not torch.equal(started, ended)
+                # One epoch of two steps moves a weight by about twice the learning rate.
+                assert torch.allclose(started, ended, atol=0.01), f"{role} of block {block} is where it starts"
 
     def test_recovery_trains_and_keeps_the_shape(self, workshop: Workshop) -> None:
         pruned = CompressionPlan((("block.0.ffn", PruneNeurons(keep=8)),))

@@ -1,0 +1,171 @@
+"""Ray executes: exact counts with several workers, whatever happens to them, and reasons that reach the study."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_search import by_number, command, descendants, lines_until, read_csv, start_search
+from test_study import plan_ids, states
+
+from autocompress.config import RunConfig
+from autocompress.evaluate import Workshop
+from autocompress.plan import CompressionPlan, Student
+from autocompress.records import Candidate
+
+pytestmark = pytest.mark.slow
+
+TRIALS = 6
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_run: Callable[..., RunConfig], bert_headed_folder: Path) -> Callable[..., Path]:
+    """Return a function that makes a folder with a run file of the tiny model with a head, for two workers."""
+
+    def make(*overrides: str) -> Path:
+        model = f"model.id={json.dumps(str(bert_headed_folder))}"
+        run = tiny_run([model, f"search.trials={TRIALS}", "search.workers=2", *overrides])
+        (tmp_path / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        return tmp_path
+
+    return make
+
+
+def busy_workers(driver: int) -> list[int]:
+    """Return the actor processes below ``driver`` that are evaluating a candidate right now."""
+    found = []
+    for pid in descendants(driver):
+        try:
+            title = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if re.match(rb"ray::\w+\.train\b", title):
+            found.append(pid)
+    return found
+
+
+def kill_a_busy_worker(search: subprocess.Popen[str]) -> int:
+    """Kill one worker in mid-trial; return how many were busy."""
+    until = time.monotonic() + 60
+    while not (busy := busy_workers(search.pid)):
+        assert search.poll() is None
+        assert time.monotonic() < until, "no worker became busy"
+        time.sleep(0.02)
+    os.kill(busy[0], signal.SIGKILL)
+    return len(busy)
+
+
+def ended(search: subprocess.Popen[str], out: Path) -> list[Candidate]:
+    """Wait for the search; check that the study is whole and return its candidates."""
+    _, err = search.communicate(timeout=300)
+    assert search.returncode == 0, err
+    assert "Traceback" not in err
+    candidates = list(by_number(out).values())
+    assert len(candidates) == TRIALS
+    assert len(set(plan_ids(candidates))) == TRIALS
+    assert not {"RUNNING", "WAITING"} & set(states(out))
+    assert len(read_csv(out / "study.csv")) == TRIALS
+    return candidates
+
+
+def test_a_worker_killed_in_mid_trial_is_replaced(workplace: Callable[..., Path]) -> None:
+    folder = workplace()
+    search = start_search(folder, folder / "out")
+    list(lines_until(search, "] trial "))
+    kill_a_busy_worker(search)
+    candidates = ended(search, folder / "out")
+    assert [c.state for c in candidates] == ["COMPLETE"] * TRIALS
+    assert states(folder / "out") == {"COMPLETE": TRIALS}
+
+
+def test_without_retries_only_its_trial_fails(workplace: Callable[..., Path]) -> None:
+    # At more than one thread latency is wall time, for which a candidate has the machine to itself.
+    folder = workplace("search.max_retries=0", "target.threads=2")
+    search = start_search(folder, folder / "out")
+    list(lines_until(search, "] trial "))
+    assert kill_a_busy_worker(search) == 1, "one at a time, in spite of two workers"
+    candidates = ended(search, folder / "out")
+    assert sorted(c.state for c in candidates) == ["COMPLETE"] * (TRIALS - 1) + ["FAIL"]
+    failed = next(c for c in candidates if c.state == "FAIL")
+    assert failed.failure == "the worker died or ended without a result in every attempt"
+    assert failed.number not in set(read_csv(folder / "out" / "pareto.csv")["number"])
+
+
+def test_a_student_of_not_a_number_fails_and_the_others_finish(
+    workplace: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    bank = tmp_path_factory.mktemp("poisoned")
+    folder = workplace(f"storage.bank={json.dumps(str(bank))}")
+    # Everything is prepared as a search does it; then the student's weights go bad in the bank.
+    assert Workshop(RunConfig.from_file(folder / "run.yaml"), folder / "unused").space.students
+    (weights,) = bank.glob("distilled/*/weights.safetensors")
+    tensors = load_file(weights)
+    name = next(name for name in tensors if re.search(r"layer\.1\.output\.dense\.weight", name))
+    tensors[name] = torch.full_like(tensors[name], torch.nan)
+    save_file(tensors, weights)
+    candidates = ended(start_search(folder, folder / "out"), folder / "out")
+    failed = [c for c in candidates if c.state == "FAIL"]
+    assert failed
+    assert {bool(c.plan.of_type(Student)) for c in failed} == {True}
+    assert not [c for c in candidates if c.state == "COMPLETE" and c.plan.of_type(Student)]
+    for candidate in failed:
+        assert candidate.failure is not None
+        assert re.search("finite|NaN", candidate.failure)
+    table = read_csv(folder / "out" / "study.csv").set_index("number")
+    assert {number: table["failure"][number] for number in table.index[table["state"] == "FAIL"]} == {
+        c.number: c.failure for c in failed
+    }
+    assert not {c.number for c in failed} & set(read_csv(folder / "out" / "pareto.csv")["number"])
+
+
+@pytest.fixture
+def worker(workplace: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A worker as Tune would make it, in this process, on a folder that lacks the reference."""
+    from autocompress.distribute import _Worker
+
+    run = RunConfig.from_file(workplace() / "run.yaml")
+    config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(workplace() / "none")}
+    return _Worker({**config, "number": 0, "plan": CompressionPlan().to_json()})
+
+
+def test_what_fails_while_a_worker_gets_ready_is_said(worker: Any) -> None:
+    result = worker.step()
+    assert result["done"] is True
+    assert json.loads(result["outcome"])["failure"].endswith("holds no artefact.json; give a folder that export wrote")
+
+
+def test_a_defect_in_one_candidate_is_its_reason(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("division by zero\nand more")
+
+    monkeypatch.setattr(Workshop, "ready", lambda _: None)
+    monkeypatch.setattr(Workshop, "evaluate", broken)
+    assert json.loads(worker.step()["outcome"]) == {"failure": "ZeroDivisionError: division by zero"}
+    assert worker.reset_config({"plan": "no JSON"}) is True
+    assert json.loads(worker.step()["outcome"])["failure"].startswith("plan: not JSON")
+
+
+def test_a_model_of_not_a_number_is_refused_before_the_first_candidate(
+    workplace: Callable[..., Path], bert_headed_folder: Path
+) -> None:
+    import shutil
+
+    folder = workplace()
+    shutil.copytree(bert_headed_folder, folder / "bad")
+    weights = folder / "bad" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["classifier.bias"] = torch.full_like(tensors["classifier.bias"], torch.nan)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    done = command("search", "run.yaml", "--model", folder / "bad", "--out", folder / "out", cwd=folder)
+    assert done.code == 1
+    assert not (folder / "out" / "study.journal").exists()
