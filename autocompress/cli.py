@@ -355,7 +355,7 @@ def measure(
     folder: Annotated[Path, typer.Argument(help="A folder that export wrote.")],
     pairs: Annotated[
         int, typer.Option("--pairs", min=5, max=10_000, help="Runs of model and reference in turn.")
-    ] = 120,
+    ] = 160,
     as_json: Json = False,
 ) -> None:
     """Time an exported folder on this machine against its reference."""

@@ -124,7 +124,23 @@ def latency(
     clock: Callable[[], float],
     seed: int,
 ) -> Latency:
-    """Time candidate and reference in turn on ``inputs``; who goes first alternates."""
+    """Time candidate and reference in turn on ``inputs``."""
+    return summarize(paired_times(candidate, reference, inputs, pairs=pairs, clock=clock), seed=seed)
+
+
+def paired_times(
+    candidate: Session,
+    reference: Session,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    pairs: int,
+    clock: Callable[[], float],
+) -> np.ndarray:
+    """Return seconds per call, ``pairs x (candidate, reference)``; who goes first alternates.
+
+    Raises:
+        MeasurementError: if a run took no measurable time.
+    """
     for _ in range(WARMUP_RUNS):
         candidate.run(inputs)
         reference.run(inputs)
@@ -137,7 +153,7 @@ def latency(
             times[pair, column] = clock() - start
     if not (times > 0).all():
         raise MeasurementError(f"latency: {int((times <= 0).sum())} of {times.size} runs took no measurable time")
-    return summarize(times, seed=seed)
+    return times
 
 
 def summarize(times: np.ndarray, *, seed: int) -> Latency:
