@@ -42,6 +42,7 @@ class Figure:
     interval: list[float] | None
     target: str
     holds: bool
+    commit: str = ""
 
 
 class Bench:
@@ -53,7 +54,12 @@ class Bench:
         self.figures: list[Figure] = []
 
     def add(self, name: str, value: float, unit: str, target: str, holds: bool, interval: Any = None) -> None:
-        self.figures.append(Figure(name, float(value), unit, interval, target, bool(holds)))
+        figure = Figure(name, float(value), unit, interval, target, bool(holds), commit())
+        known = [n for n, old in enumerate(self.figures) if old.name == name]
+        if known:
+            self.figures[known[0]] = figure
+        else:
+            self.figures.append(figure)
         print(f"{'ok  ' if holds else 'MISS'} {name}: {value:.6g} {unit} (target: {target})", flush=True)
 
     def run(self, *arguments: str, log: str) -> tuple[float, str, list[float]]:
@@ -114,15 +120,17 @@ def main_job(bench: Bench, demo: Path) -> None:
         1 / fastest.latency_ratio >= 3,
         [1 / fastest.latency_ratio_high, 1 / fastest.latency_ratio_low],
     )
-    lost(bench, reference.accuracy - fastest.accuracy)
+    lost(bench, "fastest", reference.accuracy - fastest.accuracy)
     smallest = near.loc[near.size_bytes.idxmin()]
     times = reference.size_bytes / smallest.size_bytes
     bench.add("smallest point within 1 point of accuracy", times, "times smaller than fp32", ">= 5", times >= 5)
-    lost(bench, reference.accuracy - smallest.accuracy)
+    lost(bench, "smallest", reference.accuracy - smallest.accuracy)
 
 
-def lost(bench: Bench, drop: float) -> None:
-    bench.add("its accuracy lost on the search split", drop, "share", "<= 0.01", drop <= 0.01 + 1e-9)
+def lost(bench: Bench, which: str, drop: float) -> None:
+    bench.add(
+        f"accuracy that the {which} point lost on the search split", drop, "share", "<= 0.01", drop <= 0.01 + 1e-9
+    )
 
 
 def decided(study: pd.DataFrame, parameter: str, nothing: object) -> pd.Series:
@@ -217,52 +225,71 @@ def eight_classes(bench: Bench, data: Path, model: str) -> None:
     bench.add("eight classes: fastest within 1 point", 1 / near.latency_ratio.min(), "times", "reported", True)
 
 
+def installs(bench: Bench) -> None:
+    """Time README's two installations, each in a virtual environment of its own."""
+    for extra in ("demo", "dev"):
+        place = bench.scratch / f"venv-{extra}"
+        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        started = time.perf_counter()
+        command = [str(place / "bin" / "pip"), "install", "-q", "-c", "constraints.txt", "-e", f".[{extra}]"]
+        subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+        seconds = time.perf_counter() - started
+        bench.add(f"installation of .[{extra}], package cache warm", seconds, "seconds", "reported", True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--eight-classes", type=Path, help="CSV of another task")
     parser.add_argument("--keep", type=Path, help="copy the demo's results folder here")
-    parser.add_argument("--only-eight-classes", action="store_true", help="add that run to the figures that are there")
+    parser.add_argument("--eight-classes", type=Path, help="CSV of another task")
+    parser.add_argument("--only", choices=("exports", "installs", "eight-classes"), help="measure these figures anew")
+    parser.add_argument("--results", type=Path, help="with --only exports: results folder of a finished main job")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as folder:
         bench = Bench(Path(folder))
-        if options.only_eight_classes:
-            bench.figures = [Figure(**f) for f in json.loads(OUT.read_text())["figures"]]
-            bench.figures = [f for f in bench.figures if not f.name.startswith("eight classes")]
-            another_task(bench, options.eight_classes)
-            return
-        demo = bench.scratch / "demo"
-        helped, _, _ = bench.run("--help", log="help")
-        bench.add("--help", helped, "seconds", "<= 0.7", helped <= 0.7)
+        if options.only is not None:
+            content = json.loads(OUT.read_text())
+            bench.figures = [Figure(**{"commit": content["commit"], **f}) for f in content["figures"]]
         try:
-            main_job(bench, demo)
-            if options.keep is not None:
-                keep = ("run.yaml", "study.csv", "pareto.csv", "report.html", "environment.json")
-                options.keep.mkdir(parents=True, exist_ok=True)
-                for name in keep:
-                    shutil.copyfile(demo / name, options.keep / name)
-            again(bench, demo)
-            exports(bench, demo)
-            killed(bench, bench.scratch / "killed")
-            extended(bench, demo)
+            if options.only is None:
+                everything(bench, options.keep)
+            if options.only == "exports":
+                exports(bench, options.results.resolve())
+            if options.only in (None, "installs"):
+                installs(bench)
+            if options.eight_classes is not None:
+                from autocompress.model import locate
+
+                eight_classes(bench, options.eight_classes.resolve(), str(locate("demo/minilm")))
         finally:
             write(bench.figures)
-        if options.eight_classes is not None:
-            another_task(bench, options.eight_classes)
 
 
-def another_task(bench: Bench, data: Path) -> None:
-    from autocompress.model import locate
+def everything(bench: Bench, keep: Path | None) -> None:
+    demo = bench.scratch / "demo"
+    helped, _, _ = bench.run("--help", log="help")
+    bench.add("--help", helped, "seconds", "<= 0.7", helped <= 0.7)
+    main_job(bench, demo)
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        for name in ("run.yaml", "study.csv", "pareto.csv", "report.html", "environment.json"):
+            shutil.copyfile(demo / name, keep / name)
+    again(bench, demo)
+    exports(bench, demo)
+    killed(bench, bench.scratch / "killed")
+    extended(bench, demo)
 
-    eight_classes(bench, data.resolve(), str(locate("demo/minilm")))
-    write(bench.figures)
+
+def commit() -> str:
+    """Return the commit that is measured."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return head.stdout.strip()
 
 
 def write(figures: list[Figure]) -> None:
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     content = {
         "figures": [asdict(figure) for figure in figures],
         "command": COMMAND,
-        "commit": head.stdout.strip(),
+        "commit": commit(),
         "fingerprint": machine.fingerprint(),
     }
     OUT.parent.mkdir(parents=True, exist_ok=True)
