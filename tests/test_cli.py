@@ -120,7 +120,7 @@ def results(tmp_path: Path) -> Callable[..., Path]:
 
     def make(name: str = "made", *, trials: int = 6, tell: Callable[..., Any] | None = None) -> Path:
         folder = results_in(tmp_path / name)
-        run = RunConfig.from_mapping({"name": folder.name, "search": {"trials": trials}})
+        run = RunConfig.from_mapping({"name": folder.name, "model": {"id": "./none"}, "search": {"trials": trials}})
         write(folder / "run.yaml", run.to_yaml())
         identity = identity_of(run, model="m", data="d", space=SMALL)
         study = Study(folder, run, identity=identity, space=SMALL, writable=True)
