@@ -22,7 +22,7 @@ from autocompress.errors import ConfigError
 RUN_SCHEMA = 1
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Objective = Literal["accuracy", "size_bytes", "latency"]
+Objective = Literal["accuracy", "loss", "divergence", "size_bytes", "latency", "peak_memory"]
 
 
 class Section(BaseModel):
@@ -75,15 +75,28 @@ class ConstraintsConfig(Section):
     max_size_mb: float | None = Field(None, gt=0, description="megabytes (1e6 bytes)")
     max_latency_ms: float | None = Field(None, gt=0, description="median, milliseconds")
     max_latency_ratio: float | None = Field(None, gt=0, description="candidate over reference")
+    max_memory_mb: float | None = Field(None, gt=0, description="peak memory of running it, megabytes (1e6 bytes)")
 
 
 class SearchConfig(Section):
     trials: int = Field(40, ge=1, le=100_000, description="candidates to evaluate; a larger number continues a study")
-    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    sampler: Literal["tpe", "nsga2", "nsga3", "random"] = "tpe"
+    mutation_share: float = Field(
+        0.3, ge=0, le=1, description="share of tpe's proposals that change a few parameters of a point on the front"
+    )
+    guide: Literal["accuracy", "loss", "divergence"] = Field(
+        "accuracy", description="what stands for accuracy while searching; the front is judged by the objectives"
+    )
+    seeds: bool = Field(True, description="start with uniform plans and plans made from measured sensitivities")
+    skip_behind: bool = Field(True, description="pass over plans that are predicted far behind the front")
+    stop_early: bool = Field(True, description="end an accuracy pass once the candidate cannot reach the front")
     workers: int | None = Field(None, ge=1, le=1024, description="parallel candidates; default: cores / target.threads")
     max_retries: int = Field(2, ge=0, le=10, description="new attempts after a worker died")
-    latency_pairs: int = Field(40, ge=5, le=10_000, description="runs of candidate and reference, alternating")
-    seeds: bool = Field(True, description="start with the automatic ladder of uniform plans")
+    latency_pairs: int = Field(20, ge=5, le=10_000, description="runs of candidate and reference, alternating")
+    confirm_pairs: int = Field(
+        80, ge=0, le=10_000, description="runs that time each point of the front anew at the end; 0 leaves that out"
+    )
+    recover: int = Field(0, ge=0, le=1000, description="points that are distilled at the end, the best ranks first")
     keep_artefacts: Literal["front", "all"] = "front"
 
 
@@ -100,6 +113,7 @@ class RecoveryConfig(Section):
 
 class StorageConfig(Section):
     bank: str | None = Field(None, description="folder of reusable pieces; default: the user's cache folder")
+    bank_gb: float = Field(20.0, gt=0, le=1e6, description="size (1e9 bytes) above which unused pieces are deleted")
 
 
 class RunConfig(Section):
@@ -115,9 +129,10 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     target: TargetConfig = Field(default_factory=TargetConfig)
     space: str = Field("encoder-joint", min_length=1, description="a shipped search space or a YAML file")
-    objectives: tuple[Objective, ...] = Field(("accuracy", "size_bytes", "latency"), min_length=2, max_length=3)
+    objectives: tuple[Objective, ...] = Field(("accuracy", "size_bytes", "latency"), min_length=2, max_length=5)
     constraints: ConstraintsConfig = Field(default_factory=ConstraintsConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
+    baselines: tuple[Literal["random"], ...] = Field((), description="searches to hold the result against")
     recovery: RecoveryConfig = Field(default_factory=RecoveryConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
     seed: int = Field(0, ge=0, lt=2**32)

@@ -14,8 +14,11 @@ from autocompress.plan import CompressionPlan
 
 OBJECTIVES: dict[str, tuple[str, str]] = {
     "accuracy": ("accuracy", "maximize"),
+    "loss": ("loss", "minimize"),
+    "divergence": ("divergence", "minimize"),
     "size_bytes": ("size_bytes", "minimize"),
     "latency": ("latency_ratio", "minimize"),
+    "peak_memory": ("peak_memory_bytes", "minimize"),
 }
 """Objective by its name in a run file: the field of `Measurement` that it reads, and its direction."""
 
@@ -27,6 +30,8 @@ class Measurement:
     Args:
         accuracy: share of the search rows that the artefact classifies rightly, with its 95 % Wilson interval.
         loss: mean cross-entropy on the same rows.
+        divergence: mean Kullback-Leibler divergence from the reference's class probabilities on the same rows, in nats;
+            None in records of version 0.1.
         rows: number of rows scored.
         size_bytes: bytes of the artefact's model files.
         latency_ms: median; ``latency_p90_ms`` the 90th percentile.
@@ -34,6 +39,9 @@ class Measurement:
         latency_ratio: median over pairs of candidate over reference, below 1 is faster, with its 95 % bootstrap
             interval.
         predictions: SHA-256 of the predicted classes, in row order.
+        peak_memory_bytes: what loading and running the artefact adds to a fresh process's memory, where it is asked for.
+        stages: seconds by stage (build, load, latency, accuracy, ...).
+        confirmed: whether the latency was taken anew over several loads, with nothing else running.
         seconds: time spent to build and score.
         fingerprint: machine and runtime that gave the numbers.
     """
@@ -51,7 +59,11 @@ class Measurement:
     latency_ratio_low: float
     latency_ratio_high: float
     predictions: str
+    divergence: float | None = None
+    peak_memory_bytes: int | None = None
+    confirmed: bool = False
     seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> Measurement:
@@ -66,6 +78,10 @@ class Measurement:
                 raise MeasurementError(f"{name}: must be within 0..1, got {value}")
         if not math.isfinite(self.loss):
             raise MeasurementError(f"loss: must be finite, got {self.loss}")
+        if self.divergence is not None and not (math.isfinite(self.divergence) and self.divergence >= 0):
+            raise MeasurementError(f"divergence: must be finite and >= 0, got {self.divergence}")
+        if self.peak_memory_bytes is not None and self.peak_memory_bytes <= 0:
+            raise MeasurementError(f"peak_memory_bytes: must be > 0, got {self.peak_memory_bytes}")
         positive = ("size_bytes", "latency_ms", "latency_p90_ms", "reference_ms")
         for name in (*positive, "latency_ratio", "latency_ratio_low", "latency_ratio_high"):
             value = getattr(self, name)
@@ -93,7 +109,7 @@ class Candidate:
         measurement: the score, None if it failed.
         failure: the reason, None if it did not.
         feasible: whether the run file's constraints hold.
-        origin: ``seed``, ``sampler`` or ``recover``.
+        origin: who proposed it: ``uniform`` or ``sensitivity`` (seeds), ``sampler``, ``mutation`` or ``recover``.
         folder: results folder of the study that it belongs to.
     """
 

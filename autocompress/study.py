@@ -221,7 +221,7 @@ class Study:
         while self._seeds and not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             params = self._seeds.pop(0)
             if self.space.plan(params).plan_id not in self._known:
-                self._study.enqueue_trial(params, user_attrs={"origin": "seed"})
+                self._study.enqueue_trial(params, user_attrs={"origin": "uniform"})
 
     def _enqueue_unknown(self) -> bool:
         """Enqueue random parameters of a plan that is not known yet; False if none was found."""

@@ -144,7 +144,7 @@ def test_seeds_come_first_in_the_order_of_the_ladder(drive: Callable[..., Study]
     study = drive(f"search.trials={len(ladder) + 5}")
     told = evaluate(study)
     assert plan_ids(told[: len(ladder)]) == ladder
-    assert [c.origin for c in told] == ["seed"] * len(ladder) + ["sampler"] * 5
+    assert [c.origin for c in told] == ["uniform"] * len(ladder) + ["sampler"] * 5
     assert told[0].params == SMALL.ladder()[0]
 
 
@@ -310,7 +310,7 @@ def test_interrupted_trials_are_asked_for_again_and_not_counted(drive: Callable[
     told = evaluate(again)
     assert len(told) == budget - 2
     assert {plan.plan_id for _, plan in lost} <= set(plan_ids(told))
-    assert {c.origin for c in told} == {"seed"}
+    assert {c.origin for c in told} == {"uniform"}
     assert len(set(plan_ids(again.candidates()))) == len(again.candidates()) == budget
     assert not {n for n, _ in lost} & {c.number for c in again.candidates()}
 
