@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autocompress import delivery, machine, model
+from autocompress import delivery, driver, model
+from autocompress.bank import Bank
 from autocompress.binding import bind
 from autocompress.config import RunConfig
+from autocompress.driver import write_results
 from autocompress.errors import StudyError
-from autocompress.evaluate import Progress, Workshop, silent
+from autocompress.evaluate import Progress, Workshop, bank_root, silent
+from autocompress.forecast import Forecast
+from autocompress.forecast import forecast as _forecast
 from autocompress.pareto import Front
-from autocompress.plan import MODEL_SITE, CompressionPlan, Recover
+from autocompress.plan import MODEL_SITE, Recover
 from autocompress.records import Candidate
-from autocompress.report import page, tables
-from autocompress.report.tables import write_aside
 from autocompress.space import SearchSpace
-from autocompress.study import Study, identity_of
+from autocompress.study import Study
 from autocompress.transforms import check_plan
 
-ENVIRONMENT_SCHEMA = 1
 RESULTS = Path("results")
 
 
-def search(run: RunConfig, out: str | Path | None = None, *, progress: Progress = silent) -> Study:
+def search(
+    run: RunConfig,
+    out: str | Path | None = None,
+    *,
+    progress: Progress = silent,
+    watch: driver.Watch | None = None,
+) -> Study:
     """Run a search to its number of trials, continuing what already stands in the results folder.
 
     Args:
         run: the run file.
         out: results folder, by default ``results/<name>``.
         progress: told what happens, a line at a time.
+        watch: told how far the search is, after each candidate.
 
     Returns:
         The study, open for reading.
@@ -44,120 +48,8 @@ def search(run: RunConfig, out: str | Path | None = None, *, progress: Progress 
         AutocompressError: if the run cannot be started or continued; finished candidates are kept in any case.
     """
     folder = results_folder(run, out)
-    started = time.perf_counter()
-    workshop = Workshop(run, folder / "artefacts", progress)
-    space = workshop.space
-    _ensure_environment(folder, workshop, progress)
-    data = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
-    identity = identity_of(run, model=workshop.teacher.base, data=data, space=space)
-    # Latencies of two machines are not to be mixed in one study.
-    identity["machine"] = machine.fingerprint()["id"]
-    study = Study(folder, run, identity=identity, space=space, writable=True)
-    try:
-        if study.repaired is not None:
-            progress(f"the study's last record was torn and was cut off; the file as it was: {study.repaired.name}")
-        if study.interrupted:
-            progress(f"{study.interrupted} interrupted candidates are evaluated again")
-        write_aside(folder / "run.yaml", run.to_yaml())
-        if study.remaining:
-            total, reference = run.search.trials, study.reference
-            progress(f"evaluating {study.remaining} of {total} candidates with {workshop.runtime.name}")
-
-            def told(candidate: Candidate) -> None:
-                progress(tables.candidate_line(candidate, study.finished, total, reference))
-                tables.write_csv(study.candidates(), folder / "study.csv")
-                if run.search.keep_artefacts == "front":
-                    _drop_dominated(study, workshop.artefacts)
-
-            # Ray is imported where it is needed: a finished search only rewrites its report.
-            from autocompress.distribute import execute
-
-            execute(study, _run_for_workers(workshop), workshop.artefacts, told)
-            if study.remaining:
-                progress(f"{study.remaining} candidates are left: the space holds no others, or Ray was stopped")
-        write_results(study, workshop)
-        spent = time.perf_counter() - started
-        progress(f"{study.finished} candidates, {len(study.front())} on the front; {spent:.0f} s")
-    finally:
-        study.close()
+    driver.drive(run, folder, progress=progress, watch=watch)
     return open_study(folder)
-
-
-def _drop_dominated(study: Study, artefacts: Path) -> None:
-    """Delete the artefacts of finished candidates that are not on the front; others may be in the making."""
-    front = {c.plan.plan_id for c in study.front().points}
-    for candidate in study.candidates():
-        if candidate.plan.plan_id not in front:
-            shutil.rmtree(artefacts / candidate.plan.plan_id, ignore_errors=True)
-
-
-def _run_for_workers(workshop: Workshop) -> RunConfig:
-    """Return the run with everything resolved to what the driver found, so that workers look nothing up."""
-    settings = workshop.run.model_dump(mode="json", by_alias=True)
-    settings["storage"]["bank"] = str(workshop.bank.root.absolute())
-    source = Path(settings["data"]["source"])
-    settings["data"]["source"] = str(source.absolute()) if source.exists() else settings["data"]["source"]
-    settings["model"]["id"] = str(workshop.source.absolute())
-    space = Path(settings["space"])
-    settings["space"] = str(space.absolute()) if space.suffix in (".yaml", ".yml") else settings["space"]
-    return RunConfig.from_mapping(settings)
-
-
-def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) -> None:
-    """Write ``environment.json``, measuring the reference, unless both are there for this model, data and target."""
-    file = folder / "environment.json"
-    target = workshop.run.target.model_dump()
-    key = {"model": workshop.teacher.base, "data": workshop.task.fingerprint, "target": target}
-    if file.exists() and (folder / "artefacts" / "reference").is_dir():
-        try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise StudyError(f"{file}: not readable as JSON ({error})") from None
-        if found.get("schema") != ENVIRONMENT_SCHEMA:
-            raise StudyError(f"{file}: schema must be {ENVIRONMENT_SCHEMA}, got {found.get('schema')!r}")
-        if (folder / "study.journal").exists() or found.get("key") == key:
-            return
-    progress("measuring the uncompressed model")
-    measured = workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))
-    environment = {
-        "schema": ENVIRONMENT_SCHEMA,
-        "reference": dataclasses.asdict(measured),
-        "machine": machine.fingerprint(),
-        "target": target,
-        "runtime_options": workshop.fingerprint["runtime_options"],
-        "protocol": {
-            "accuracy": f"through the artefact, {measured.rows} search rows, real lengths up to "
-            f"{workshop.run.data.max_tokens} tokens, 95 % Wilson interval",
-            "size": "bytes of the artefact's model files",
-            "latency": f"{workshop.run.search.latency_pairs} pairs of candidate and reference in turn, inputs of "
-            f"{workshop.run.target.batch_size} x {workshop.run.target.tokens} tokens, "
-            + ("process CPU time" if workshop.run.target.threads == 1 else "wall clock in an exclusive slot")
-            + ", median of the pairs' ratios with its 95 % bootstrap interval",
-        },
-        "key": key,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_aside(file, json.dumps(environment, indent=1))
-
-
-def write_results(study: Study, workshop: Workshop | None = None) -> None:
-    """Write ``study.csv``, ``pareto.csv`` and ``report.html`` from the study."""
-    folder, front = study.folder, study.front()
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    shown = {k: v for k, v in environment.items() if k not in ("reference", "key", "schema")}
-    notes = []
-    if workshop is not None and workshop.task.shared_rows:
-        notes.append(f"{workshop.task.shared_rows} texts stand in two splits; the run file accepts that.")
-    tables.write_csv(study.candidates(), folder / "study.csv")
-    tables.write_csv(front.points, folder / "pareto.csv")
-    page.write_report(
-        folder / "report.html",
-        title=study.run.name,
-        front=front,
-        candidates=study.candidates(),
-        environment=shown,
-        notes=notes,
-    )
 
 
 def results_folder(run: RunConfig, out: str | Path | None) -> Path:
@@ -196,6 +88,13 @@ def open_study(folder: str | Path) -> Study:
     return Study(folder, RunConfig.from_file(file))
 
 
+def report(folder: str | Path) -> Study:
+    """Write ``study.csv``, ``pareto.csv`` and ``report.html`` of a results folder anew; returns its study."""
+    study = open_study(folder)
+    write_results(study)
+    return study
+
+
 def _home(candidate: Candidate) -> Path:
     if candidate.folder is None:
         raise StudyError(f"trial {candidate.number}: belongs to no study; take it from search() or open_study()")
@@ -220,7 +119,7 @@ def recover(candidate: Candidate, *, epochs: float | None = None, progress: Prog
     try:
         workshop = Workshop(run, folder / "artefacts", progress)
         recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
-        write_results(study, workshop)
+        write_results(study, shared_rows=workshop.task.shared_rows)
     finally:
         study.close()
     return recovered
@@ -312,19 +211,27 @@ def validate(run: RunConfig) -> dict[str, Any]:
     }
 
 
+def forecast(run: RunConfig) -> Forecast:
+    """Say what a search will take on this machine, from counts and a few measured moments."""
+    return _forecast(run)
+
+
 def status(folder: str | Path) -> dict[str, Any]:
     """Return how far a study is: counts by state, the front's size, and what is on disk."""
     study = open_study(folder)
     candidates = study.candidates()
+    bank = Bank(bank_root(study.run))
     artefacts = study.folder / "artefacts"
     sizes = [f.stat().st_size for f in artefacts.rglob("*") if f.is_file()] if artefacts.is_dir() else []
     return {
         "study": study.run.name,
         "complete": sum(c.state == "COMPLETE" for c in candidates),
         "failed": sum(c.state == "FAIL" for c in candidates),
+        "stopped_early": sum(c.state == "PRUNED" for c in candidates),
         "wanted": study.run.search.trials,
         "front": len(study.front()),
         "artefact_bytes": sum(sizes),
+        "bank": {kind: f"{used.entries} entries, {used.bytes / 1e6:.1f} MB" for kind, used in bank.usage().items()},
     }
 
 

@@ -2,21 +2,53 @@
 
 An entry's key is the hash of everything that it was made from. It is written aside and renamed, so that a reader sees
 a whole entry or none, and two processes that make the same one do no harm to each other.
+
+A bank with a limit is bounded in size: the least recently used entries go first, what is cheap to remake before what
+took training. The time of last use is the modification time of the entry's folder, so several processes on one machine
+share the order without a file of their own to agree on. An entry goes as it came, by a rename aside: files that a
+reader has open or mapped stay readable, and a reader that comes too late finds nothing, which `Bank.load` repairs.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 BANK_VERSION = 1
 """Part of every key: raised when what an entry holds changes its meaning."""
+
+TRAINED = ("finetuned", "distilled")
+"""Kinds whose entries took training: minutes to hours each, where the others take seconds."""
+
+RECENT_S = 60.0
+"""Entries used within this time stay: whoever was just given the path still has to open its files."""
+
+STALE_S = 3600.0
+"""Age from which a folder in the making that nobody holds is a left-over; younger ones may help to find a fault."""
+
+TRIMS_PER_LIMIT = 20
+"""A process looks over the bank each time it has written this part of the limit: a look costs a walk over all files."""
+
+LOAD_ATTEMPTS = 3
+"""Being evicted between `Bank.get` and reading is rare; more than this often in a row is another fault."""
+
+# Only what has such a name is ever deleted: a user may have pointed the bank at a folder that holds other things.
+_ENTRY = re.compile(r"[0-9a-f]{24}")
+_ASIDE = re.compile(r"\.[0-9a-f]{24}\.[0-9a-f]{32}")
 
 
 def default_bank() -> Path:
@@ -25,11 +57,33 @@ def default_bank() -> Path:
     return Path(cache).expanduser() / "autocompress" / "bank"
 
 
-class Bank:
-    """Folders by kind and key under one root."""
+@dataclass(frozen=True)
+class Usage:
+    """What the entries of one kind take.
 
-    def __init__(self, root: Path) -> None:
+    Attributes:
+        entries: Their number.
+        bytes: The sum of their files' sizes.
+    """
+
+    entries: int
+    bytes: int
+
+
+class Bank:
+    """Folders by kind and key under one root.
+
+    Args:
+        root: The bank's folder; made with the first entry.
+        limit_bytes: Size that `trim` keeps to; without one nothing but left-overs is deleted.
+    """
+
+    def __init__(self, root: Path, *, limit_bytes: int | None = None) -> None:
         self.root = root
+        self.limit_bytes = limit_bytes
+        self.made_seconds: dict[str, float] = {}
+        """What this process spent on making entries, by kind; an entry made for another counts for its own."""
+        self._written_bytes = 0  # by this process since its last trim
 
     def path(self, kind: str, made_from: Mapping[str, Any]) -> Path:
         """Return where the entry made from these things stands or would stand."""
@@ -37,21 +91,214 @@ class Bank:
         return self.root / kind / hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def get(self, kind: str, made_from: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        """Return the entry's folder; ``make`` fills a fresh folder if there is none yet."""
+        """Return the entry's folder; ``make`` fills a fresh folder if there is none yet.
+
+        The entry counts as used now and is safe from `trim` for `RECENT_S`. Who opens its files later than that uses
+        `load`. Now and then, after a process has written a part of the limit, this trims the bank; a process that
+        writes less never does, so a run calls `trim` once itself.
+
+        Args:
+            kind: Name of the folder of such entries.
+            made_from: Everything that the entry depends on, as JSON data.
+            make: Fills the empty folder that it is given.
+
+        Raises:
+            OSError: The entry cannot be written, as on a full disk; nothing of it is left.
+        """
         final = self.path(kind, made_from)
-        if final.is_dir():
+        if _use(final):
             return final
-        aside = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+        aside = _aside(final)
         aside.mkdir(parents=True)
+        started, before = time.perf_counter(), sum(self.made_seconds.values())
         try:
-            make(aside)
-            (aside / "made_from.json").write_text(json.dumps(made_from, sort_keys=True, indent=1), encoding="utf-8")
-            try:
-                aside.rename(final)
-            except OSError:
-                # Another process finished the same entry first; its content is the same.
-                if not final.is_dir():
-                    raise
+            with _locked(aside):
+                make(aside)
+                (aside / "made_from.json").write_text(json.dumps(made_from, sort_keys=True, indent=1), encoding="utf-8")
+                size_bytes = _size_bytes(aside)
+                placed = _place(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+        within = sum(self.made_seconds.values()) - before
+        self.made_seconds[kind] = self.made_seconds.get(kind, 0.0) + time.perf_counter() - started - within
+        if placed and self.limit_bytes is not None:
+            self._written_bytes += size_bytes
+            if self._written_bytes * TRIMS_PER_LIMIT >= self.limit_bytes:
+                self.trim()
         return final
+
+    def load(
+        self, kind: str, made_from: Mapping[str, Any], make: Callable[[Path], None], read: Callable[[Path], T]
+    ) -> T:
+        """Return what ``read`` makes of the entry's folder; an entry evicted before it was read is made again.
+
+        Args:
+            kind: As in `get`.
+            made_from: As in `get`.
+            make: As in `get`; what it raises is not tried again.
+            read: Reads the folder; may be called up to `LOAD_ATTEMPTS` times.
+
+        Raises:
+            Exception: What ``read`` raised while the entry was there, or at the last attempt.
+        """
+        for _ in range(LOAD_ATTEMPTS - 1):
+            folder = self.get(kind, made_from, make)
+            try:
+                return read(folder)
+            except Exception as error:
+                # Libraries have errors of their own for a missing file. And the folder may be back already, made by
+                # another process.
+                if folder.is_dir() and not isinstance(error, FileNotFoundError):
+                    raise
+        return read(self.get(kind, made_from, make))
+
+    def usage(self) -> dict[str, Usage]:
+        """Return what each kind takes, sorted by name; entries in the making and kinds without entries are left out."""
+        found: dict[str, Usage] = {}
+        for entry in self._entries():
+            before = found.get(entry.kind, Usage(0, 0))
+            found[entry.kind] = Usage(before.entries + 1, before.bytes + entry.size_bytes)
+        return found
+
+    def trim(self) -> int:
+        """Delete left-overs of killed processes and, above the limit, the least recently used entries.
+
+        Entries of the kinds in `TRAINED` go only when all others that may go are gone. Entries used within the last
+        `RECENT_S` are never removed: for that long the bank may exceed its limit, by as much as is in use. What
+        cannot be removed, as in a bank that may only be read, stays without an error.
+
+        Returns:
+            The bytes freed by this call.
+        """
+        self._written_bytes = 0
+        freed_bytes = self._remove_left_overs()
+        if self.limit_bytes is None:
+            return freed_bytes
+        entries = sorted(self._entries(), key=lambda entry: (entry.kind in TRAINED, entry.used_s))
+        excess_bytes = sum(entry.size_bytes for entry in entries) - self.limit_bytes
+        for entry in entries:
+            if excess_bytes <= 0:
+                break
+            aside = _aside(entry.folder)
+            try:
+                # Asked anew: it may have been used since it was listed.
+                if time.time() - entry.folder.stat().st_mtime < RECENT_S:
+                    continue
+                entry.folder.rename(aside)
+            except FileNotFoundError:
+                # Another process trims too. Not counting this one would remove more than the limit asks for.
+                excess_bytes -= entry.size_bytes
+                continue
+            except OSError:
+                continue
+            shutil.rmtree(aside, ignore_errors=True)
+            excess_bytes -= entry.size_bytes
+            freed_bytes += entry.size_bytes
+        return freed_bytes
+
+    def _remove_left_overs(self) -> int:
+        """Delete old folders in the making that no living process holds; return the bytes freed."""
+        freed_bytes = 0
+        for _, folder in self._folders(_ASIDE):
+            with suppress(OSError):
+                if time.time() - folder.stat().st_mtime < STALE_S:
+                    continue
+                with _locked(folder) as held:
+                    if held:
+                        size_bytes = _size_bytes(folder)
+                        shutil.rmtree(folder)
+                        freed_bytes += size_bytes
+        return freed_bytes
+
+    def _entries(self) -> Iterator[_Entry]:
+        """List the entries, kind by kind; one that vanishes meanwhile is left out."""
+        for kind, folder in self._folders(_ENTRY):
+            size_bytes = _size_bytes(folder)
+            try:
+                used_s = folder.stat().st_mtime
+            except OSError:
+                continue
+            yield _Entry(kind, folder, size_bytes, used_s)
+
+    def _folders(self, pattern: re.Pattern[str]) -> Iterator[tuple[str, Path]]:
+        """List kinds, sorted, and the folders in them whose names match."""
+        for kind in sorted(_names(self.root)):
+            for name in _names(self.root / kind):
+                if pattern.fullmatch(name):
+                    yield kind, self.root / kind / name
+
+
+class _Entry(NamedTuple):
+    kind: str
+    folder: Path
+    size_bytes: int
+    used_s: float
+
+
+def _aside(final: Path) -> Path:
+    """Return a fresh name next to an entry, on its way in or out."""
+    return final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+
+
+def _use(folder: Path) -> bool:
+    """Mark an entry as used now; return whether it is there.
+
+    In this order, so that an entry that is found is already marked when a trim looks at it.
+    """
+    with suppress(OSError):  # A bank that may only be read has no order to keep.
+        os.utime(folder)
+    return folder.is_dir()
+
+
+def _place(aside: Path, final: Path) -> bool:
+    """Rename a made folder to its entry; return false if another process's stands there already.
+
+    Raises:
+        OSError: It cannot be renamed, and there is no such entry.
+    """
+    while True:
+        try:
+            aside.rename(final)
+        except OSError as error:
+            # Another process finished the same entry first; its content is the same.
+            if _use(final):
+                return False
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # The other one was evicted again before it could be marked: the place is free.
+        else:
+            return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock if it can be had; yields whether it is held.
+
+    The lock ends with its process, however that ends. It tells a training of many hours, which may write nothing until
+    its end, from a left-over. Where a file system has no locks, entries are made without, and left-overs stay.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _size_bytes(folder: Path) -> int:
+    """Return the sum of the sizes of a folder's files; what vanishes meanwhile counts nothing."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).lstat().st_size
+    return total
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder; none if it is not there or may not be read."""
+    return next(os.walk(folder), ("", [], []))[1]

@@ -28,6 +28,7 @@ from autocompress.space import Axis, BitsAxis, KeepAxis, RankAxis, Rule, SearchS
 
 Chooser = Callable[[str, Sequence[Value]], Value]
 Effect = dict[tuple[str, type[Decision]], Decision | None]
+DropOrder = Callable[[str], Sequence[int]]
 _Picker = Callable[[str, Sequence[Value], Callable[[Value], Effect]], Value]
 
 FULL = "full"
@@ -58,12 +59,13 @@ class BoundSpace:
     Args:
         space: the choices.
         shape: sizes of the uncompressed model.
-        drop_orders: for ``full`` and each student, the order in which blocks go, least important first.
+        drop_order: for ``full`` and each student, the order in which blocks go, least important first; asked only
+            where blocks do go, as it may take a student to be distilled.
     """
 
     space: SearchSpace
     shape: ModelShape
-    drop_orders: Mapping[str, tuple[int, ...]]
+    drop_order: DropOrder
 
     @property
     def students(self) -> dict[str, Student]:
@@ -110,6 +112,18 @@ class BoundSpace:
 
         if self._walk(pick) != plan:
             raise PlanError(f"plan {plan.plan_id}: space {self.space.name} cannot express it ({plan.words()})")
+        return found
+
+    def options(self, shape: ModelShape) -> dict[str, list[Decision]]:
+        """Return, for each site of a model of ``shape``, every decision that some choice makes there on its own."""
+        found: dict[str, list[Decision]] = {}
+        for name, site in shape.sites().items():
+            for rule in self.space.rules:
+                if fnmatch.fnmatchcase(name, rule.match):
+                    for axis_name, axis in rule.axes().items():
+                        if site.kind in _KINDS[axis_name]:
+                            decisions = (_decide(axis_name, choice, site, 0) for choice in axis.choices)
+                            found.setdefault(name, []).extend(d for d in decisions if d is not None)
         return found
 
     def ladder(self) -> list[dict[str, Value]]:
@@ -198,7 +212,7 @@ class BoundSpace:
                 # One name has one set of choices in a study; a shallow student has fewer.
                 "drop_blocks" if most == most_of_all else f"drop_blocks_{most}",
                 tuple(range(most + 1)),
-                lambda c: {(MODEL_SITE, DropBlocks): _drop(self.drop_orders[base], int(c))},
+                lambda c: {(MODEL_SITE, DropBlocks): _drop(self.drop_order, base, int(c))},
             )
         for axis_name in _KINDS:
             for rule in self.space.rules:
@@ -211,8 +225,8 @@ class BoundSpace:
         return CompressionPlan(tuple(decisions))
 
 
-def bind(space: SearchSpace, shape: ModelShape, drop_orders: Mapping[str, tuple[int, ...]] | None = None) -> BoundSpace:
-    """Bind ``space`` to a model of ``shape``; without ``drop_orders`` blocks go from the last one on.
+def bind(space: SearchSpace, shape: ModelShape, drop_order: DropOrder | None = None) -> BoundSpace:
+    """Bind ``space`` to a model of ``shape``; without ``drop_order`` blocks go from the last one on.
 
     Raises:
         ConfigError: if a pattern matches nothing, two rules decide the same, or a count exceeds the model's.
@@ -242,10 +256,8 @@ def bind(space: SearchSpace, shape: ModelShape, drop_orders: Mapping[str, tuple[
                 raise ConfigError(f"{where}: two rules share the parameters {'.'.join(label)}; give them names")
             labels.add(label)
     students = students_of(space, shape)
-    if drop_orders is None:
-        depths = {NO_STUDENT: len(shape.blocks), **{name: len(s.blocks) for name, s in students.items()}}
-        drop_orders = {name: tuple(reversed(range(depth))) for name, depth in depths.items()}
-    return BoundSpace(space, shape, dict(drop_orders))
+    depths = {NO_STUDENT: len(shape.blocks), **{name: len(s.blocks) for name, s in students.items()}}
+    return BoundSpace(space, shape, drop_order or (lambda name: tuple(reversed(range(depths[name])))))
 
 
 def students_of(space: SearchSpace, shape: ModelShape) -> dict[str, Student]:
@@ -332,8 +344,8 @@ def _kept(choice: Value, parts: int, step: int) -> int:
     return min(parts, max(step, round(float(choice) * parts / step) * step))
 
 
-def _drop(order: Sequence[int], count: int) -> DropBlocks | None:
-    return DropBlocks(blocks=tuple(sorted(order[:count]))) if count else None
+def _drop(order: DropOrder, base: str, count: int) -> DropBlocks | None:
+    return DropBlocks(blocks=tuple(sorted(order(base)[:count]))) if count else None
 
 
 def _groups(rule: Rule, axis_name: str, axis: Axis, shape: ModelShape) -> Iterator[list[Site]]:

@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
+
+
+_SECONDS_BETWEEN_LINES = 15.0
+"""Between two lines that say how far a search is, off a terminal."""
 
 
 class Prefer(StrEnum):
@@ -157,18 +163,20 @@ def plan(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a search would start with: the students and the ladder of uniform plans."""
+    """Forecast a search: the space's size, what it will take, and the uniform plans that it starts with."""
     config = _run(run, model, data, space, target, set_)
     from autocompress import api
 
     found = api.validate(config)["space"]
+    forecast = api.forecast(config).to_dict()
     if as_json:
-        _print(found, True)
+        _print({**found, "forecast": forecast}, True)
         return
     for name, words in found["students"].items():
         typer.echo(f"student {name}: {words}")
     for number, words in enumerate(found["seeds"]):
         typer.echo(f"seed {number:>2}: {words}")
+    _print(forecast, False)
 
 
 @app.command()
@@ -208,7 +216,8 @@ def search(
 
     folder = api.results_folder(config, out)
     try:
-        study = api.search(config, folder, progress=_progress)
+        with _live() as watch:
+            study = api.search(config, folder, progress=_progress, watch=watch)
     except KeyboardInterrupt:
         _progress("interrupted; run the same command again to continue")
         raise
@@ -216,6 +225,29 @@ def search(
     if not as_json:
         typer.echo(f"report: {folder / 'report.html'}")
         typer.echo(f"next: autocompress export {folder} --pick knee --format openvino -o OUT")
+
+
+@contextmanager
+def _live() -> Iterator[Callable[[Any], None]]:
+    """Yield what is told how far a search is: a line that stays at the bottom of a terminal, else one now and then."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        from rich.status import Status
+
+        with Status("", console=console) as status:
+            yield lambda found: status.update(found.words())
+        return
+    said = time.perf_counter()
+
+    def say(found: Any) -> None:
+        nonlocal said
+        if time.perf_counter() - said >= _SECONDS_BETWEEN_LINES:
+            said = time.perf_counter()
+            _progress(found.words())
+
+    yield say
 
 
 def _show(study: Any, as_json: bool) -> None:
@@ -243,9 +275,7 @@ def report(folder: Folder, as_json: Json = False) -> None:
     """Write report.html and the CSV files anew, and print the front."""
     from autocompress import api
 
-    study = api.open_study(folder)
-    api.write_results(study)
-    _show(study, as_json)
+    _show(api.report(folder), as_json)
 
 
 def _picked(

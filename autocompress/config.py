@@ -87,6 +87,7 @@ class SearchConfig(Section):
     guide: Literal["accuracy", "loss", "divergence"] = Field(
         "accuracy", description="what stands for accuracy while searching; the front is judged by the objectives"
     )
+    seed: int | None = Field(None, ge=0, lt=2**32, description="of the proposals; default: the run's seed")
     seeds: bool = Field(True, description="start with uniform plans and plans made from measured sensitivities")
     skip_behind: bool = Field(True, description="pass over plans that are predicted far behind the front")
     stop_early: bool = Field(True, description="end an accuracy pass once the candidate cannot reach the front")
@@ -94,7 +95,7 @@ class SearchConfig(Section):
     max_retries: int = Field(2, ge=0, le=10, description="new attempts after a worker died")
     latency_pairs: int = Field(20, ge=5, le=10_000, description="runs of candidate and reference, alternating")
     confirm_pairs: int = Field(
-        80, ge=0, le=10_000, description="runs that time each point of the front anew at the end; 0 leaves that out"
+        30, ge=0, le=10_000, description="runs that time each point of the front anew at the end; 0 leaves that out"
     )
     recover: int = Field(0, ge=0, le=1000, description="points that are distilled at the end, the best ranks first")
     keep_artefacts: Literal["front", "all"] = "front"

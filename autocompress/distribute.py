@@ -6,6 +6,7 @@ writes the study; a worker receives a plan and returns a measurement or a reason
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -31,7 +32,7 @@ from autocompress import machine
 from autocompress.config import RunConfig
 from autocompress.errors import AutocompressError, StudyError
 from autocompress.plan import CompressionPlan
-from autocompress.records import Candidate, Measurement
+from autocompress.records import Candidate, Measurement, Stopped
 from autocompress.study import Study
 
 if TYPE_CHECKING:
@@ -44,9 +45,12 @@ LATENCY_SLOT = "latency_slot"
 class _StudySearcher(Searcher):
     """Hands the study's plans to Tune and Tune's results to the study."""
 
-    def __init__(self, study: Study, told: Callable[[Candidate], None]) -> None:
+    def __init__(
+        self, study: Study, prepare: Callable[[CompressionPlan], None], told: Callable[[Candidate], None]
+    ) -> None:
         super().__init__(metric=None, mode=None)
         self._study = study
+        self._prepare = prepare
         self._told = told
         self._running: dict[str, tuple[int, CompressionPlan]] = {}
 
@@ -55,18 +59,22 @@ class _StudySearcher(Searcher):
         if asked is None:
             return str(Searcher.FINISHED)
         self._running[trial_id] = asked
-        return {"number": asked[0], "plan": asked[1].to_json()}
+        self._prepare(asked[1])
+        front = self._study.rivals() if self._study.run.search.stop_early else []
+        return {"number": asked[0], "plan": asked[1].to_json(), "front": front}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id not in self._running:
             return
         number, plan = self._running.pop(trial_id)
-        outcome: Measurement | str
+        outcome: Measurement | Stopped | str
         if error or not result or "outcome" not in result:
             outcome = "the worker died or ended without a result in every attempt"
         else:
             found = json.loads(result["outcome"])
-            outcome = found["failure"] if "failure" in found else Measurement(**found["measurement"])
+            kinds = {"measurement": Measurement, "stopped": Stopped}
+            [(kind, value)] = found.items()
+            outcome = value if kind == "failure" else kinds[kind](**value)
         self._told(self._study.tell(number, plan, outcome))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,18 +94,19 @@ class _Worker(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         self._run, self._artefacts = RunConfig.from_mapping(json.loads(config["run"])), Path(config["artefacts"])
         self._workshop: Workshop | None = None
-        self._plan = config["plan"]
+        self._plan, self._front = config["plan"], config["front"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._plan = new_config["plan"]
+        self._plan, self._front = new_config["plan"], new_config["front"]
         return True
 
     def step(self) -> dict[str, Any]:
         try:
             # Not in setup: what fails there reaches the driver without its reason.
             self._workshop = self._workshop or self._opened()
-            measured = self._workshop.evaluate(CompressionPlan.from_json(self._plan))
-            outcome = {"measurement": json.loads(measured.to_json())}
+            found = self._workshop.attempt(CompressionPlan.from_json(self._plan), self._front)
+            kind = "measurement" if isinstance(found, Measurement) else "stopped"
+            outcome: dict[str, Any] = {kind: dataclasses.asdict(found)}
         except AutocompressError as error:
             outcome = {"failure": str(error)}
         except Exception as error:
@@ -120,13 +129,21 @@ class _Worker(tune.Trainable):
         """Load nothing."""
 
 
-def execute(study: Study, run: RunConfig, artefacts: Path, told: Callable[[Candidate], None]) -> None:
+def execute(
+    study: Study,
+    run: RunConfig,
+    artefacts: Path,
+    *,
+    prepare: Callable[[CompressionPlan], None],
+    told: Callable[[Candidate], None],
+) -> None:
     """Evaluate the study's remaining candidates on a local Ray instance.
 
     Args:
         study: open for writing.
         run: the resolved run file, as workers shall read it.
         artefacts: folder for built candidates.
+        prepare: called before a plan is handed out; makes what workers then find in the bank.
         told: called after each candidate was recorded.
 
     Raises:
@@ -163,7 +180,7 @@ def execute(study: Study, run: RunConfig, artefacts: Path, told: Callable[[Candi
                 tune.with_resources(_Worker, resources),
                 param_space=config,
                 tune_config=tune.TuneConfig(
-                    search_alg=_StudySearcher(study, told),
+                    search_alg=_StudySearcher(study, prepare, told),
                     num_samples=study.remaining,
                     max_concurrent_trials=workers,
                     reuse_actors=True,

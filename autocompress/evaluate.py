@@ -1,7 +1,7 @@
-"""A plan becomes a measurement: build the artefact, run the rows, time it against the reference.
+"""A plan becomes a measurement: stitch the artefact from pieces, time it against the reference, run the rows.
 
-`Workshop` holds what all candidates of a search share: the teacher, the task, importance scores, students. The driver
-prepares it once; each worker opens it from the bank.
+`Workshop` holds what all candidates of a search share: the teacher, the task, importance scores, students, converted
+templates. What is expensive comes from the bank, where the first process that needs it puts it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import dataclasses
 import json
 import shutil
 import tempfile
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -24,19 +23,26 @@ from safetensors.torch import load_file, save_file
 
 from autocompress import machine, model, scoring, task, training
 from autocompress.bank import Bank, default_bank
-from autocompress.binding import BoundSpace, bind, students_of
+from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
 from autocompress.config import RunConfig
 from autocompress.errors import AutocompressError
+from autocompress.memory import peak_memory_bytes
 from autocompress.model import EncoderModel
-from autocompress.plan import MODEL_SITE, CompressionPlan, Recover, Student
-from autocompress.records import Measurement
-from autocompress.runtimes import Artifact, Runtime, Session, get_runtime
+from autocompress.pieces import Piece, code_version, make_piece, read_piece, save_piece
+from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, DropBlocks, Recover, Student
+from autocompress.predict import Predictor, Sensitivity, Sizes
+from autocompress.records import QUALITIES, Measurement, Stopped
+from autocompress.runtimes import Artifact, Runtime, Session, Template, get_runtime
 from autocompress.space import SearchSpace
+from autocompress.stopwatch import Stopwatch
 from autocompress.task import Batch, Split
 from autocompress.transforms import apply_plan, check_plan
 from autocompress.transforms.prune import Importance, importance, keep_blocks, keep_heads, keep_neurons
+from autocompress.transforms.quantize import Activations, observe
 
 Progress = training.Progress
+Front = Sequence[Sequence[float]]
+"""Costs of points that are not dominated, in the order of a run's objectives."""
 LOGITS_FILE = "logits.npy"
 _RANGE_ROWS = 64
 """Calibration rows that activation ranges are taken from; more did not change accuracy."""
@@ -44,10 +50,21 @@ _ACCURACY_BATCH, _ACCURACY_STEP = 32, 4
 """Rows per call and multiple of tokens where a runtime's logits depend on neither."""
 _DROP_ROWS = 128
 """Calibration rows that the order of dropping blocks is taken from."""
+_SENSITIVITY_ROWS = 32
+"""Calibration rows that single decisions are judged on."""
+_LOADS = 2
+"""Loads of an artefact that a confirmed latency is pooled over."""
+_LOOKS = 4
+"""Parts of an accuracy pass, after each of which a candidate that cannot reach the front is given up."""
 
 
 def silent(_: str) -> None:
     """Report no progress."""
+
+
+def bank_root(run: RunConfig) -> Path:
+    """Return the folder of the run's bank."""
+    return Path(run.storage.bank).expanduser() if run.storage.bank else default_bank()
 
 
 class Workshop:
@@ -63,12 +80,16 @@ class Workshop:
         self.run = run
         self.artefacts = artefacts
         self.progress = progress
-        self.bank = Bank(Path(run.storage.bank).expanduser() if run.storage.bank else default_bank())
+        self.bank = Bank(bank_root(run), limit_bytes=int(run.storage.bank_gb * 1e9))
         self.runtime: Runtime = get_runtime(run.target.runtime)
         self.source = model.locate(run.model.id, run.model.revision)
         model.check_files(self.source)
         self.task = task.load(run.data, labels=model.head_labels(self.source))
         self._bases: dict[str, tuple[EncoderModel, Importance]] = {}
+        self._templates: dict[tuple[str, tuple[int, ...]], Template] = {}
+        self._observed: dict[str, Activations] = {}
+        self._parts: dict[str, list[list[Batch]]] = {}
+        self._sensitivities: dict[str, Sensitivity] = {}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -96,7 +117,7 @@ class Workshop:
             "task": self.task.fingerprint,
             "max_tokens": self.run.data.max_tokens,
             "finetune": self.run.model.finetune.model_dump(),
-            "precision": self._precision(),
+            "precision": self.precision(),
             "seed": self.run.seed,
         }
         return self.bank.get("finetuned", made_from, self._finetune)
@@ -106,8 +127,8 @@ class Workshop:
         rows = self.splits["train"]
         self.progress(f"fine-tuning {self.run.model.id} on {len(rows)} rows for {config.epochs:g} epochs")
         loaded = model.load(self.source, labels=self.task.labels, seed=self.run.seed)
-        budget = training.TrainingBudget(**config.model_dump(), precision=self._precision())
-        with _threads(machine.cores()):
+        budget = training.TrainingBudget(**config.model_dump(), precision=self.precision())
+        with torch_threads(machine.cores()):
             training.finetune(
                 loaded.module, rows, budget, seed=self.run.seed, progress=lambda s: self.progress(f"fine-tuning: {s}")
             )
@@ -118,7 +139,7 @@ class Workshop:
     def teacher(self) -> EncoderModel:
         return model.load(self.teacher_folder, labels=self.task.labels)
 
-    def _precision(self) -> str:
+    def precision(self) -> str:
         wanted = self.run.recovery.precision
         return ("bfloat16" if training.has_bfloat16() else "float32") if wanted == "auto" else wanted
 
@@ -145,7 +166,7 @@ class Workshop:
 
         def make(folder: Path) -> None:
             self.progress(f"scoring heads, neurons and blocks on {len(self.calibration)} calibration rows")
-            with _threads(machine.cores()):
+            with torch_threads(machine.cores()):
                 scores = importance(
                     base, self.calibration_batches(), drops=drops, drop_batches=self.calibration_batches(_DROP_ROWS)
                 )
@@ -165,17 +186,17 @@ class Workshop:
     def _teacher_logits(self) -> torch.Tensor:
         def make(folder: Path) -> None:
             self.progress(f"running the teacher on {len(self.splits['train'])} training rows")
-            with _threads(machine.cores()):
-                logits = training.logits_of(self.teacher.module, self.splits["train"], precision=self._precision())
+            with torch_threads(machine.cores()):
+                logits = training.logits_of(self.teacher.module, self.splits["train"], precision=self.precision())
             save_file({"logits": logits}, folder / "logits.safetensors")
 
-        key = self._key(train_rows=len(self.splits["train"]), precision=self._precision())
+        key = self._key(train_rows=len(self.splits["train"]), precision=self.precision())
         return load_file(self.bank.get("teacher-logits", key, make) / "logits.safetensors")["logits"]
 
     def _distilled(self, target: EncoderModel, what: str, epochs: float, made_from: dict[str, Any]) -> EncoderModel:
         """Give ``target`` the weights that distillation leads to; they are kept in the bank."""
         budget = training.TrainingBudget(
-            **{**self.run.recovery.model_dump(), "epochs": epochs, "precision": self._precision()}
+            **{**self.run.recovery.model_dump(), "epochs": epochs, "precision": self.precision()}
         )
         key = self._key(what=made_from, budget=dataclasses.asdict(budget), seed=self.run.seed)
 
@@ -183,7 +204,7 @@ class Workshop:
             teacher = self._teacher_logits
             rows = self.splits["train"]
             self.progress(f"distilling {what} on {len(rows)} rows for {epochs:g} epochs")
-            with _threads(machine.cores()):
+            with torch_threads(machine.cores()):
                 training.distill(
                     target.module,
                     teacher,
@@ -218,12 +239,42 @@ class Workshop:
 
     @cached_property
     def space(self) -> BoundSpace:
-        """The search space bound to the teacher; distils the students that it names."""
+        """The search space bound to the teacher; a student is distilled when a plan first asks for it."""
         shape = self.teacher.shape
-        bind(self._space_file, shape)
-        students = students_of(self._space_file, shape)
-        orders = {name: self.base(s)[1].drop_order for name, s in {"full": None, **students}.items()}
-        return bind(self._space_file, shape, orders)
+        students: dict[str, Student | None] = {NO_STUDENT: None, **students_of(self._space_file, shape)}
+        return bind(self._space_file, shape, lambda name: self.base(students[name])[1].drop_order)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """Predicts sizes, latencies and losses of this run's plans."""
+        return Predictor(
+            self.teacher.shape,
+            Sizes.of(self.teacher),
+            self.runtime.weight_bytes,
+            self.sensitivity,
+            self.run.search.guide,
+        )
+
+    def sensitivity(self, student: Student | None) -> Sensitivity:
+        """Return what single decisions do to the teacher or a student, measured once and kept in the bank."""
+        base, scores = self.base(student)
+        if base.base not in self._sensitivities:
+            options = self.space.options(base.shape)
+            named = {site: [d.to_dict() for d in decisions] for site, decisions in options.items()}
+            rows = self.calibration_batches(_SENSITIVITY_ROWS)
+
+            def make(folder: Path) -> None:
+                what = "the full model" if student is None else f"a {student.words()}"
+                self.progress(f"measuring the sensitivity of {what} to single decisions")
+                with torch_threads(machine.cores()):
+                    found = Sensitivity.measure(base, scores, options, rows, seed=self.run.seed)
+                (folder / "sensitivity.json").write_text(found.to_json(), encoding="utf-8")
+
+            key = self._key(base=base.base, options=named, rows=_SENSITIVITY_ROWS, code=code_version())
+            self._sensitivities[base.base] = self.bank.load(
+                "sensitivity", key, make, lambda f: Sensitivity.from_json((f / "sensitivity.json").read_text())
+            )
+        return self._sensitivities[base.base]
 
     def check(self, plan: CompressionPlan) -> None:
         """Refuse a plan that cannot be carried out, before any work.
@@ -235,7 +286,7 @@ class Workshop:
         self.runtime.check(plan, self.teacher.shape)
 
     def structured(self, plan: CompressionPlan) -> EncoderModel:
-        """Return the torch model that the structural decisions of ``plan`` lead to."""
+        """Return the torch model that the structural decisions of ``plan`` lead to, distilled if it says so."""
         student = plan.of_type(Student).get(MODEL_SITE)
         base, scores = self.base(student)
         built = base.clone()
@@ -243,14 +294,76 @@ class Workshop:
         wanted = plan.of_type(Recover).get(MODEL_SITE)
         if wanted is not None:
             made_from = json.loads(plan.structural().to_json())
-            return self._distilled(built, "the picked point", wanted.epochs, {"plan": made_from, "base": base.base})
+            return self._distilled(built, "a picked structure", wanted.epochs, {"plan": made_from, "base": base.base})
         return built
 
+    def stitched(self, plan: CompressionPlan) -> tuple[Template, dict[str, Piece]]:
+        """Return the template that ``plan`` starts from and a piece for each site that it decides."""
+        by_site: dict[str, list[Decision]] = {}
+        for site, decision in plan:
+            if site != MODEL_SITE:
+                by_site.setdefault(site, []).append(decision)
+        scores: Importance | None
+        if plan.of_type(Recover):
+            # Distillation moved every weight: what is left to do is what the runtime does.
+            base, scores = self.structured(plan), None
+            by_site = {s: [d for d in ds if not d.structural] for s, ds in by_site.items()}
+            dropped: tuple[int, ...] = ()
+        else:
+            base, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
+            drop = plan.of_type(DropBlocks).get(MODEL_SITE)
+            dropped = drop.blocks if drop is not None else ()
+        kept = tuple(n for n in range(len(base.shape.blocks)) if n not in dropped)
+        pieces = {
+            site: self._piece(base, _in_base(site, kept), decisions, scores)
+            for site, decisions in by_site.items()
+            if decisions
+        }
+        return self._template(base, kept), pieces
+
+    def _template(self, base: EncoderModel, kept: tuple[int, ...]) -> Template:
+        key = (base.base, kept)
+        if key not in self._templates:
+            model = base.clone()
+            if len(kept) < len(model.shape.blocks):
+                keep_blocks(model, kept)
+            self._templates[key] = self.runtime.template(model, self.calibration_batches(_RANGE_ROWS)[0])
+        return self._templates[key]
+
+    def _piece(self, base: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance | None) -> Piece:
+        key = self._key(base=base.base, site=site, decisions=[d.to_dict() for d in decisions], code=code_version())
+        return self.bank.load(
+            "pieces",
+            key,
+            lambda folder: save_piece(make_piece(base, site, decisions, scores, self.activations(base)), folder),
+            read_piece,
+        )
+
+    def activations(self, base: EncoderModel) -> Activations:
+        """Return what the layers of ``base`` read on calibration rows."""
+        if base.base not in self._observed:
+            self._observed[base.base] = observe(base, self.calibration_batches(_RANGE_ROWS))
+        return self._observed[base.base]
+
+    def parts(self, split: str) -> list[list[Batch]]:
+        """Return the rows of a split for accuracy: random parts of equal size, each in batches by length.
+
+        Batches are of the target's size, unless logits do not depend on it.
+        """
+        if split not in self._parts:
+            rows = self.splits[split]
+            order = np.random.default_rng(self.run.seed).permutation(len(rows))
+            size, step = (_ACCURACY_BATCH, _ACCURACY_STEP) if self.runtime.batch_invariant else (0, 1)
+            self._parts[split] = [
+                list(rows.in_order_of_length(size or self.run.target.batch_size, step=step, among=part.tolist()))
+                for part in np.array_split(order, _LOOKS)
+                if len(part)
+            ]
+        return self._parts[split]
+
     def batches(self, split: str) -> Iterator[Batch]:
-        """Yield the rows of a split for accuracy: in the target's batch size, unless logits do not depend on it."""
-        if self.runtime.batch_invariant:
-            return self.splits[split].in_order_of_length(_ACCURACY_BATCH, step=_ACCURACY_STEP)
-        return self.splits[split].in_order_of_length(self.run.target.batch_size)
+        """Yield all rows of a split in the batches that accuracy is taken in."""
+        return (batch for part in self.parts(split) for batch in part)
 
     @property
     def reference_folder(self) -> Path:
@@ -264,44 +377,81 @@ class Workshop:
         return scoring.timing_inputs(artifact.inputs, self.run.target, self.vocabulary, self.run.seed)
 
     @property
+    def majority(self) -> float:
+        """Accuracy of always guessing the search rows' most frequent class."""
+        labels = self.splits["search"].labels
+        return max(labels.count(label) for label in set(labels)) / len(labels)
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids of the model."""
         return int(self.teacher.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
 
+    @cached_property
+    def _reference_logits(self) -> np.ndarray:
+        file = self.reference_folder / LOGITS_FILE
+        if not file.exists():
+            logits = scoring.logits_of(self.reference_session, self.splits["search"], self.batches("search"))
+            np.save(file, logits, allow_pickle=False)
+        return kept_logits(self.reference_folder)
+
+    def prepare(self, plan: CompressionPlan) -> None:
+        """Make what training it takes to build ``plan``, so that workers find it in the bank."""
+        self.base(plan.of_type(Student).get(MODEL_SITE))
+
     def build(self, plan: CompressionPlan, folder: Path) -> Artifact:
         """Build the plan's artefact in ``folder``: whole, or not at all."""
         self.check(plan)
+        template, pieces = self.stitched(plan)
         aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         aside.mkdir(parents=True)
         try:
-            self.runtime.build(self.structured(plan), plan, self.calibration_batches(_RANGE_ROWS), aside)
+            self.runtime.stitch(template, pieces, plan, aside)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return Artifact.open(folder)
 
-    def score(self, artifact: Artifact, *, split: str = "search") -> Measurement:
-        """Measure a built artefact: accuracy through it, its bytes, its latency paired with the reference."""
-        started = time.perf_counter()
-        session = self.runtime.load(artifact, self.run.target)
-        logits = scoring.logits_of(session, self.splits[split], self.batches(split))
-        scored = scoring.accuracy(logits, self.splits[split])
-        if split == "search":
-            np.save(artifact.folder / LOGITS_FILE, logits, allow_pickle=False)
-        timed = scoring.latency(
-            session,
-            self.reference_session,
-            self.inputs(artifact),
-            pairs=self.run.search.latency_pairs,
-            clock=scoring.clock_of(self.run.target),
-            seed=self.run.seed,
-        )
+    def score(self, artifact: Artifact, *, front: Front = (), stages: dict[str, float] | None = None) -> Measurement:
+        """Measure a built artefact: its bytes, its latency paired with the reference, accuracy through it.
+
+        Args:
+            artifact: built for this run's target.
+            front: costs (in the order of the run's objectives) that it has to reach; it is given up when it cannot.
+            stages: seconds already spent, by stage.
+
+        Raises:
+            CannotReachFront: if the accuracy pass was ended.
+        """
+        watch = Stopwatch(stages)
+        with watch("load"):
+            session = self.runtime.load(artifact, self.run.target)
+        with watch("latency"):
+            timed = self.timed(session, artifact, self.run.search.latency_pairs)
+        memory = None
+        if self._wants_memory:
+            with watch("memory"):
+                memory = peak_memory_bytes(artifact, self.run.target, self.inputs(artifact))
+        known = {"size_bytes": float(artifact.size_bytes), "latency": timed.ratio, "peak_memory": float(memory or 0)}
+        try:
+            with watch("accuracy"):
+                logits = self._logits(session, known, front)
+        except CannotReachFront as given_up:
+            given_up.stopped = dataclasses.replace(given_up.stopped, stages=watch.seconds)
+            raise
+        if artifact.folder != self.reference_folder:
+            divergence = scoring.divergence(logits, self._reference_logits)
+        else:
+            divergence = 0.0
+        np.save(artifact.folder / LOGITS_FILE, logits, allow_pickle=False)
+        scored = scoring.accuracy(logits, self.splits["search"])
         return Measurement(
             accuracy=scored.value,
             accuracy_low=scored.low,
             accuracy_high=scored.high,
             loss=scored.loss,
+            divergence=divergence,
             rows=scored.rows,
             predictions=scored.predictions,
             size_bytes=artifact.size_bytes,
@@ -311,9 +461,63 @@ class Workshop:
             latency_ratio=timed.ratio,
             latency_ratio_low=timed.ratio_low,
             latency_ratio_high=timed.ratio_high,
-            seconds=time.perf_counter() - started,
+            peak_memory_bytes=memory,
+            seconds=sum(watch.seconds.values()),
+            stages=watch.seconds,
             fingerprint=self.fingerprint,
         ).check()
+
+    @property
+    def _wants_memory(self) -> bool:
+        return "peak_memory" in self.run.objectives or self.run.constraints.max_memory_mb is not None
+
+    def timed(self, session: Session, artifact: Artifact, pairs: int) -> scoring.Latency:
+        """Time a loaded artefact against the reference."""
+        return scoring.latency(
+            session,
+            self.reference_session,
+            self.inputs(artifact),
+            pairs=pairs,
+            clock=scoring.clock_of(self.run.target),
+            seed=self.run.seed,
+        )
+
+    def _logits(self, session: Session, known: Mapping[str, float], front: Front) -> np.ndarray:
+        """Run the search rows part by part, and give up once the front is out of reach."""
+        rows = self.splits["search"]
+        logits: np.ndarray | None = None
+        done: list[int] = []
+        bound = self._bound(known, front)
+        for part in self.parts("search"):
+            for batch in part:
+                found = session.run(batch.arrays())
+                if logits is None:
+                    logits = np.full((len(rows), found.shape[1]), np.nan, dtype=np.float32)
+                logits[batch.rows.numpy()] = found
+                done += batch.rows.tolist()
+            assert logits is not None
+            scoring.require_finite(logits[done], len(done))
+            if bound is not None and len(done) < len(rows):
+                reason = bound.out_of_reach(logits, done, rows, self._reference_logits)
+                if reason is not None:
+                    known_size, ratio, memory = (known[n] for n in ("size_bytes", "latency", "peak_memory"))
+                    stopped = Stopped(
+                        reason=reason, rows=len(done), size_bytes=known_size, latency=ratio, peak_memory=memory
+                    )
+                    raise CannotReachFront(stopped)
+        assert logits is not None, "no rows"
+        return logits
+
+    def _bound(self, known: Mapping[str, float], front: Front) -> scoring.Bound | None:
+        """Return what the artefact's quality has to reach, or None where its other objectives alone bring it there."""
+        told = [self.run.search.guide if name == "accuracy" else name for name in self.run.objectives]
+        qualities = [position for position, name in enumerate(told) if name in QUALITIES]
+        if len(qualities) != 1:
+            return None
+        [quality] = qualities
+        others = [(position, known[name]) for position, name in enumerate(told) if position != quality]
+        rivals = [point[quality] for point in front if all(point[p] <= value for p, value in others)]
+        return scoring.Bound(told[quality], min(rivals)) if rivals else None
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -325,7 +529,7 @@ class Workshop:
         """Load what every candidate needs, so that the first one is not charged for it."""
         self.reference_session.run(self.inputs(Artifact.open(self.reference_folder)))
         # The first build of a process imports the converter and its like.
-        with _threads(self.run.target.threads), tempfile.TemporaryDirectory() as scratch:
+        with torch_threads(self.run.target.threads), tempfile.TemporaryDirectory() as scratch:
             self.build(CompressionPlan(), Path(scratch) / "first")
 
     def evaluate(self, plan: CompressionPlan) -> Measurement:
@@ -334,19 +538,81 @@ class Workshop:
         Raises:
             AutocompressError: with the reason, if the candidate cannot be built or scored.
         """
-        started = time.perf_counter()
+        found = self.attempt(plan)
+        assert isinstance(found, Measurement), "nothing to reach, nothing to stop for"
+        return found
+
+    def attempt(self, plan: CompressionPlan, front: Front = ()) -> Measurement | Stopped:
+        """Like `evaluate`, but end the accuracy pass once the candidate cannot reach ``front``.
+
+        Args:
+            plan: what to do to the model.
+            front: costs of points that are not dominated, in the order of the run's objectives.
+        """
         folder = self.artefacts / plan.plan_id
-        with _threads(self.run.target.threads):
+        watch = Stopwatch()
+        with torch_threads(self.run.target.threads):
             try:
-                measured = self.score(self.build(plan, folder))
+                with watch("build"):
+                    artifact = self.build(plan, folder)
+                return self.score(artifact, front=front, stages=watch.seconds)
+            except CannotReachFront as given_up:
+                shutil.rmtree(folder, ignore_errors=True)
+                return given_up.stopped
             except AutocompressError:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-        return dataclasses.replace(measured, seconds=time.perf_counter() - started)
+
+    @cached_property
+    def _reference_sessions(self) -> list[Session]:
+        reference = Artifact.open(self.reference_folder)
+        return [self.runtime.load(reference, self.run.target) for _ in range(_LOADS)]
+
+    def confirmed(self, plan: CompressionPlan, measured: Measurement, *, pairs: int) -> Measurement:
+        """Return ``measured`` with its latency taken anew, pooled over several loads of the artefact.
+
+        A loaded model keeps a speed of its own, one or two percent off that of its next load.
+        """
+        artifact = Artifact.open(self.artefacts / plan.plan_id)
+        target, inputs = self.run.target, self.inputs(artifact)
+        clock = scoring.clock_of(target)
+        times = [
+            scoring.paired_times(
+                self.runtime.load(artifact, target), reference, inputs, pairs=max(1, pairs // _LOADS), clock=clock
+            )
+            for reference in self._reference_sessions
+        ]
+        timed = scoring.summarize(np.concatenate(times), seed=self.run.seed)
+        return dataclasses.replace(
+            measured,
+            latency_ms=timed.p50_ms,
+            latency_p90_ms=timed.p90_ms,
+            reference_ms=timed.reference_ms,
+            latency_ratio=timed.ratio,
+            latency_ratio_low=timed.ratio_low,
+            latency_ratio_high=timed.ratio_high,
+            confirmed=True,
+        ).check()
+
+
+class CannotReachFront(Exception):
+    """An accuracy pass was ended; carries what is known."""
+
+    def __init__(self, stopped: Stopped) -> None:
+        super().__init__(stopped.reason)
+        self.stopped = stopped
+
+
+def _in_base(site: str, kept: Sequence[int]) -> str:
+    """Return the name that a site had before blocks were dropped."""
+    if not site.startswith("block."):
+        return site
+    _, number, kind = site.split(".")
+    return f"block.{kept[int(number)]}.{kind}"
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """Let torch use ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

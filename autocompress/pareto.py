@@ -1,6 +1,8 @@
-"""Dominance, the front, and the rules by which a point is picked from it.
+"""Dominance, the front, the volume it covers, and the rules by which a point is picked from it.
 
 Fronts and hypervolumes are computed by moocore (Lopez-Ibanez et al.), which does thousands of points in milliseconds.
+The hypervolume as a measure of a whole search is Zitzler and Thiele's, "Multiobjective Evolutionary Algorithms: A
+Comparative Case Study and the Strength Pareto Approach", IEEE Transactions on Evolutionary Computation 3 (4), 1999.
 """
 
 from __future__ import annotations
@@ -54,6 +56,19 @@ def nondominated(points: np.ndarray) -> np.ndarray:
     return np.asarray(moocore.is_nondominated(points, maximise=False, keep_weakly=False), dtype=bool)
 
 
+def nondominated_ranks(points: np.ndarray) -> np.ndarray:
+    """Return each row's rank: 0 on the front, 1 on the front of what is left without it, and so on.
+
+    Args:
+        points: ``points x objectives``, to minimise.
+    """
+    if len(points) == 0:
+        return np.zeros(0, dtype=int)
+    import moocore
+
+    return np.asarray(moocore.pareto_rank(points), dtype=int)
+
+
 def hypervolume(points: np.ndarray, reference: Sequence[float]) -> float:
     """Return the volume that ``points`` (``points x objectives``, to minimise) dominate below ``reference``."""
     inside = points[np.all(points < np.asarray(reference), axis=1)] if len(points) else points
@@ -62,6 +77,69 @@ def hypervolume(points: np.ndarray, reference: Sequence[float]) -> float:
     import moocore
 
     return float(moocore.hypervolume(inside, ref=np.asarray(reference, dtype=float)))
+
+
+def volume(candidates: Iterable[Candidate], reference: Measurement, majority: float) -> float:
+    """Return the share of the box between a useless and a perfect model that ``candidates`` cover together.
+
+    The three edges of the box are accuracy, size and latency ratio, whatever the objectives of the search were, so that
+    searches with different objectives can be held against each other. Its worst corner has the accuracy ``majority``
+    and the size and latency of the uncompressed model; its best, at volume 1, accuracy 1 at no size and no latency.
+
+    Args:
+        candidates: only complete and feasible ones count, and only if they are better than the worst corner in all
+            three.
+        reference: score of the uncompressed model in the same runtime.
+        majority: share of the scored rows that have the most frequent class, the accuracy of always guessing it.
+
+    Returns:
+        Volume within 0..1.
+
+    Raises:
+        ConfigError: if ``majority`` is not within 0..1.
+    """
+    return hypervolume(_losses([c for c in candidates if _usable(c)], reference, majority), (1.0, 1.0, 1.0))
+
+
+def volume_curve(candidates: Iterable[Candidate], reference: Measurement, majority: float) -> list[float]:
+    """Return `volume` after each candidate in their order, with those that do not count; arguments as there.
+
+    Raises:
+        ConfigError: if ``majority`` is not within 0..1.
+    """
+    tried = list(candidates)
+    losses = iter(_losses([c for c in tried if _usable(c)], reference, majority))
+    front = np.zeros((0, 3))
+    curve: list[float] = []
+    covered = 0.0
+    for candidate in tried:
+        if _usable(candidate):
+            point = next(losses)
+            if np.all(point < 1.0) and not np.any(np.all(front <= point, axis=1)):
+                front = np.vstack([front[~np.all(front >= point, axis=1)], point])
+                # Another point never lowers a volume; rounding may.
+                covered = max(covered, hypervolume(front, (1.0, 1.0, 1.0)))
+        curve.append(covered)
+    return curve
+
+
+def _usable(candidate: Candidate) -> bool:
+    return candidate.state == "COMPLETE" and candidate.measurement is not None and candidate.feasible
+
+
+def _losses(candidates: Sequence[Candidate], reference: Measurement, majority: float) -> np.ndarray:
+    """Return ``candidates x (accuracy, size, latency)`` as distance from the best corner in lengths of the box's edges.
+
+    0 is the best corner and 1 the worst.
+    """
+    if not 0 <= majority <= 1:
+        raise ConfigError(f"volume: majority must be a share of the scored rows within 0..1, got {majority}")
+    rows = np.array([(c.score.accuracy, c.score.size_bytes, c.score.latency_ratio) for c in candidates], dtype=float)
+    losses = rows.reshape(len(candidates), 3)
+    # With rows of one class only nothing is better than guessing it: the box is flat and its volume 0.
+    losses[:, 0] = (1 - losses[:, 0]) / (1 - majority) if majority < 1 else 1.0
+    losses[:, 1] /= reference.size_bytes
+    return losses
 
 
 @dataclass(frozen=True)
@@ -81,7 +159,7 @@ class Front:
     @classmethod
     def of(cls, candidates: Iterable[Candidate], reference: Measurement, objectives: Sequence[str]) -> Front:
         """Build the front of ``candidates``; failed and infeasible ones never stand on it."""
-        usable = [c for c in candidates if c.state == "COMPLETE" and c.measurement is not None and c.feasible]
+        usable = [c for c in candidates if _usable(c)]
         mask = nondominated(costs(usable, objectives))
         points = [c for c, kept in zip(usable, mask, strict=True) if kept]
         points.sort(key=lambda c: (-c.score.accuracy, c.score.latency_ratio, c.number))

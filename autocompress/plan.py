@@ -7,6 +7,7 @@ A plan is data. It is made by a search space (`space.py`), carried out by the tr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -247,7 +248,7 @@ class CompressionPlan:
         kept = tuple((s, d) for s, d in self.decisions if s != site or type(d) is not type(decision))
         return CompressionPlan((*kept, (site, decision)))
 
-    @property
+    @functools.cached_property
     def plan_id(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
@@ -267,6 +268,15 @@ class CompressionPlan:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise PlanError(f"plan: not JSON ({error})") from None
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: object) -> CompressionPlan:
+        """Read a plan from parsed JSON.
+
+        Raises:
+            PlanError: on another schema version, or unknown decisions and fields.
+        """
         if not isinstance(data, dict) or data.get("schema") != PLAN_SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"plan: schema must be {PLAN_SCHEMA}, got {found!r}")
@@ -305,6 +315,7 @@ def _ranges(blocks: list[str]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
+@functools.cache
 def _natural(site: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in site.split("."))
 

@@ -21,6 +21,8 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "peak_memory": ("peak_memory_bytes", "minimize"),
 }
 """Objective by its name in a run file: the field of `Measurement` that it reads, and its direction."""
+QUALITIES = ("accuracy", "loss", "divergence")
+"""Objectives that are taken by running rows through the artefact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Measurement:
         latency_ratio: median over pairs of candidate over reference, below 1 is faster, with its 95 % bootstrap
             interval.
         predictions: SHA-256 of the predicted classes, in row order.
-        peak_memory_bytes: what loading and running the artefact adds to a fresh process's memory, where it is asked for.
+        peak_memory_bytes: what loading and running it adds to a fresh process's memory, where that is asked for.
         stages: seconds by stage (build, load, latency, accuracy, ...).
         confirmed: whether the latency was taken anew over several loads, with nothing else running.
         seconds: time spent to build and score.
@@ -98,16 +100,37 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stopped:
+    """What is known of a candidate whose accuracy pass was ended because it could not reach the front.
+
+    Args:
+        reason: in words, with the statistics.
+        rows: search rows that were run.
+        size_bytes: bytes of the artefact's model files.
+        latency: candidate over reference.
+        peak_memory: bytes, 0 where it was not asked for.
+        stages: seconds by stage.
+    """
+
+    reason: str
+    rows: int
+    size_bytes: float
+    latency: float
+    peak_memory: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One evaluated plan of a study.
 
     Args:
         number: trial number in the study.
-        state: ``COMPLETE`` or ``FAIL``.
+        state: ``COMPLETE``, ``FAIL``, or ``PRUNED`` if its accuracy pass was ended early.
         plan: what was done to the model.
         params: the search space's parameters, empty for a plan from elsewhere.
-        measurement: the score, None if it failed.
-        failure: the reason, None if it did not.
+        measurement: the score, None if it failed or was stopped.
+        failure: the reason, None if it has one.
         feasible: whether the run file's constraints hold.
         origin: who proposed it: ``uniform`` or ``sensitivity`` (seeds), ``sampler``, ``mutation`` or ``recover``.
         folder: results folder of the study that it belongs to.

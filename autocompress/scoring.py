@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,10 @@ from autocompress.task import Batch, Split
 
 WARMUP_RUNS = 3
 BOOTSTRAP_DRAWS = 2000
+WRONG_STOPS = 1e-3
+"""Chance that an accuracy pass is ended for a candidate that would have reached the front."""
+_LOOKS = 3
+"""Times at which that is decided in one pass."""
 _Z95 = 1.959963984540054
 
 
@@ -74,10 +78,15 @@ def logits_of(session: Session, rows: Split, batches: Iterable[Batch]) -> np.nda
         found[batch.rows.numpy()] = logits
     if found is None:
         raise MeasurementError("accuracy: there are no rows to score on")
-    bad = int((~np.isfinite(found)).any(axis=1).sum())
-    if bad:
-        raise MeasurementError(f"logits: {bad} of {len(rows)} rows are not finite")
+    require_finite(found, len(rows))
     return found
+
+
+def require_finite(logits: np.ndarray, rows: int) -> None:
+    """Raise `MeasurementError` if any of ``logits`` (``rows x classes``) is not finite."""
+    bad = int((~np.isfinite(logits)).any(axis=1).sum())
+    if bad:
+        raise MeasurementError(f"logits: {bad} of {rows} rows are not finite")
 
 
 def accuracy(logits: np.ndarray, rows: Split) -> Accuracy:
@@ -85,12 +94,79 @@ def accuracy(logits: np.ndarray, rows: Split) -> Accuracy:
     labels = np.array(rows.labels)
     predicted = logits.argmax(axis=1)
     hits = int((predicted == labels).sum())
-    wide = logits.astype(np.float64)
-    shifted = wide - wide.max(axis=1, keepdims=True)
-    log_probability = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    loss = float(-log_probability[np.arange(len(labels)), labels].mean())
+    loss = float(-_log_probabilities(logits)[np.arange(len(labels)), labels].mean())
     low, high = wilson(hits, len(labels))
     return Accuracy(hits / len(labels), low, high, loss, len(labels), predictions_hash(logits))
+
+
+def divergence(logits: np.ndarray, reference: np.ndarray) -> float:
+    """Return the mean Kullback-Leibler divergence of ``logits`` from ``reference`` (``rows x classes``), in nats."""
+    return float(_divergences(logits, reference).mean())
+
+
+def _divergences(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    wanted = _log_probabilities(reference)
+    # A divergence is not negative; rounding can make a tiny one so.
+    terms = (np.exp(wanted) * (wanted - _log_probabilities(logits))).sum(axis=1)
+    return np.asarray(np.maximum(0.0, terms))
+
+
+def _log_probabilities(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    shifted = wide - wide.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The cost that a candidate must undercut to stand on the front, and when it is known that it cannot.
+
+    Args:
+        guide: ``accuracy``, ``loss`` or ``divergence``.
+        cost: of the best point that is not beaten in any other objective; accuracies are negative.
+    """
+
+    guide: str
+    cost: float
+
+    def out_of_reach(self, logits: np.ndarray, done: Sequence[int], rows: Split, reference: np.ndarray) -> str | None:
+        """Return the reason why a candidate cannot undercut the cost, judged by a random part of the rows, or None.
+
+        Losses and divergences of single rows are not negative, so that the sum so far bounds the mean from below: no
+        candidate is stopped wrongly. Hits are drawn without replacement: the chance that one which reaches the front
+        shows as few as were seen is hypergeometric, and it is stopped where that is below ``WRONG_STOPS`` over the
+        number of looks.
+
+        Args:
+            logits: ``rows x classes``; only the rows in ``done`` are read.
+            done: rows that were run, a random part.
+            rows: the split.
+            reference: the uncompressed model's logits.
+        """
+        labels, seen = np.array(rows.labels)[list(done)], logits[list(done)]
+        if self.guide == "accuracy":
+            hits = int((seen.argmax(axis=1) == labels).sum())
+            needed = math.floor(-self.cost * len(rows) + 1e-9) + 1
+            chance = _hypergeometric(hits, len(rows), needed, len(done))
+            if chance >= WRONG_STOPS / _LOOKS:
+                return None
+            return f"{hits} hits in {len(done)} of {len(rows)} rows; the front needs {needed} (chance {chance:.1e})"
+        if self.guide == "loss":
+            parts = -_log_probabilities(seen)[np.arange(len(done)), labels]
+        else:
+            parts = _divergences(seen, reference[list(done)])
+        least = float(parts.sum()) / len(rows)
+        if least < self.cost:
+            return None
+        return f"{self.guide} at least {least:.3g} after {len(done)} of {len(rows)} rows; the front has {self.cost:.3g}"
+
+
+def _hypergeometric(hits: int, rows: int, good: int, drawn: int) -> float:
+    """Return the chance of at most ``hits`` good ones among ``drawn`` of ``rows`` of which ``good`` are good."""
+    if good > rows:
+        return 0.0
+    ways = sum(math.comb(good, k) * math.comb(rows - good, drawn - k) for k in range(min(hits, drawn) + 1))
+    return float(ways / math.comb(rows, drawn))
 
 
 def predictions_hash(logits: np.ndarray) -> str:

@@ -88,13 +88,15 @@ class Split:
         labels = torch.tensor([self.labels[row] for row in rows])
         return Batch(ids, mask, types, labels, torch.tensor(list(rows)))
 
-    def in_order_of_length(self, batch_size: int, *, step: int = 1) -> Iterator[Batch]:
+    def in_order_of_length(
+        self, batch_size: int, *, step: int = 1, among: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
         """Yield all rows in batches of similar length, which saves padding; ``rows`` says where they belong.
 
         A ``step`` above 1 pads to multiples of it: a runtime that prepares its kernels for each new shape then meets
-        few of them.
+        few of them. ``among`` restricts it to some rows.
         """
-        order = sorted(range(len(self)), key=lambda row: (len(self.input_ids[row]), row))
+        order = sorted(range(len(self)) if among is None else among, key=lambda row: (len(self.input_ids[row]), row))
         for start in range(0, len(order), batch_size):
             yield self.batch(order[start : start + batch_size], step=step)
 

@@ -17,32 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from figures import ROOT, Figures
 
-from autocompress import machine
 from autocompress.records import Measurement
 from autocompress.scoring import wilson
-
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "results" / "benchmarks" / "search-demo.json"
-COMMAND = "python benchmarks/search_demo.py"
-
-
-@dataclass
-class Figure:
-    """One measured figure; ``target`` is a bound in words, ``holds`` whether the value meets it."""
-
-    name: str
-    value: float
-    unit: str
-    interval: list[float] | None
-    target: str
-    holds: bool
-    commit: str = ""
 
 
 class Bench:
@@ -51,16 +33,10 @@ class Bench:
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
         self.environment = {**os.environ, "XDG_CACHE_HOME": str(scratch / "cache"), "HF_HUB_OFFLINE": "1"}
-        self.figures: list[Figure] = []
+        self.figures = Figures("search-demo", "python benchmarks/search_demo.py")
 
     def add(self, name: str, value: float, unit: str, target: str, holds: bool, interval: Any = None) -> None:
-        figure = Figure(name, float(value), unit, interval, target, bool(holds), commit())
-        known = [n for n, old in enumerate(self.figures) if old.name == name]
-        if known:
-            self.figures[known[0]] = figure
-        else:
-            self.figures.append(figure)
-        print(f"{'ok  ' if holds else 'MISS'} {name}: {value:.6g} {unit} (target: {target})", flush=True)
+        self.figures.add(name, value, unit, target, holds, interval)
 
     def run(self, *arguments: str, log: str) -> tuple[float, str, list[float]]:
         """Return seconds, stdout, and the moments at which progress lines came."""
@@ -247,8 +223,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as folder:
         bench = Bench(Path(folder))
         if options.only is not None:
-            content = json.loads(OUT.read_text())
-            bench.figures = [Figure(**{"commit": content["commit"], **f}) for f in content["figures"]]
+            bench.figures.read()
         try:
             if options.only is None:
                 everything(bench, options.keep)
@@ -261,7 +236,7 @@ def main() -> None:
 
                 eight_classes(bench, options.eight_classes.resolve(), str(locate("demo/minilm")))
         finally:
-            write(bench.figures)
+            bench.figures.write()
 
 
 def everything(bench: Bench, keep: Path | None) -> None:
@@ -277,24 +252,6 @@ def everything(bench: Bench, keep: Path | None) -> None:
     exports(bench, demo)
     killed(bench, bench.scratch / "killed")
     extended(bench, demo)
-
-
-def commit() -> str:
-    """Return the commit that is measured."""
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return head.stdout.strip()
-
-
-def write(figures: list[Figure]) -> None:
-    content = {
-        "figures": [asdict(figure) for figure in figures],
-        "command": COMMAND,
-        "commit": commit(),
-        "fingerprint": machine.fingerprint(),
-    }
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {OUT.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -20,8 +21,8 @@ from test_study import plan_ids, states
 
 from autocompress.config import RunConfig
 from autocompress.evaluate import Workshop
-from autocompress.plan import CompressionPlan, Student
-from autocompress.records import Candidate
+from autocompress.plan import MODEL_SITE, CompressionPlan, Student
+from autocompress.records import Candidate, Stopped
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +35,9 @@ def workplace(tmp_path: Path, tiny_run: Callable[..., RunConfig], bert_headed_fo
 
     def make(*overrides: str) -> Path:
         model = f"model.id={json.dumps(str(bert_headed_folder))}"
-        run = tiny_run([model, f"search.trials={TRIALS}", "search.workers=2", *overrides])
+        # Which candidates are given up depends on who is done first; what ends otherwise is counted here.
+        settings = [model, f"search.trials={TRIALS}", "search.workers=2", "search.stop_early=false"]
+        run = tiny_run([*settings, *overrides])
         (tmp_path / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
         return tmp_path
 
@@ -88,6 +91,21 @@ def test_a_worker_killed_in_mid_trial_is_replaced(workplace: Callable[..., Path]
     assert states(folder / "out") == {"COMPLETE": TRIALS}
 
 
+def test_stopped_candidates_reach_the_study(workplace: Callable[..., Path]) -> None:
+    folder = workplace("search.stop_early=true", "search.guide=divergence", "search.trials=12", "search.workers=1")
+    done = command("search", "run.yaml", "--out", folder / "out", cwd=folder)
+    assert done.code == 0, done.err
+    candidates = by_number(folder / "out").values()
+    assert len(candidates) == 12
+    assert {c.state for c in candidates} <= {"COMPLETE", "PRUNED"}
+    front = set(read_csv(folder / "out" / "pareto.csv")["number"])
+    for candidate in candidates:
+        if candidate.state == "PRUNED":
+            assert candidate.number not in front
+            assert re.search(r"divergence at least .* of 60 rows; the front has", candidate.failure or "")
+            assert not (folder / "out" / "artefacts" / candidate.plan.plan_id).exists()
+
+
 def test_without_retries_only_its_trial_fails(workplace: Callable[..., Path]) -> None:
     # At more than one thread latency is wall time, for which a candidate has the machine to itself.
     folder = workplace("search.max_retries=0", "target.threads=2")
@@ -107,7 +125,9 @@ def test_a_student_of_not_a_number_fails_and_the_others_finish(
     bank = tmp_path_factory.mktemp("poisoned")
     folder = workplace(f"storage.bank={json.dumps(str(bank))}")
     # Everything is prepared as a search does it; then the student's weights go bad in the bank.
-    assert Workshop(RunConfig.from_file(folder / "run.yaml"), folder / "unused").space.students
+    workshop = Workshop(RunConfig.from_file(folder / "run.yaml"), folder / "unused")
+    for student in workshop.space.students.values():
+        workshop.prepare(CompressionPlan(((MODEL_SITE, student),)))
     (weights,) = bank.glob("distilled/*/weights.safetensors")
     tensors = load_file(weights)
     name = next(name for name in tensors if re.search(r"layer\.1\.output\.dense\.weight", name))
@@ -135,7 +155,7 @@ def worker(workplace: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> A
 
     run = RunConfig.from_file(workplace() / "run.yaml")
     config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(workplace() / "none")}
-    return _Worker({**config, "number": 0, "plan": CompressionPlan().to_json()})
+    return _Worker({**config, "number": 0, "plan": CompressionPlan().to_json(), "front": []})
 
 
 def test_what_fails_while_a_worker_gets_ready_is_said(worker: Any) -> None:
@@ -149,10 +169,26 @@ def test_a_defect_in_one_candidate_is_its_reason(worker: Any, monkeypatch: pytes
         raise ZeroDivisionError("division by zero\nand more")
 
     monkeypatch.setattr(Workshop, "ready", lambda _: None)
-    monkeypatch.setattr(Workshop, "evaluate", broken)
+    monkeypatch.setattr(Workshop, "attempt", broken)
     assert json.loads(worker.step()["outcome"]) == {"failure": "ZeroDivisionError: division by zero"}
-    assert worker.reset_config({"plan": "no JSON"}) is True
+    assert worker.reset_config({"plan": "no JSON", "front": []}) is True
     assert json.loads(worker.step()["outcome"])["failure"].startswith("plan: not JSON")
+
+
+def test_a_worker_gives_up_what_cannot_reach_the_front(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+    given_up = Stopped(reason="3 hits in 15 of 60 rows", rows=15, size_bytes=9.0, latency=0.5)
+
+    def attempt(_: Any, plan: CompressionPlan, front: Any) -> Stopped:
+        asked.append((plan.plan_id, front))
+        return given_up
+
+    monkeypatch.setattr(Workshop, "ready", lambda _: None)
+    monkeypatch.setattr(Workshop, "attempt", attempt)
+    assert json.loads(worker.step()["outcome"]) == {"stopped": dataclasses.asdict(given_up)}
+    assert worker.reset_config({"plan": CompressionPlan().to_json(), "front": [[-0.9, 1.0, 0.1]]}) is True
+    worker.step()
+    assert asked == [(CompressionPlan().plan_id, []), (CompressionPlan().plan_id, [[-0.9, 1.0, 0.1]])]
 
 
 def test_a_model_of_not_a_number_is_refused_before_the_first_candidate(

@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 from autocompress.pareto import Front
 from autocompress.plan import CompressionPlan, PruneNeurons
 from autocompress.records import Candidate
+from autocompress.report.comparison import Comparison
 from autocompress.report.figures import front_figure, size_figure
 from autocompress.report.page import write_report
 
@@ -71,6 +72,7 @@ def report(
     title: str = "a search",
     environment: dict[str, Any] | None = None,
     notes: list[str] | None = None,
+    comparison: Comparison | None = None,
 ) -> str:
     """Write a report and return it without plotly's own script."""
     path = folder / "report.html"
@@ -81,6 +83,7 @@ def report(
         candidates=candidates,
         environment={"cpu": "test"} if environment is None else environment,
         notes=notes or (),
+        comparison=comparison,
     )
     html = path.read_text(encoding="utf-8")
     bundle = get_plotlyjs()
@@ -294,3 +297,57 @@ def test_the_line_joins_only_points_that_are_best_in_the_picture() -> None:
     assert len(edge.x) >= 1
     assert list(edge.x) == sorted(edge.x)
     assert list(edge.y) == sorted(edge.y)
+
+
+WORTH = "Was the search worth it?"
+LADDER = [
+    make_candidate(0, accuracy=0.8, size_bytes=45_000_000, ratio=0.5, origin="uniform"),
+    make_candidate(1, accuracy=0.9, size_bytes=45_000_000, ratio=0.5),
+]
+PREDICTOR = {"latency: mean absolute error": 0.021, ATTACK: float("nan")}
+
+
+def test_without_a_comparison_the_page_has_no_such_section(tmp_path: Path) -> None:
+    html = report(tmp_path, SEARCH)
+    assert WORTH not in html
+    assert "figure-volume" not in html
+
+
+def test_the_section_follows_the_size_picture_and_says_what_the_search_gained(tmp_path: Path) -> None:
+    comparison = Comparison(0.6, LADDER, random=LADDER[:1], predictor=PREDICTOR)
+    html = report(tmp_path, LADDER, comparison=comparison)
+    page = Page(html)
+    headings = re.findall("<h2>(.*?)</h2>", html)
+    assert headings.index(WORTH) == headings.index("Accuracy over size") + 1
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert ids == ["figure-latency", "figure-size", "figure-volume"]
+    text = page.text.replace("\xa0", " ")
+    assert "The search covers 1.50 times the hypervolume of the uniform ladder (1 plan that treats" in text
+    assert "The reference point has 60.0 % accuracy" in text
+    assert "One run of each is shown" in text
+    assert page.cells[:5] == ["search", "2", "0.188", "", ""]
+    assert "<dt>latency: mean absolute error</dt><dd>2.1 %</dd>" in html
+    assert sum("Plotly.newPlot" in script for script in page.scripts) == 3
+
+
+def test_the_section_is_offline_and_escaped(tmp_path: Path) -> None:
+    plan = CompressionPlan(((ATTACK, PruneNeurons(keep=2)),))
+    attacks = [make_candidate(0, plan=plan, origin="uniform"), make_candidate(1, plan=plan, origin=ATTACK)]
+    html = report(tmp_path, [], comparison=Comparison(0.6, attacks, attacks, {ATTACK: 0.5}))
+    assert "http://" not in html and "https://" not in html
+    assert ATTACK not in html
+    assert "&lt;/script&gt;&lt;img" in html
+    assert "img" not in Page(html).tags
+
+
+def test_a_search_without_candidates_has_a_section_without_a_figure(tmp_path: Path) -> None:
+    html = report(tmp_path, [], comparison=Comparison(0.6, []))
+    assert "The search tried no candidate, so there is nothing to compare." in html
+    assert "figure-volume" not in html
+
+
+def test_without_ladder_and_random_search_the_caption_names_neither(tmp_path: Path) -> None:
+    html = report(tmp_path, LADDER, comparison=Comparison(0.6, LADDER[1:]))
+    assert "part of the search" not in html
+    assert "One run of each" not in html
+    assert "predictors" not in html

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from helpers_records import make_candidate, make_reference
 
 from autocompress.errors import ConfigError, NoFeasiblePointError
-from autocompress.pareto import Front, costs, hypervolume, nondominated
+from autocompress.pareto import Front, costs, hypervolume, nondominated, volume, volume_curve
 from autocompress.records import Candidate
 
 ALL = ("accuracy", "size_bytes", "latency")
@@ -233,3 +234,105 @@ def test_an_unknown_trial_number_names_the_nearest() -> None:
     with pytest.raises(NoFeasiblePointError) as caught:
         three_points().trial(40)
     assert str(caught.value) == "trial 40: not on the front; the nearest is trial 3 (the front: 1, 2, 3)"
+
+
+# A model half as good as it can be in each of the three: accuracy between 60 % and 100 %, 45 of 90 MB, half the time.
+HALFWAY = {"accuracy": 0.8, "size_bytes": 45_000_000, "ratio": 0.5}
+
+
+def test_one_candidate_covers_the_box_between_itself_and_the_reference_point() -> None:
+    assert volume([make_candidate(0, **HALFWAY)], make_reference(), 0.6) == pytest.approx(1 / 8)
+
+
+def test_two_candidates_cover_what_they_share_once() -> None:
+    wide = make_candidate(0, accuracy=0.8, size_bytes=45_000_000, ratio=0.25)
+    deep = make_candidate(1, accuracy=0.9, size_bytes=45_000_000, ratio=0.5)
+    # 3/4 x 1/2 x 1/2 and 1/2 x 1/2 x 3/4, of which 1/2 x 1/2 x 1/2 in common.
+    assert volume([wide, deep], make_reference(), 0.6) == pytest.approx(3 / 16 + 3 / 16 - 1 / 8)
+
+
+def test_a_perfect_model_nearly_fills_the_box() -> None:
+    perfect = make_candidate(0, accuracy=1.0, size_bytes=1, ratio=1e-9)
+    assert volume([perfect], make_reference(), 0.6) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        pytest.param({"accuracy": 0.6}, id="guesses"),
+        pytest.param({"accuracy": 0.3}, id="worse than guessing"),
+        pytest.param({"size_bytes": 90_000_000}, id="as large as the reference"),
+        pytest.param({"ratio": 1.0}, id="as slow as the reference"),
+        pytest.param({"ratio": 1.4}, id="slower"),
+        pytest.param({"feasible": False}, id="infeasible"),
+        pytest.param({"state": "FAIL"}, id="failed"),
+    ],
+)
+def test_what_is_no_better_than_the_reference_point_covers_nothing(worse: dict[str, object]) -> None:
+    other = make_candidate(0, **(HALFWAY | worse))
+    assert volume([other], make_reference(), 0.6) == 0.0
+    both = [make_candidate(1, accuracy=0.7, size_bytes=45_000_000, ratio=0.5), other]
+    assert volume_curve(both, make_reference(), 0.6) == pytest.approx([1 / 16, 1 / 16])
+
+
+def test_a_candidate_that_is_not_complete_covers_nothing() -> None:
+    unfinished = dataclasses.replace(make_candidate(0, **HALFWAY), state="RUNNING")
+    assert volume([unfinished], make_reference(), 0.6) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_volume_is_the_share_of_random_points_that_some_candidate_beats(seed: int) -> None:
+    candidates = random_candidates(seed)
+    drawn = np.random.default_rng(seed).random((20_000, 3))
+    beaten = np.zeros(len(drawn), dtype=bool)
+    for c in candidates:
+        if c.state == "COMPLETE" and c.feasible:
+            better = (c.score.accuracy >= 0.5 + 0.5 * drawn[:, 0]) & (c.score.size_bytes <= 90e6 * drawn[:, 1])
+            beaten |= better & (c.score.latency_ratio <= drawn[:, 2])
+    # Four standard deviations of a share of 20,000.
+    assert volume(candidates, make_reference(), 0.5) == pytest.approx(beaten.mean(), abs=0.0145)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_curve_is_the_volume_after_each_candidate(seed: int) -> None:
+    candidates = random_candidates(seed)
+    curve = volume_curve(candidates, make_reference(), 0.5)
+    wanted = [volume(candidates[: n + 1], make_reference(), 0.5) for n in range(len(candidates))]
+    assert curve == pytest.approx(wanted, abs=1e-12)
+    assert all(a <= b for a, b in itertools.pairwise(curve)), "exactly, without rounding"
+
+
+def test_no_candidate_has_no_volume() -> None:
+    assert volume([], make_reference(), 0.5) == 0.0
+    assert volume_curve([], make_reference(), 0.5) == []
+
+
+def test_candidates_may_come_from_an_iterator() -> None:
+    assert volume_curve(iter([make_candidate(0, **HALFWAY)]), make_reference(), 0.6) == pytest.approx([1 / 8])
+    assert volume(iter([make_candidate(0, **HALFWAY)]), make_reference(), 0.6) == pytest.approx(1 / 8)
+
+
+def test_rows_of_one_class_leave_nothing_to_gain() -> None:
+    perfect = make_candidate(0, accuracy=1.0, ratio=0.1)
+    assert volume([perfect], make_reference(), 1.0) == 0.0
+    assert volume_curve([perfect], make_reference(), 1.0) == [0.0]
+
+
+@pytest.mark.parametrize("majority", [-0.1, 1.1, float("nan")])
+def test_a_majority_that_is_no_share_is_refused(majority: float) -> None:
+    with pytest.raises(ConfigError, match="majority must be a share of the scored rows"):
+        volume([make_candidate(0)], make_reference(), majority)
+    with pytest.raises(ConfigError, match="majority"):
+        volume_curve([make_candidate(0)], make_reference(), majority)
+
+
+def test_the_curve_of_two_thousand_candidates_that_all_improve_takes_no_time() -> None:
+    # Every one on the front: the worst case, in which every volume is computed anew.
+    candidates = [
+        make_candidate(n, accuracy=0.5 + 0.0002 * n, size_bytes=20_000_000 + 10_000 * n, ratio=0.9 - 0.0002 * (n % 50))
+        for n in range(2000)
+    ]
+    start = time.perf_counter()
+    curve = volume_curve(candidates, make_reference(), 0.4)
+    assert time.perf_counter() - start < 3, "about 0.3 s on an idle core"
+    assert curve[-1] == pytest.approx(volume(candidates, make_reference(), 0.4))

@@ -16,7 +16,21 @@ from autocompress.config import DataConfig
 from autocompress.errors import PlanError
 from autocompress.plan import Quantize
 from autocompress.transforms import quantize
-from autocompress.transforms.quantize import ActivationRange, activation_ranges, check_groups, per_channel, per_group
+from autocompress.transforms.quantize import (
+    ActivationRange,
+    Packed,
+    check_groups,
+    observe,
+    packed,
+    per_channel,
+    per_group,
+)
+
+
+def ranges_of(loaded: model.EncoderModel, batches: list[task.Batch]) -> dict[str, ActivationRange]:
+    """Return the range of every linear layer's input."""
+    found = observe(loaded, batches)
+    return {path: found.span(found.read_by(path)) for path in found.readers}
 
 
 def weights(out: int = 24, width: int = 64, seed: int = 0) -> np.ndarray:
@@ -121,6 +135,46 @@ def test_weights_on_a_grid_are_kept_exactly() -> None:
     assert np.allclose(per_channel(0.5 * steps).restored(), 0.5 * steps, atol=1e-5)
 
 
+class TestPacked:
+    @pytest.mark.parametrize(
+        ("decision", "bits", "kind"),
+        [
+            (None, 32, np.float32),
+            (Quantize(weight_bits=16), 16, np.float16),
+            (Quantize(weight_bits=8), 8, np.int8),
+            (Quantize(weight_bits=8, activation_bits=8), 8, np.int8),
+            (Quantize(weight_bits=4, group_size=16), 4, np.int8),
+        ],
+    )
+    def test_it_is_stored_as_the_decision_says(self, decision: Quantize | None, bits: int, kind: type) -> None:
+        weight = weights(6, 32)
+        found = packed(weight, decision)
+        assert (found.bits, found.values.dtype, found.shape) == (bits, kind, (6, 32))
+        assert (found.scales is None) == (bits >= 16)
+        largest = np.abs(weight).max(axis=1, keepdims=True)
+        steps = {32: 0, 16: 2.0**-11, 8: 0.5 / 127, 4: 1 / 7}
+        assert np.all(np.abs(found.restored() - weight) <= steps[bits] * largest + 1e-6)
+        values = {32: 4, 16: 2, 8: 1, 4: 0.5}[bits] * 6 * 32
+        scales = {32: 0, 16: 0, 8: 6, 4: 6 * 2}[bits] * 4
+        assert found.stored_bytes == values + scales
+
+    def test_eight_and_four_bits_are_those_of_the_arithmetic(self) -> None:
+        weight = weights()
+        for decision, expected in (
+            (Quantize(weight_bits=8), per_channel(weight)),
+            (Quantize(weight_bits=4, group_size=32), per_group(weight, 32)),
+        ):
+            found = packed(weight, decision)
+            assert np.array_equal(found.values, expected.values)
+            assert np.array_equal(found.scales, expected.scales)
+
+    def test_restoring_gives_the_shape_of_the_matrix(self) -> None:
+        values = np.arange(-8, 8, dtype=np.int8).reshape(2, 2, 4)
+        scales = np.array([[[1.0], [2.0]], [[0.5], [4.0]]], dtype=np.float32)
+        expected = [[-8, -7, -6, -5, -8, -6, -4, -2], [0, 0.5, 1, 1.5, 16, 20, 24, 28]]
+        assert Packed(4, values, scales).restored().tolist() == expected
+
+
 def test_a_group_has_a_scale_of_its_own() -> None:
     weight = np.concatenate([np.full((1, 16), 0.001), np.full((1, 16), 100.0)], axis=1).astype(np.float32)
     assert np.allclose(per_group(weight, 16).restored(), weight, rtol=1e-5)
@@ -167,7 +221,7 @@ class TestActivationRange:
         return task.load(DataConfig(source=str(tiny_csv), search_rows=60)).tokenized(tokenizer, 16)["train"].head(12)
 
     def test_every_linear_layer_has_one(self, loaded: model.EncoderModel, rows: task.Split) -> None:
-        found = activation_ranges(loaded, list(rows.in_order_of_length(4)))
+        found = ranges_of(loaded, list(rows.in_order_of_length(4)))
         wanted = {p for site in loaded.shape.sites() if site != "embeddings" for p in loaded.layout.linears(site)}
         assert set(found) == wanted
         for number in range(BLOCKS):
@@ -175,8 +229,8 @@ class TestActivationRange:
             assert query == key, "layers that read the same tensor see the same range"
 
     def test_padding_does_not_count(self, loaded: model.EncoderModel, rows: task.Split) -> None:
-        alone = activation_ranges(loaded, list(rows.in_order_of_length(1)))
-        padded = activation_ranges(loaded, list(rows.in_order_of_length(12)))
+        alone = ranges_of(loaded, list(rows.in_order_of_length(1)))
+        padded = ranges_of(loaded, list(rows.in_order_of_length(12)))
         order = sorted(range(len(rows)), key=lambda row: len(rows.input_ids[row]))
         assert len(rows.input_ids[order[0]]) < len(rows.input_ids[order[-1]]), "some rows are padded"
         for path in alone:
@@ -197,14 +251,32 @@ class TestActivationRange:
                 loaded.module(**batch.inputs())
         handle.remove()
         expected = ActivationRange.around(float(np.mean(lows)), float(np.mean(highs)))
-        found = activation_ranges(loaded, list(rows.in_order_of_length(5)))[path]
+        found = ranges_of(loaded, list(rows.in_order_of_length(5)))[path]
         assert found.low == pytest.approx(expected.low, rel=1e-3, abs=1e-4)
         assert found.high == pytest.approx(expected.high, rel=1e-3, abs=1e-4)
+
+    def test_what_is_kept_is_what_the_layers_read(self, loaded: model.EncoderModel, rows: task.Split) -> None:
+        found = observe(loaded, list(rows.in_order_of_length(5)))
+        tokens = sum(len(ids) for ids in rows.input_ids)
+        for site in loaded.shape.sites():
+            for path in loaded.layout.linears(site) if site != "embeddings" else ():
+                read = found.read_by(path)
+                assert read.shape[1] == loaded.module.get_submodule(path).in_features
+                # ELECTRA's head holds the projection behind its embeddings too, which reads every token.
+                pooled = site == "head" and "embeddings" not in path
+                assert len(read) == (len(rows) if pooled else tokens)
+        for number in range(BLOCKS):
+            query, value = (found.read_by(loaded.layout.path(number, role)) for role in ("query", "value"))
+            assert query is value, "one tensor is kept once"
+            output, fed = (found.read_by(loaded.layout.path(number, role)) for role in ("output", "ffn_in"))
+            assert not np.array_equal(output, fed)
+        assert found.starts.tolist() == np.cumsum([0, *sorted(map(len, rows.input_ids))])[:-1].tolist()
+        assert len(found.values) == 4 * BLOCKS + len(loaded.layout.linears("head"))
 
     def test_observing_leaves_the_model_as_it_is(self, loaded: model.EncoderModel, rows: task.Split) -> None:
         batch = rows.batch([0, 1])
         with torch.no_grad():
             before = loaded.module(**batch.inputs()).logits
-            activation_ranges(loaded, [batch])
+            observe(loaded, [batch])
             assert torch.equal(loaded.module(**batch.inputs()).logits, before)
         assert not any(m._forward_pre_hooks for m in loaded.module.modules())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from typing import get_args
 
 import pytest
 from helpers_records import make_candidate, make_measurement
 
-from autocompress.config import RunConfig
+from autocompress.config import Objective, RunConfig
 from autocompress.errors import MeasurementError
-from autocompress.records import OBJECTIVES, Measurement
+from autocompress.records import OBJECTIVES, QUALITIES, Measurement
 
 ACCURACIES = ("accuracy", "accuracy_low", "accuracy_high")
 POSITIVE = (
@@ -55,11 +57,41 @@ def test_a_loss_that_is_not_finite_is_refused(value: float) -> None:
         dataclasses.replace(make_measurement(), loss=value).check()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-9])
+def test_a_divergence_below_zero_or_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(MeasurementError, match=r"^divergence: must be finite and >= 0, got "):
+        dataclasses.replace(make_measurement(), divergence=value).check()
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_peak_memory_that_is_not_positive_is_refused(value: int) -> None:
+    with pytest.raises(MeasurementError, match=r"^peak_memory_bytes: must be > 0, got "):
+        dataclasses.replace(make_measurement(), peak_memory_bytes=value).check()
+
+
+def test_what_was_not_measured_may_be_missing() -> None:
+    score = make_measurement()
+    assert (score.divergence, score.peak_memory_bytes, score.confirmed, score.stages) == (None, None, False, {})
+    both = dataclasses.replace(score, divergence=0.0, peak_memory_bytes=1)
+    assert both.check() is both
+
+
 def test_json_round_trip_is_exact() -> None:
     score = dataclasses.replace(
         make_measurement(), accuracy=1 / 3, latency_ms=math.pi, fingerprint={"cpu": "x", "threads": 1}
     )
     assert Measurement.from_json(score.to_json()) == score
+    more = dataclasses.replace(
+        score, divergence=2 / 3, peak_memory_bytes=123, confirmed=True, stages={"build": 0.1, "accuracy": 1 / 3}
+    )
+    assert Measurement.from_json(more.to_json()) == more
+
+
+def test_a_record_of_version_0_1_has_no_new_fields() -> None:
+    kept = json.loads(make_measurement().to_json())
+    for name in ("divergence", "peak_memory_bytes", "confirmed", "stages"):
+        del kept[name]
+    assert Measurement.from_json(json.dumps(kept)) == make_measurement()
 
 
 def test_a_failed_candidate_has_a_reason_in_place_of_a_score() -> None:
@@ -70,7 +102,9 @@ def test_a_failed_candidate_has_a_reason_in_place_of_a_score() -> None:
 
 
 def test_objectives_are_those_of_the_run_file_and_read_fields_of_a_score() -> None:
-    assert tuple(OBJECTIVES) == RunConfig().objectives
+    assert tuple(OBJECTIVES) == get_args(Objective)
+    assert set(RunConfig().objectives) <= set(OBJECTIVES)
+    assert set(QUALITIES) == {"accuracy", "loss", "divergence"}
     fields = {field.name for field in dataclasses.fields(Measurement)}
     for field, direction in OBJECTIVES.values():
         assert field in fields

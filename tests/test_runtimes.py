@@ -23,6 +23,7 @@ from autocompress import task
 from autocompress.config import DataConfig, TargetConfig
 from autocompress.errors import PlanError, RuntimeBuildError
 from autocompress.model import EncoderModel, understand
+from autocompress.pieces import linear_modules, make_piece
 from autocompress.plan import (
     MODEL_SITE,
     CompressionPlan,
@@ -34,10 +35,10 @@ from autocompress.plan import (
     Quantize,
 )
 from autocompress.runtimes import RUNTIMES, Artifact, Runtime, Session, get_runtime
-from autocompress.runtimes.base import linear_paths
+from autocompress.runtimes.base import Template, products
 from autocompress.transforms import apply_plan
-from autocompress.transforms.prune import importance
-from autocompress.transforms.quantize import ActivationRange, activation_ranges, per_channel, per_group
+from autocompress.transforms.prune import importance, keep_blocks
+from autocompress.transforms.quantize import ActivationRange, observe, per_channel, per_group
 
 TARGET = TargetConfig(tokens=16)
 W16 = Quantize(weight_bits=16)
@@ -92,6 +93,7 @@ class Material:
         # The shortest, the longest and some between them: padding is part of every comparison.
         self.batch = self.rows.batch([order[0], order[-1], *range(6)])
         self.scores = importance(self.model, self.calibration)
+        self.activations = observe(self.model, self.calibration)
 
     def structured(self, plan: CompressionPlan) -> EncoderModel:
         built = self.model.clone()
@@ -111,19 +113,64 @@ def material(tiny_csv: Path) -> Callable[[str], Material]:
     return get
 
 
+def stitched(
+    runtime: Runtime, given: Material, plan: CompressionPlan, folder: Path, templates: dict[Any, Template]
+) -> Artifact:
+    """Put the plan's pieces, structure included, into the uncompressed model without the blocks that go."""
+    dropped = {block for drop in plan.of_type(DropBlocks).values() for block in drop.blocks}
+    kept = tuple(n for n in range(len(given.model.shape.blocks)) if n not in dropped)
+    if (id(given), kept) not in templates:
+        model = given.model.clone()
+        if dropped:
+            keep_blocks(model, kept)
+        templates[id(given), kept] = runtime.template(model, given.calibration[0])
+    pieces = {}
+    for site in dict.fromkeys(site for site, _ in plan if site != MODEL_SITE):
+        before = site
+        if site.startswith("block."):
+            _, number, kind = site.split(".")
+            before = f"block.{kept[int(number)]}.{kind}"
+        decisions = [decision for name, decision in plan if name == site]
+        pieces[site] = make_piece(given.model, before, decisions, given.scores, given.activations)
+    return runtime.stitch(templates[id(given), kept], pieces, plan, folder)
+
+
+def quantised(
+    runtime: Runtime, model: EncoderModel, plan: CompressionPlan, rows: list[task.Batch], at: Path
+) -> Artifact:
+    """Convert a model that has its structure already, as recovered ones do, and put in pieces of other widths."""
+    activations = observe(model, rows)
+    pieces = {
+        site: make_piece(model, site, [decision], None, activations)
+        for site, decision in plan.of_type(Quantize).items()
+    }
+    return runtime.stitch(runtime.template(model, rows[0]), pieces, plan, at)
+
+
+ROUTES = ("pieces", "structured model")
+"""Ways that structure comes into an artefact: as pieces of the uncompressed model, or as a model that has it."""
+
+
 @pytest.fixture(scope="module")
 def build(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Artifact, EncoderModel]]:
-    """Return a function that builds a plan's artefact once, with the torch model that it was built from."""
-    made: dict[tuple[int, str], tuple[Artifact, EncoderModel]] = {}
+    """Return a function that builds a plan's artefact once, with the torch model that it shall be."""
+    made: dict[tuple[int, str, str], tuple[Artifact, EncoderModel]] = {}
+    templates: dict[Any, Template] = {}
 
-    def get(given: Material, decisions: Sequence[tuple[str, Decision]] = ()) -> tuple[Artifact, EncoderModel]:
+    def get(
+        given: Material, decisions: Sequence[tuple[str, Decision]] = (), route: str = "pieces"
+    ) -> tuple[Artifact, EncoderModel]:
         plan = CompressionPlan(tuple(decisions))
-        key = (id(given), plan.plan_id)
+        key = (id(given), plan.plan_id, route)
         if key not in made:
             model = given.structured(plan)
             folder = tmp_path_factory.mktemp(f"{runtime.name}-")
             runtime.check(plan, given.model.shape)
-            made[key] = (runtime.build(model, plan, given.calibration, folder), model)
+            if route == "pieces":
+                artifact = stitched(runtime, given, plan, folder, templates)
+            else:
+                artifact = quantised(runtime, model, plan, given.calibration, folder)
+            made[key] = (artifact, model)
         return made[key]
 
     return get
@@ -168,19 +215,40 @@ class TestParity:
         swapped = dataclasses.replace(given.batch, token_type_ids=torch.zeros_like(given.batch.input_ids))
         assert not np.allclose(run(runtime, artifact, swapped), torch_logits(model, given.batch), atol=1e-3)
 
-    @pytest.mark.parametrize(
-        ("family", "structure"),
-        [*(("bert", name) for name in STRUCTURES), ("distilbert", "odd sizes"), ("distilbert", "all")],
-    )
+    @pytest.mark.parametrize("route", ROUTES)
+    @pytest.mark.parametrize("structure", STRUCTURES)
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_what_is_left_after_structural_decisions_is_the_model(
-        self, runtime: Runtime, build: Build, material: Callable[[str], Material], family: str, structure: str
+        self,
+        runtime: Runtime,
+        build: Build,
+        material: Callable[[str], Material],
+        family: str,
+        structure: str,
+        route: str,
     ) -> None:
         given = material(family)
-        artifact, model = build(given, STRUCTURES[structure])
-        found = run(runtime, artifact, given.batch)
-        assert np.allclose(found, torch_logits(model, given.batch), atol=1e-4)
-        assert not np.allclose(found, torch_logits(given.model, given.batch), atol=1e-3)
+        artifact, model = build(given, STRUCTURES[structure], route)
+        session = runtime.load(artifact, TARGET)
+        for batch in (given.batch, given.rows.batch([3])):
+            found = session.run(batch.arrays())
+            assert np.allclose(found, torch_logits(model, batch), atol=1e-4)
+        assert not np.allclose(found, torch_logits(given.model, batch), atol=1e-3)
         assert artifact.size_bytes < build(given)[0].size_bytes
+
+    def test_a_template_is_not_changed_by_what_is_stitched(
+        self, runtime: Runtime, material: Callable[[str], Material], tmp_path: Path
+    ) -> None:
+        given = material("bert")
+        templates: dict[Any, Template] = {}
+        found = []
+        for number, decisions in enumerate([(), STRUCTURES["odd sizes"], MIXED, ()]):
+            (tmp_path / str(number)).mkdir()
+            artifact = stitched(runtime, given, CompressionPlan(tuple(decisions)), tmp_path / str(number), templates)
+            found.append(run(runtime, artifact, given.batch))
+        assert len(templates) == 1
+        assert np.array_equal(found[0], found[3])
+        assert not np.allclose(found[0], found[1], atol=1e-3)
 
 
 @contextmanager
@@ -209,6 +277,12 @@ def paths_of(model: EncoderModel, site: str) -> list[str]:
     return list(model.layout.embeddings) if site == "embeddings" else linear_paths(model, site)
 
 
+def linear_paths(model: EncoderModel, site: str) -> list[str]:
+    found = [name for path in model.layout.linears(site) for name, _ in linear_modules(model, path)]
+    assert found == [name for path in model.layout.linears(site) for name in products(model)[path]]
+    return found
+
+
 def stored(weight: np.ndarray, decision: Quantize) -> np.ndarray:
     """Return what a weight (``out x in``) becomes at the decision's width."""
     if decision.weight_bits == 16:
@@ -220,7 +294,7 @@ def stored(weight: np.ndarray, decision: Quantize) -> np.ndarray:
 def simulated(runtime: Runtime, model: EncoderModel, plan: CompressionPlan, given: Material) -> np.ndarray:
     """Return logits of the torch model with quantised weights and, at 8 bits, the runtime's quantised inputs."""
     integers = any(decision.activation_bits == 8 for decision in plan.of_type(Quantize).values())
-    ranges = activation_ranges(model, given.calibration) if integers else {}
+    seen = observe(model, given.calibration) if integers else None
     copied = model.clone()
     static: list[str] = []
     dynamic: list[str] = []
@@ -234,7 +308,7 @@ def simulated(runtime: Runtime, model: EncoderModel, plan: CompressionPlan, give
                 elif decision.activation_bits == 8:
                     static.append(path)
     with (
-        quantised_inputs(copied, static, lambda path, x: on_grid(x, ranges[path])),
+        quantised_inputs(copied, static, lambda path, x: on_grid(x, seen.span(seen.read_by(path)))),
         quantised_inputs(
             copied, dynamic, lambda _, x: on_grid(x, ActivationRange.around(float(x.min()), float(x.max())))
         ),
@@ -341,12 +415,13 @@ def test_each_kind_of_site_holds_its_bits(
     assert saved > weights * (32 - bits) / 8 - scales - nodes - 500
 
 
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_widths_mix_per_site_in_one_artefact(
-    runtime: Runtime, build: Build, material: Callable[[str], Material], family: str
+    runtime: Runtime, build: Build, material: Callable[[str], Material], family: str, route: str
 ) -> None:
     given = material(family)
-    artifact, model = build(given, MIXED)
+    artifact, model = build(given, MIXED, route)
     check_bits(artifact, model, CompressionPlan(MIXED))
     expected = simulated(runtime, model, artifact.plan, given)
     logits = run(runtime, artifact, given.batch)
@@ -372,10 +447,11 @@ def test_all_sites_at_once_take_a_fraction_of_the_bytes(
 class TestArithmetic:
     """That 8 bits are computed with integers, and only where the plan says so."""
 
+    @pytest.mark.parametrize("route", ROUTES)
     def test_products_are_computed_as_the_plan_says(
-        self, runtime: Runtime, build: Build, material: Callable[[str], Material]
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material], route: str
     ) -> None:
-        artifact, model = build(material("bert"), MIXED)
+        artifact, model = build(material("bert"), MIXED, route)
         layers = {site: len(linear_paths(model, site)) for site in model.shape.sites() if site != "embeddings"}
         if runtime.name == "openvino":
             self._check_openvino(artifact, layers)
@@ -397,6 +473,19 @@ class TestArithmetic:
             ("f16", False): layers["block.1.attention"],
             ("f32", False): layers["block.1.ffn"],
         }
+
+    def test_layers_that_read_one_tensor_share_its_quantised_copy(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material]
+    ) -> None:
+        if runtime.name != "openvino":
+            pytest.skip("ONNX Runtime quantises within the product")
+        import openvino
+
+        given = material("bert")
+        artifact, _ = build(given, [("block.0.attention", W8A8)])
+        nodes = openvino.Core().read_model(artifact.folder / "model.xml").get_ordered_ops()
+        copies = [node for node in nodes if node.get_type_name() == "FakeQuantize"]
+        assert sorted(len(node.output(0).get_target_inputs()) for node in copies) == [1, 3]
 
     @staticmethod
     def _source_type(value: Any) -> str | None:
@@ -555,8 +644,8 @@ class TestRefusals:
         model = given.model.clone()
         layout = model.layout
         if kind == "block.0.ffn":
-            block = model.block_list()[0]
-            block.unused = nn.Linear(HIDDEN, HIDDEN)
+            for block in model.block_list():
+                block.unused = nn.Linear(HIDDEN, HIDDEN)
             layout = dataclasses.replace(layout, roles={**layout.roles, "ffn_out": "unused"})
         elif kind == "head":
             model.module.unused = nn.Linear(HIDDEN, HIDDEN)
@@ -565,8 +654,10 @@ class TestRefusals:
             model.module.unused = nn.Embedding(4, HIDDEN)
             layout = dataclasses.replace(layout, embeddings=(*layout.embeddings, "unused"))
         model = dataclasses.replace(model, layout=layout)
+        template = runtime.template(model, given.calibration[0])
+        pieces = {kind: make_piece(model, kind, [decision], None, given.activations)}
         with pytest.raises(RuntimeBuildError, match=rf"{kind}: not carried out: .* graph has no .*unused"):
-            runtime.build(model, CompressionPlan(((kind, decision),)), given.calibration, tmp_path)
+            runtime.stitch(template, pieces, CompressionPlan(((kind, decision),)), tmp_path)
         assert not (tmp_path / "artefact.json").exists()
 
     def test_onnxruntime_refuses_groups_that_its_kernels_do_not_have(
@@ -646,7 +737,8 @@ class TestStandIn:
         wide = tiny("distilbert", dim=128, hidden_dim=1024)
         for name in ("whole", "stand-in"):
             (tmp_path / name).mkdir()
-        artifact = runtime.build(wide, CompressionPlan(), material("distilbert").calibration, tmp_path / "whole")
+        template = runtime.template(wide, material("distilbert").calibration[0])
+        artifact = runtime.stitch(template, {}, CompressionPlan(), tmp_path / "whole")
         copy = runtime.stand_in(artifact, tmp_path / "stand-in")
         assert copy.size_bytes < 0.1 * artifact.size_bytes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import VOCABULARY, make_tokenizer
 
 from autocompress import scoring, task
@@ -119,6 +122,146 @@ class TestAccuracy:
             scoring.predictions_hash(np.eye(3, dtype=np.float32))
             == "ad5dc1478de06a4c2728ea528bd9361a4b945e92a414bf4d180cedaaeaa5f4cc"
         )
+
+
+class TestDivergence:
+    def test_it_is_zero_for_what_is_equal(self) -> None:
+        logits = (10 * np.random.default_rng(0).standard_normal((200, 4))).astype(np.float32)
+        assert scoring.divergence(logits, logits) == 0.0
+        # Adding the same to all logits of a row leaves its probabilities.
+        assert scoring.divergence(logits + np.float32(8), logits) == pytest.approx(0, abs=1e-6)
+
+    @pytest.mark.parametrize("classes", [2, 3, 8])
+    def test_it_is_that_of_torch(self, classes: int) -> None:
+        rng = np.random.default_rng(classes)
+        logits, reference = (rng.standard_normal((2, 300, classes)) * 3).astype(np.float32)
+        expected = torch.nn.functional.kl_div(
+            torch.log_softmax(torch.from_numpy(logits).double(), dim=1),
+            torch.log_softmax(torch.from_numpy(reference).double(), dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        assert scoring.divergence(logits, reference) == pytest.approx(float(expected), rel=1e-12)
+        assert scoring.divergence(logits, reference) != pytest.approx(scoring.divergence(reference, logits), rel=1e-3)
+
+    def test_it_is_never_negative_nor_overflows(self) -> None:
+        rng = np.random.default_rng(0)
+        for scale in (1e-6, 1e-3, 1, 1e4):
+            reference = (scale * rng.standard_normal((500, 3))).astype(np.float32)
+            near = np.nextafter(reference, np.float32(np.inf))
+            for row in range(500):
+                assert scoring.divergence(near[row : row + 1], reference[row : row + 1]) >= 0
+        sure = np.array([[3e4, -3e4]], dtype=np.float32)
+        assert scoring.divergence(-sure, sure) == pytest.approx(6e4)
+
+
+def rows_with(labels: np.ndarray) -> task.Split:
+    return task.Split(tuple((1, 2) for _ in labels), None, tuple(labels.tolist()))
+
+
+def one_hot(predicted: np.ndarray, classes: int = 2) -> np.ndarray:
+    return np.eye(classes, dtype=np.float32)[predicted]
+
+
+class TestBound:
+    @pytest.mark.parametrize(("rows", "good", "drawn"), [(6, 2, 3), (7, 5, 4), (5, 0, 2), (5, 5, 2), (8, 4, 8)])
+    def test_the_chance_is_that_of_all_draws(self, rows: int, good: int, drawn: int) -> None:
+        draws = [sum(row < good for row in draw) for draw in itertools.combinations(range(rows), drawn)]
+        for hits in range(drawn + 1):
+            expected = sum(found <= hits for found in draws) / len(draws)
+            assert scoring._hypergeometric(hits, rows, good, drawn) == pytest.approx(expected, rel=1e-12)
+
+    def test_more_hits_than_rows_are_never_reached(self) -> None:
+        assert scoring._hypergeometric(3, 10, 11, 5) == 0.0
+
+    @pytest.mark.parametrize("guide", ["loss", "divergence"])
+    def test_nothing_that_gets_below_the_cost_is_stopped(self, guide: str) -> None:
+        rng = np.random.default_rng(0)
+        stops = 0
+        for _ in range(1000):
+            count = int(rng.integers(4, 40))
+            labels = rng.integers(0, 3, count)
+            rows = rows_with(labels)
+            reference = (3 * rng.standard_normal((count, 3))).astype(np.float32)
+            logits = (reference + rng.exponential(2) * rng.standard_normal((count, 3))).astype(np.float32)
+            found = scoring.accuracy(logits, rows).loss if guide == "loss" else scoring.divergence(logits, reference)
+            order = rng.permutation(count)
+            looks = [order[:n].tolist() for n in range(1, count + 1)]
+            undercut = scoring.Bound(guide, found * (1 + 1e-9) + 1e-12)
+            assert not any(undercut.out_of_reach(logits, done, rows, reference) for done in looks)
+            cost = found * rng.uniform(0.05, 1)
+            reasons = [scoring.Bound(guide, cost).out_of_reach(logits, done, rows, reference) for done in looks]
+            assert reasons[-1] is not None, "all rows were run and the cost was not undercut"
+            # Once it is known it stays known.
+            first = next(n for n, reason in enumerate(reasons) if reason)
+            assert all(reasons[first:])
+            stops += first < count - 1
+        assert stops > 500, "most of those that cannot reach it are stopped before the end"
+
+    def test_rows_that_were_not_run_are_not_read(self) -> None:
+        labels = np.array([0, 1, 0, 1])
+        logits = np.full((4, 2), np.nan, dtype=np.float32)
+        logits[[2, 0]] = [[4, 0], [4, 0]]
+        reference = np.zeros((4, 2), dtype=np.float32)
+        for guide in ("accuracy", "loss", "divergence"):
+            cost = -1.0 if guide == "accuracy" else 9.0
+            found = scoring.Bound(guide, cost).out_of_reach(logits, [2, 0], rows_with(labels), reference)
+            assert (found is None) == (guide != "accuracy"), "more than all rows cannot be right"
+
+    def simulate(self, hits: int, front: int, count: int, *, seed: int, rows: int = 1000) -> tuple[int, int]:
+        """Return how many of ``count`` candidates of that many hits are stopped, and after how many rows in all."""
+        rng = np.random.default_rng(seed)
+        labels = np.zeros(rows, dtype=np.int64)
+        split, bound = rows_with(labels), scoring.Bound("accuracy", -front / rows)
+        stops, run = 0, 0
+        for _ in range(count):
+            predicted = np.ones(rows, dtype=np.int64)
+            predicted[rng.permutation(rows)[:hits]] = 0
+            logits = one_hot(predicted)
+            for look in (1, 2, 3):
+                done = range(look * rows // 4)
+                if bound.out_of_reach(logits, done, split, logits):
+                    stops += 1
+                    run += len(done)
+                    break
+            else:
+                run += rows
+        return stops, run
+
+    @pytest.mark.parametrize("front", [700, 850])
+    def test_few_that_would_reach_the_front_are_stopped(self, front: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(scoring, "_hypergeometric", functools.cache(scoring._hypergeometric))
+        # The worst case: one hit more than the front.
+        stops, _ = self.simulate(front + 1, front, 3000, seed=front)
+        # Three in 3,000 are allowed on average; ten or more of them have a probability of one in a thousand.
+        assert stops <= 3000 * scoring.WRONG_STOPS * 3
+        assert self.simulate(front + 30, front, 500, seed=front)[0] == 0
+
+    def test_what_is_hopeless_is_stopped_at_the_first_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(scoring, "_hypergeometric", functools.cache(scoring._hypergeometric))
+        assert self.simulate(500, 850, 200, seed=0) == (200, 200 * 250)
+        stops, run = self.simulate(780, 850, 300, seed=1)
+        assert stops >= 290
+        assert run < 0.7 * 300 * 1000
+
+    def test_equal_hits_do_not_reach_the_front(self) -> None:
+        labels = np.zeros(100, dtype=np.int64)
+        predicted = np.array([0] * 80 + [1] * 20)
+        rows, logits = rows_with(labels), one_hot(predicted)
+        everything = list(range(100))
+        for front, beaten in ((0.79, False), (0.80, True), (0.81, True)):
+            found = scoring.Bound("accuracy", -front).out_of_reach(logits, everything, rows, logits)
+            assert (found is not None) == beaten
+
+    def test_the_reason_says_what_was_seen(self) -> None:
+        labels = np.zeros(100, dtype=np.int64)
+        logits = one_hot(np.ones(100, dtype=np.int64))
+        rows, reference = rows_with(labels), one_hot(labels)
+        found = scoring.Bound("accuracy", -0.5).out_of_reach(logits, range(25), rows, reference)
+        assert found is not None
+        assert found.startswith("0 hits in 25 of 100 rows; the front needs 51 (chance ")
+        found = scoring.Bound("loss", 0.2).out_of_reach(logits, range(25), rows, reference)
+        assert found == "loss at least 0.328 after 25 of 100 rows; the front has 0.2"
 
 
 class TestLogits:

@@ -300,10 +300,19 @@ def test_the_last_block_cannot_be_dropped() -> None:
 
 def test_blocks_go_in_the_order_given_for_each_student() -> None:
     text = "students: {half: {blocks: 0.5}}\ndrop_blocks: {at_most: 2}"
-    space = bind(space_of(text), MINILM, {"full": (4, 5, 0, 1, 2, 3), "half": (1, 2, 0)})
+    asked: list[str] = []
+
+    def order(name: str) -> tuple[int, ...]:
+        asked.append(name)
+        return {"full": (4, 5, 0, 1, 2, 3), "half": (1, 2, 0)}[name]
+
+    space = bind(space_of(text), MINILM, order)
+    space.plan({"student": "half", "drop_blocks": 0})
+    assert asked == [], "only where blocks go, as a student may have to be distilled for its order"
     assert space.plan({"drop_blocks": 2}).of_type(DropBlocks)[MODEL_SITE].blocks == (4, 5)
     plan = space.plan({"student": "half", "drop_blocks": 1})
     assert plan.of_type(DropBlocks)[MODEL_SITE].blocks == (1,)
+    assert asked == ["full", "half"]
     assert space.parameters(plan) == {"student": "half", "drop_blocks": 1}
 
 

@@ -26,9 +26,9 @@ from autocompress import api, strict_yaml
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import BoundSpace, bind
 from autocompress.config import RunConfig, validated
-from autocompress.errors import NoFeasiblePointError, StudyError
+from autocompress.errors import MeasurementError, NoFeasiblePointError, StudyError
 from autocompress.plan import MODEL_SITE, CompressionPlan, Recover, Student
-from autocompress.records import Candidate, Measurement
+from autocompress.records import Candidate, Measurement, Stopped
 from autocompress.space import SearchSpace
 from autocompress.study import Study, excesses, identity_of, repair_tail
 
@@ -144,15 +144,36 @@ def test_seeds_come_first_in_the_order_of_the_ladder(drive: Callable[..., Study]
     study = drive(f"search.trials={len(ladder) + 5}")
     told = evaluate(study)
     assert plan_ids(told[: len(ladder)]) == ladder
-    assert [c.origin for c in told] == ["uniform"] * len(ladder) + ["sampler"] * 5
+    assert [c.origin for c in told[: len(ladder)]] == ["uniform"] * len(ladder)
+    assert {c.origin for c in told[len(ladder) :]} <= {"sampler", "mutation"}
     assert told[0].params == SMALL.ladder()[0]
 
 
 def test_a_search_without_seeds_has_none(drive: Callable[..., Study]) -> None:
-    assert {c.origin for c in evaluate(drive("search.seeds=false"))} == {"sampler"}
+    assert {c.origin for c in evaluate(drive("search.seeds=false", "search.trials=20"))} == {"sampler", "mutation"}
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_the_share_of_mutations_is_that_of_the_run_file(drive: Callable[..., Study], tmp_path: Path) -> None:
+    found = {}
+    for share in (0, 0.3, 1):
+        study = drive(
+            *("search.trials=20", "search.seeds=false", f"search.mutation_share={share}"),
+            at=results_in(tmp_path / str(share)),
+        )
+        found[share] = sum(c.origin == "mutation" for c in evaluate(study))
+    assert found[0] == 0
+    assert 1 <= found[0.3] <= 13
+    # The first one has no front to come from; where all changes are known, a random plan takes the turn.
+    assert 14 <= found[1] <= 19
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "nsga3", "random"])
+def test_only_tpe_is_helped_by_mutations(drive: Callable[..., Study], sampler: str) -> None:
+    study = drive("search.seeds=false", f"search.sampler={sampler}", "search.mutation_share=1", "search.trials=12")
+    assert {c.origin for c in evaluate(study)} == {"sampler"}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "random"])
 def test_no_plan_is_asked_for_twice_in_a_study(drive: Callable[..., Study], sampler: str) -> None:
     space = space_of(
         "drop_blocks: {at_most: 1}\n"
@@ -255,6 +276,278 @@ def test_a_number_that_cannot_stand_fails_its_trial(
     assert Study(folder, run_of()).candidate(number).failure == told.failure
 
 
+# --- candidates whose accuracy pass was ended
+
+
+def stopped(**changes: Any) -> Stopped:
+    reason = "9 hits in 250 of 1000 rows; the front needs 850 (chance 1.0e-12)"
+    return Stopped(**{"reason": reason, "rows": 250, "size_bytes": 1.0, "latency": 1e-6, **changes})
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "random"])
+def test_a_stopped_candidate_counts_and_is_never_on_the_front(
+    drive: Callable[..., Study], folder: Path, sampler: str
+) -> None:
+    study = drive("search.trials=20", f"search.sampler={sampler}")
+    numbers = []
+    for turn in range(20):
+        number, plan = study.ask() or pytest.fail("nothing asked for")
+        told = study.tell(number, plan, stopped() if turn % 2 else score_of(plan))
+        if turn % 2:
+            numbers.append(number)
+            assert (told.state, told.measurement, told.failure) == ("PRUNED", None, stopped().reason)
+            assert (told.plan, told.feasible) == (plan, True)
+            with pytest.raises(MeasurementError, match="has no measurement"):
+                _ = told.score
+    assert (study.finished, study.remaining, study.ask()) == (20, 0, None)
+    assert len(set(plan_ids(study.candidates()))) == 20, "what was stopped is not asked for again"
+    assert study.front().points
+    assert not set(numbers) & {c.number for c in study.front().points}
+    study.close()
+    assert (states(folder)["PRUNED"], states(folder)["COMPLETE"]) == (10, 10)
+    for again in (Study(folder, run_of("search.trials=20")), drive("search.trials=20", f"search.sampler={sampler}")):
+        assert again.candidates() == study.candidates()
+        assert again.front() == study.front()
+        assert (again.finished, again.remaining, again.interrupted) == (20, 0, 0)
+        assert [c.number for c in again.candidates() if c.state == "PRUNED"] == numbers
+    assert rows(folder)[numbers[0]].user_attrs["stopped"] == dataclasses.asdict(stopped())
+
+
+def test_a_study_of_nothing_but_stopped_candidates_goes_on(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive("search.trials=8", "search.seeds=false")
+    while (asked := study.ask()) is not None:
+        study.tell(*asked, stopped())
+    assert (study.finished, len(study.front()), study.rivals()) == (8, 0, [])
+    study.close()
+    again = drive("search.trials=12", "search.seeds=false")
+    assert len(evaluate(again)) == 4
+    everything, front, report = written(folder, again)
+    assert sorted(everything["state"]) == ["COMPLETE"] * 4 + ["PRUNED"] * 8
+    assert set(everything["failure"].dropna()) == {stopped().reason}
+    assert 1 <= len(front) <= 4
+    assert "<html" in report
+
+
+def test_rivals_are_the_front_that_the_sampler_is_told(drive: Callable[..., Study]) -> None:
+    limit = "constraints.max_size_mb=20"
+    study = drive("search.trials=30", limit)
+    assert study.rivals() == []
+    for turn in range(30):
+        number, plan = study.ask() or pytest.fail("nothing asked for")
+        study.tell(number, plan, ["out of memory", stopped(), score_of(plan), score_of(plan)][turn % 4])
+        front = [[-c.score.accuracy, float(c.score.size_bytes), c.score.latency_ratio] for c in study.front().points]
+        assert sorted(study.rivals()) == sorted(front)
+        assert all(cost[1] <= 20e6 for cost in study.rivals())
+    assert len(study.rivals()) >= 2
+    study.close()
+    assert sorted(drive("search.trials=30", limit).rivals()) == sorted(front)
+
+
+# --- objectives and the guide
+
+
+def full_score(plan: CompressionPlan) -> Measurement:
+    """Return a score whose objectives are at odds with each other."""
+    numbers = hashlib.sha256(b"full" + plan.plan_id.encode()).digest()
+    return dataclasses.replace(
+        score_of(plan),
+        loss=0.2 + numbers[0] / 100,
+        divergence=numbers[1] / 500,
+        peak_memory_bytes=1_000_000 + 100_000 * numbers[2],
+    )
+
+
+FIELDS = {
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "divergence": "divergence",
+    "size_bytes": "size_bytes",
+    "latency": "latency_ratio",
+    "peak_memory": "peak_memory_bytes",
+}
+
+
+def brute_front(candidates: list[Candidate], names: list[str]) -> set[int]:
+    """Return the numbers of what no other candidate beats, without the package's help."""
+    costs = {
+        c.number: tuple(getattr(c.score, FIELDS[n]) * (-1 if n == "accuracy" else 1) for n in names) for c in candidates
+    }
+    return {
+        number
+        for number, mine in costs.items()
+        if not any(all(a <= b for a, b in zip(his, mine, strict=True)) and his != mine for his in costs.values())
+    }
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["accuracy", "latency"],
+        ["loss", "peak_memory"],
+        ["divergence", "size_bytes", "latency"],
+        ["latency", "peak_memory", "size_bytes"],
+        ["accuracy", "size_bytes", "latency", "peak_memory"],
+        ["accuracy", "loss", "divergence", "size_bytes", "peak_memory"],
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("sampler", ["tpe", "nsga3"])
+def test_two_to_five_objectives_of_any_kind(
+    drive: Callable[..., Study], folder: Path, names: list[str], sampler: str
+) -> None:
+    wanted = (f"objectives={json.dumps(names)}", "search.trials=16", f"search.sampler={sampler}", "search.seeds=false")
+    study = drive(*wanted)
+    told = []
+    while (asked := study.ask()) is not None:
+        told.append(study.tell(*asked, full_score(asked[1])))
+    assert len(told) == 16
+    assert study.told == names
+    assert {c.number for c in study.front().points} == brute_front(told, names)
+    expected = [[float(getattr(c.score, FIELDS[n])) for n in names] for c in told]
+    assert [t.values for t in rows(folder) if t.state == TrialState.COMPLETE] == expected
+    study.close()
+    again = drive(*wanted)
+    assert again.front() == study.front()
+    assert sorted(again.rivals()) == sorted(study.rivals())
+    assert len(again.rivals()[0]) == len(names)
+    again.close()
+    with pytest.raises(StudyError, match="objectives: "):
+        drive("search.trials=16")
+
+
+@pytest.mark.parametrize(("field", "value"), [("divergence", math.nan), ("divergence", -0.1), ("peak_memory_bytes", 0)])
+def test_a_new_number_that_cannot_stand_fails_its_trial(drive: Callable[..., Study], field: str, value: float) -> None:
+    study = drive()
+    number, plan = study.ask() or pytest.fail("nothing asked for")
+    told = study.tell(number, plan, dataclasses.replace(full_score(plan), **{field: value}))
+    assert (told.state, told.measurement) == ("FAIL", None)
+    assert (told.failure or "").startswith(f"{field}: must be ")
+
+
+@pytest.mark.parametrize("guide", ["divergence", "loss"])
+def test_the_guide_is_told_and_the_front_is_judged_by_accuracy(
+    drive: Callable[..., Study], folder: Path, guide: str
+) -> None:
+    wanted = (f"search.guide={guide}", "search.trials=30")
+    study = drive(*wanted)
+    told = []
+    while (asked := study.ask()) is not None:
+        told.append(study.tell(*asked, full_score(asked[1])))
+    assert study.told == [guide, "size_bytes", "latency"]
+    complete = [t for t in rows(folder) if t.state == TrialState.COMPLETE]
+    assert [t.values[0] for t in complete] == [getattr(c.score, guide) for c in told]
+    assert complete[0].values[1:] == [told[0].score.size_bytes, told[0].score.latency_ratio]
+    judged = {c.number for c in study.front().points}
+    guided = brute_front(told, [guide, "size_bytes", "latency"])
+    assert judged == brute_front(told, ["accuracy", "size_bytes", "latency"]) != guided
+    assert {tuple(cost) for cost in study.rivals()} == {
+        (getattr(c.score, guide), c.score.size_bytes, c.score.latency_ratio) for c in told if c.number in guided
+    }
+    study.close()
+    assert Study(folder, run_of(*wanted)).front() == study.front()
+    with pytest.raises(StudyError, match=f"objectives: .*{guide}.* became .*accuracy"):
+        drive("search.trials=30")
+
+
+def test_a_limit_of_memory_keeps_candidates_off_the_front(drive: Callable[..., Study]) -> None:
+    study = drive("constraints.max_memory_mb=12", "search.trials=25")
+    told = []
+    while (asked := study.ask()) is not None:
+        told.append(study.tell(*asked, full_score(asked[1])))
+    over = {c.number for c in told if c.score.peak_memory_bytes > 12e6}
+    assert 0 < len(over) < 25
+    assert {c.number for c in told if not c.feasible} == over
+    assert not over & {c.number for c in study.front().points}
+    assert excesses(told[0].score, study.run.constraints, make_reference()) == {
+        "memory_mb": pytest.approx(told[0].score.peak_memory_bytes / 1e6 - 12)
+    }
+
+
+# --- latencies taken anew
+
+
+def test_a_confirmed_latency_stands_in_place_of_the_first(drive: Callable[..., Study], folder: Path) -> None:
+    limit = "constraints.max_latency_ratio=2"
+    study = drive(limit)
+    told = evaluate(study)
+    values = [t.values for t in rows(folder) if t.state == TrialState.COMPLETE]
+    chosen = study.front().points[0]
+    taken = dataclasses.replace(
+        chosen.score, latency_ms=99.0, latency_ratio=1.5, latency_ratio_low=1.4, latency_ratio_high=1.6, confirmed=True
+    )
+    found = study.confirm(chosen.number, taken)
+    assert found == dataclasses.replace(chosen, measurement=taken)
+    assert study.candidate(chosen.number) == found
+    other = next(c for c in told if c.number != chosen.number)
+    slow = dataclasses.replace(other.score, latency_ratio=2.5, latency_ratio_high=2.6, confirmed=True)
+    assert not study.confirm(other.number, slow).feasible
+    again = study.confirm(other.number, dataclasses.replace(slow, latency_ratio=1.9))
+    assert again.feasible, "the last one counts"
+    study.close()
+    for read in (Study(folder, run_of(limit)), drive(limit)):
+        assert read.candidates() == study.candidates()
+        assert read.candidate(chosen.number).score.confirmed
+        assert read.candidate(other.number).score.latency_ratio == 1.9
+        assert read.front() == study.front()
+        assert read.finished == 6
+    # The study is a record of what happened: what the sampler was told stays.
+    assert [t.values for t in rows(folder) if t.state == TrialState.COMPLETE] == values
+
+
+def test_a_confirmed_number_that_cannot_stand_is_refused(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive()
+    chosen = evaluate(study)[0]
+    with pytest.raises(MeasurementError, match="latency_ratio: must be finite"):
+        study.confirm(chosen.number, dataclasses.replace(chosen.score, latency_ratio=math.nan))
+    assert study.candidate(chosen.number) == chosen
+    study.close()
+    assert Study(folder, run_of()).candidate(chosen.number) == chosen
+
+
+# --- studies of version 0.1
+
+
+def test_a_study_of_version_0_1_reads_and_continues(drive: Callable[..., Study], folder: Path) -> None:
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    old = optuna.create_study(
+        storage=storage, study_name="autocompress", directions=["maximize", "minimize", "minimize"]
+    )
+    old.set_user_attr("identity", {"schema": 1, **identity_of(run_of(), model="m", data="d", space=TINY)})
+    expected = {}
+    ladder = TINY.ladder()
+    for number, params in enumerate(ladder):
+        old.enqueue_trial(params, user_attrs={"origin": "seed"})
+        trial = old.ask()
+        plan = TINY.decode(trial.suggest_categorical)  # type: ignore[arg-type]
+        trial.set_user_attr("plan", json.loads(plan.to_json()))
+        if number == len(ladder) - 1:
+            trial.set_user_attr("failure", "logits: not finite")
+            old.tell(trial, state=TrialState.FAIL)
+            continue
+        score = score_of(plan)
+        kept = dataclasses.asdict(score)
+        for name in ("divergence", "peak_memory_bytes", "confirmed", "stages"):
+            del kept[name]
+        trial.set_user_attr("measurement", kept)
+        old.tell(trial, [score.accuracy, score.size_bytes, score.latency_ratio])
+        expected[trial.number] = (plan, score)
+    for study in (Study(folder, run_of()), drive(space=TINY)):
+        complete = [c for c in study.candidates() if c.state == "COMPLETE"]
+        assert {c.number: (c.plan, c.measurement) for c in complete} == expected
+        assert {c.origin for c in study.candidates()} == {"uniform"}
+        first = complete[0].score
+        assert (first.divergence, first.peak_memory_bytes, first.confirmed, first.stages) == (None, None, False, {})
+        assert study.candidate(len(ladder) - 1).failure == "logits: not finite"
+        assert study.finished == len(ladder) >= 3
+        assert study.front().points
+    left = TINY_PLANS - len(ladder)
+    assert study.remaining == left > 0
+    assert len(evaluate(study)) == left
+    _, front, report = written(folder, study)
+    assert len(front) >= 1
+    assert "<html" in report
+
+
 # --- continuing
 
 
@@ -323,7 +616,7 @@ def test_interrupted_proposals_of_the_sampler_come_first(drive: Callable[..., St
     study.close()
     told = evaluate(drive(*budget))
     assert plan_ids(told)[:2] == lost
-    assert {c.origin for c in told} == {"sampler"}
+    assert {c.origin for c in told} <= {"sampler", "mutation"}
     assert len(told) == 6
 
 

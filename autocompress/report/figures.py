@@ -92,6 +92,32 @@ def size_figure(front: Front, others: Sequence[Candidate]) -> go.Figure:
     return _figure(front, others, _SIZE_VIEW)
 
 
+def dress(figure: go.Figure, *, height: int) -> None:
+    """Give a figure the look that all of a report share.
+
+    Args:
+        figure: changed in place.
+        height: in pixels.
+    """
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        showlegend=True,
+        margin={"l": 62, "r": 24, "t": 40, "b": 24},
+        # plotly 7 offers to upload the chart to its cloud by default; a report stays where it is.
+        modebar={"remove": _REMOVED_BUTTONS},
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "itemsizing": "constant",
+        },
+        hoverlabel={"align": "left", "bgcolor": "white", "font": {"color": "#1c2430"}},
+    )
+
+
 def _figure(front: Front, others: Sequence[Candidate], view: _View) -> go.Figure:
     import plotly.graph_objects as go
 
@@ -124,22 +150,8 @@ def _figure(front: Front, others: Sequence[Candidate], view: _View) -> go.Figure
     if points:
         figure.add_trace(_edge(go, points, view))
     bars = "bars: 95 % intervals" + (", horizontal of the paired ratio" if view.spread else "")
+    dress(figure, height=FIGURE_HEIGHT)
     figure.update_layout(
-        template="plotly_white",
-        height=FIGURE_HEIGHT,
-        showlegend=True,
-        margin={"l": 62, "r": 24, "t": 40, "b": 24},
-        # plotly 7 offers to upload the chart to its cloud by default; a report stays where it is.
-        modebar={"remove": _REMOVED_BUTTONS},
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1.02,
-            "yanchor": "bottom",
-            "itemsizing": "constant",
-        },
-        hoverlabel={"align": "left", "bgcolor": "white", "font": {"color": "#1c2430"}},
         xaxis={
             "title": {"text": f"{view.x_title}<br><span style='font-size:11px'>{bars}</span>"},
             "rangemode": "tozero",

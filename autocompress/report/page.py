@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from autocompress.errors import NoFeasiblePointError
 from autocompress.pareto import Front, Preference
 from autocompress.records import Candidate, Measurement
-from autocompress.report.figures import FIGURE_HEIGHT, front_figure, size_figure
+from autocompress.report.comparison import (
+    HEADINGS,
+    Comparison,
+    comparison_rows,
+    predictor_words,
+    reference_words,
+    sentences,
+    volume_figure,
+)
+from autocompress.report.figures import front_figure, size_figure
 from autocompress.report.tables import (
     accuracy_words,
     one_line,
@@ -76,6 +85,7 @@ def write_report(
     candidates: Sequence[Candidate],
     environment: Mapping[str, Any],
     notes: Sequence[str] = (),
+    comparison: Comparison | None = None,
 ) -> None:
     """Write the report page.
 
@@ -86,6 +96,7 @@ def write_report(
         candidates: all of the study, failed and infeasible ones too.
         environment: how it was measured; nested mappings are shown with dotted names.
         notes: further sentences, as plain text.
+        comparison: the search and what it is held against; None leaves the section out.
 
     Raises:
         OSError: if it cannot be written; what was there before is then untouched.
@@ -102,6 +113,7 @@ def write_report(
 {_picture("figure-latency", front_figure(front, candidates), bundle=True, caption=_LATENCY_CAPTION + together)}
 <h2>Accuracy over size</h2>
 {_picture("figure-size", size_figure(front, candidates), bundle=False, caption=_SIZE_CAPTION + together)}
+{_worth(comparison, front.reference) if comparison is not None else ""}
 <h2>Pareto front</h2>
 {_front_rows(front)}
 <h2>All candidates</h2>
@@ -139,6 +151,9 @@ _LATENCY_CAPTION = (
     "horizontal bars are the 95 % interval of the paired latency ratio, carried over to the median in proportion."
 )
 _SIZE_CAPTION = "Up and to the left is better. Colour is the latency. Vertical bars are 95 % Wilson intervals."
+_VOLUME_CAPTION = "Higher is better. Failed candidates and those that break a constraint count as evaluations."
+_LADDER_CAPTION = " The plans of the uniform ladder are part of the search, so it never ends below them."
+_ONE_RUN_CAPTION = " One run of each is shown; with another seed a small difference may turn around."
 
 
 _WISHES: tuple[tuple[str, Preference, float | None], ...] = (
@@ -182,6 +197,26 @@ def _recommendation(point: Candidate, names: Sequence[str], reference: Measureme
     )
 
 
+def _worth(comparison: Comparison, reference: Measurement) -> str:
+    """Return the section that holds the search against the ladder and a random search."""
+    heading = "<h2>Was the search worth it?</h2>"
+    said = _together(f"<p>{escape(' '.join(sentences(comparison, reference)))}</p>")
+    parts = [heading, said]
+    if comparison.search:
+        caption = _VOLUME_CAPTION
+        caption += _LADDER_CAPTION if comparison.ladder else ""
+        caption += _ONE_RUN_CAPTION if comparison.random else ""
+        figure = volume_figure(comparison, reference)
+        parts += [
+            _table("Search and baselines", HEADINGS, comparison_rows(comparison, reference)),
+            _together(f'<p class="soft">{escape(reference_words(comparison, reference))}</p>'),
+            _picture("figure-volume", figure, bundle=False, caption=caption),
+        ]
+    if errors := predictor_words(comparison):
+        parts.append(f"<p>How far off the search's own predictors were:</p>\n{_definitions(errors)}")
+    return "\n".join(parts)
+
+
 def _together(html: str) -> str:
     """Keep numbers and their units on one line."""
     for unit in ("%", "MB", "ms"):
@@ -189,13 +224,15 @@ def _together(html: str) -> str:
     return html
 
 
-def _picture(name: Literal["figure-latency", "figure-size"], figure: go.Figure, *, bundle: bool, caption: str) -> str:
+def _picture(
+    name: Literal["figure-latency", "figure-size", "figure-volume"], figure: go.Figure, *, bundle: bool, caption: str
+) -> str:
     html = figure.to_html(
         full_html=False,
         include_plotlyjs=bundle,
         div_id=name,
         default_width="100%",
-        default_height=f"{FIGURE_HEIGHT}px",
+        default_height=f"{figure.layout.height}px",
         config={"responsive": True, "displaylogo": False, "showSendToCloud": False, "plotlyServerURL": ""},
     )
     return f'<figure><div class="picture">{html}</div><figcaption>{caption}</figcaption></figure>'
@@ -237,9 +274,13 @@ def _candidate_rows(candidates: Sequence[Candidate]) -> str:
     return _table("All candidates", headings, rows) if rows else "<p>No candidate was tried.</p>"
 
 
+_KINDS = {"plan": "words", "plan or reason of failure": "words", "state": "state", "tried": "state"}
+"""Class of a column by its heading, where it does not hold numbers."""
+
+
 def _table(label: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table whose last column holds words; the others hold numbers, but for the state."""
-    kinds = ["words" if h is headings[-1] else "state" if h == "state" else "number" for h in headings]
+    """Return a table whose columns of plans and reasons hold words that may break; most others hold numbers."""
+    kinds = [_KINDS.get(heading, "number") for heading in headings]
     head = "".join(f'<th scope="col" class="{k}">{escape(h)}</th>' for k, h in zip(kinds, headings, strict=True))
     lines = []
     for row in rows:

@@ -6,9 +6,9 @@ import importlib
 import importlib.util
 
 from autocompress.errors import RuntimeBuildError
-from autocompress.runtimes.base import Artifact, Runtime, Session
+from autocompress.runtimes.base import Artifact, Runtime, Session, Template
 
-__all__ = ["RUNTIMES", "Artifact", "Runtime", "Session", "get_runtime"]
+__all__ = ["RUNTIMES", "Artifact", "Runtime", "Session", "Template", "get_runtime"]
 
 RUNTIMES = {
     "openvino": ("autocompress.runtimes.openvino", "OpenVINORuntime", "openvino", "autocompress"),

@@ -1,7 +1,7 @@
 """What a runtime is: it builds a plan's artefact, loads it, and runs it.
 
-Call order: `Runtime.check` before any work, `build` once per candidate, then `load` for a `Session` per process. Every
-implementation passes the contract suite in ``tests/test_runtimes.py``.
+Call order: `Runtime.check` before any work, `template` once per depth of a model, `stitch` once per candidate, then
+`load` for a `Session` per process. Every implementation passes the contract suite in ``tests/test_runtimes.py``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch import nn
 from autocompress.anatomy import ModelShape
 from autocompress.config import TargetConfig
 from autocompress.errors import RuntimeBuildError
-from autocompress.model import EncoderModel
+from autocompress.model import EncoderModel, Layout
+from autocompress.pieces import Piece, linear_modules
 from autocompress.plan import CompressionPlan
+from autocompress.predict import Product
 from autocompress.task import Batch
 
 ARTIFACT_SCHEMA = 1
@@ -89,6 +91,23 @@ class Artifact:
         return artifact
 
 
+@dataclass(frozen=True)
+class Template:
+    """A converted model that pieces are put into.
+
+    Args:
+        graph: in the runtime's own form; never changed.
+        inputs: input names in order.
+        products: for each linear layer's path, the paths of its products: two where it was factorised before.
+        layout: module paths by site.
+    """
+
+    graph: Any
+    inputs: tuple[str, ...]
+    products: Mapping[str, tuple[str, ...]]
+    layout: Layout
+
+
 class Session(ABC):
     """A loaded artefact."""
 
@@ -109,12 +128,20 @@ class Runtime(ABC):
         """Raise `PlanError` for a decision that this runtime cannot carry out; ``shape`` is the uncompressed one."""
 
     @abstractmethod
-    def build(self, model: EncoderModel, plan: CompressionPlan, calibration: Sequence[Batch], folder: Path) -> Artifact:
-        """Build the artefact of ``model``, which already has the plan's structure, into the empty ``folder``.
+    def template(self, model: EncoderModel, example: Batch) -> Template:
+        """Convert ``model`` once; all candidates of its depth are stitched from the result."""
+
+    @abstractmethod
+    def stitch(self, template: Template, pieces: Mapping[str, Piece], plan: CompressionPlan, folder: Path) -> Artifact:
+        """Put ``pieces`` (by site) into a copy of ``template`` and write the artefact into the empty ``folder``.
 
         Raises:
-            RuntimeBuildError: if a decision could not be carried out at its site.
+            RuntimeBuildError: if a piece finds no place in the graph.
         """
+
+    @abstractmethod
+    def weight_bytes(self, product: Product) -> float:
+        """Return the bytes that a matrix's weights and scales take in this runtime's files."""
 
     @abstractmethod
     def load(self, artifact: Artifact, target: TargetConfig) -> Session:
@@ -155,14 +182,11 @@ def example_inputs(batch: Batch) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def linear_paths(model: EncoderModel, site: str) -> list[str]:
-    """Return the paths of the linear layers at ``site`` as they are now, both factors where one was factorised."""
-    found = []
-    for path in model.layout.linears(site):
-        for name, layer in model.module.get_submodule(path).named_modules():
-            if isinstance(layer, nn.Linear):
-                found.append(f"{path}.{name}" if name else path)
-    return found
+def products(model: EncoderModel) -> dict[str, tuple[str, ...]]:
+    """Return the paths of the products of every linear layer of ``model``."""
+    sites = [site for site in model.shape.sites() if site != "embeddings"]
+    paths = (path for site in sites for path in model.layout.linears(site))
+    return {path: tuple(name for name, _ in linear_modules(model, path)) for path in paths}
 
 
 def stand_in_value(number: int) -> float:

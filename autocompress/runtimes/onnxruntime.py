@@ -1,4 +1,7 @@
-"""ONNX Runtime on CPU: the classifier becomes an ONNX file in which each site is quantised as the plan says.
+"""ONNX Runtime on CPU: the classifier becomes an ONNX file in which each site stands as the plan says.
+
+A model is exported once per depth; a candidate is a copy of that graph in which each linear layer is replaced by its
+piece.
 
 8 bits become ``DynamicQuantizeMatMul`` (the activation range is taken anew at each call), 4 bits ``MatMulNBits``, an
 embedding ``Gather`` on int8 or ``GatherBlockQuantized``; all are operators that the CPU provider has kernels for. A
@@ -7,6 +10,7 @@ decision that finds no node is an error instead of being skipped.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,18 +22,21 @@ from autocompress.anatomy import ModelShape
 from autocompress.config import TargetConfig
 from autocompress.errors import PlanError, RuntimeBuildError
 from autocompress.model import EncoderModel
+from autocompress.pieces import Layer, Piece
 from autocompress.plan import CompressionPlan, Quantize
+from autocompress.predict import Product
 from autocompress.runtimes.base import (
     Artifact,
     LogitsOnly,
     Runtime,
     Session,
+    Template,
     example_inputs,
-    linear_paths,
+    products,
     stand_in_value,
 )
 from autocompress.task import Batch
-from autocompress.transforms.quantize import per_channel, per_group
+from autocompress.transforms.quantize import Packed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,28 +75,37 @@ class ONNXRuntime(Runtime):
                     f"{site}: onnxruntime stores 4 bits in groups of a power of two >= {_SMALLEST_GROUP}, got {group}"
                 )
 
-    def build(self, model: EncoderModel, plan: CompressionPlan, calibration: Sequence[Batch], folder: Path) -> Artifact:
+    def template(self, model: EncoderModel, example: Batch) -> Template:
+        graph, inputs = _convert(model, example)
+        return Template(graph, inputs, products(model), model.layout)
+
+    def stitch(self, template: Template, pieces: Mapping[str, Piece], plan: CompressionPlan, folder: Path) -> Artifact:
         import onnx
 
-        file = folder / "model.onnx"
-        inputs = _convert(model, calibration[0], file)
-        proto = onnx.load(str(file))
-        quantize = plan.of_type(Quantize)
-        if quantize:
-            writer = _Writer(proto.graph)
-            for site, decision in quantize.items():
+        writer = _Writer(template.graph.graph)
+        for site, piece in pieces.items():
+            for path, layer in zip(template.layout.linears(site), piece, strict=True):
                 if site == "embeddings":
-                    for path in model.layout.embeddings:
-                        writer.table(path, decision, site)
+                    writer.table(path, layer[0].weight, site)
                 else:
-                    for path in linear_paths(model, site):
-                        writer.linear(path, decision, site)
-            writer.finish()
+                    writer.linear(template.products[path], layer, site)
+        proto = onnx.ModelProto()
+        for field in ("ir_version", "producer_name"):
+            setattr(proto, field, getattr(template.graph, field))
+        proto.opset_import.extend(template.graph.opset_import)
+        if writer.contrib:
             proto.opset_import.append(onnx.helper.make_opsetid(_CONTRIB, 1))
-            onnx.save(proto, str(file))
-        artifact = Artifact(folder, self.name, (file.name,), inputs, plan)
+        writer.finish(proto.graph)
+        onnx.save(proto, str(folder / "model.onnx"))
+        artifact = Artifact(folder, self.name, ("model.onnx",), template.inputs, plan)
         artifact.save()
         return artifact
+
+    def weight_bytes(self, product: Product) -> float:
+        weights = product.outer * product.inner
+        if product.bits == 8:
+            return weights + 4 * product.outer
+        return weights * product.bits / 8 + (4 * weights / product.group if product.bits == 4 else 0)
 
     def load(self, artifact: Artifact, target: TargetConfig) -> ONNXSession:
         import onnxruntime
@@ -139,29 +155,32 @@ class ONNXRuntime(Runtime):
         return copy
 
 
-def _convert(model: EncoderModel, batch: Batch, file: Path) -> tuple[str, ...]:
-    """Export the module with dynamic batch and tokens; returns the input names."""
+def _convert(model: EncoderModel, batch: Batch) -> tuple[Any, tuple[str, ...]]:
+    """Export the module with dynamic batch and tokens; returns the ONNX model and its input names."""
+    import onnx
+
     example = example_inputs(batch)
     wrapped = LogitsOnly(model.module, tuple(example)).eval()
     axes = {name: {0: "batch", 1: "tokens"} for name in example}
+    content = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # The tracing exporter is deprecated but takes a tenth of the newer one's time, which counts per candidate.
         torch.onnx.export(
             wrapped,
             tuple(example.values()),
-            str(file),
+            content,  # type: ignore[arg-type]
             input_names=list(example),
             output_names=["logits"],
             dynamic_axes={**axes, "logits": {0: "batch"}},
             opset_version=_OPSET,
             dynamo=False,
         )
-    return tuple(example)
+    return onnx.load_model_from_string(content.getvalue()), tuple(example)
 
 
 class _Writer:
-    """Replaces nodes of an ONNX graph by quantised ones."""
+    """Puts pieces into a copy of an ONNX graph, which itself stays as it is."""
 
     def __init__(self, graph: Any) -> None:
         import onnx
@@ -170,69 +189,92 @@ class _Writer:
         self._graph = graph
         self._tensors = {t.name: t for t in graph.initializer}
         self._nodes = {node.name: node for node in graph.node}
+        self._readers: dict[str, list[Any]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
         self._replaced: dict[str, list[Any]] = {}
+        self._added: list[Any] = []
+        self.contrib = False
 
-    def linear(self, path: str, decision: Quantize, site: str) -> None:
-        """Quantise the product of the linear layer at ``path``."""
+    def linear(self, paths: Sequence[str], layer: Layer, site: str) -> None:
+        """Replace the linear layer whose products stand at ``paths`` by the products of ``layer``."""
+        old = [node for path in paths for node in self._product_and_bias(path, site)]
+        source = next(name for name in old[0].input if name not in self._tensors)
+        name, output = old[0].name, old[-1].output[0]
+        nodes: list[Any] = []
+        for position, factor in enumerate(layer):
+            last = position == len(layer) - 1
+            summed = output if last else f"{name}/{position}"
+            product = summed if factor.bias is None else f"{name}/{position}/product"
+            nodes += self._product(source, factor.weight, f"{name}/{position}", product)
+            if factor.bias is not None:
+                bias = self._constant(f"{name}/{position}/bias", factor.bias)
+                nodes.append(self._make("Add", [product, bias], summed))
+            source = summed
+        for node in old:
+            self._replaced[node.name] = []
+        # Where the last of the old nodes stood, all that the new ones read is there.
+        self._replaced[old[-1].name] = nodes
+
+    def _product_and_bias(self, path: str, site: str) -> list[Any]:
         scope = _scope(path)
         node = self._nodes.get(f"{scope}/MatMul") or self._nodes.get(f"{scope}/Gemm")
         if node is None or node.input[1] not in self._tensors:
             raise RuntimeBuildError(f"{site}: not carried out: the exported graph has no product at {scope}")
-        stored = self._onnx.numpy_helper.to_array(self._tensors[node.input[1]])
-        transposed = any(a.name == "transB" and a.i for a in node.attribute)
-        weight = np.ascontiguousarray(stored if transposed else stored.T, dtype=np.float32)
-        # A Gemm is a product and its bias; the bias stays a node of its own.
-        product = f"{node.name}/product" if len(node.input) > 2 else node.output[0]
-        nodes = self._product(node.input[0], weight, decision, node.name, product)
-        if len(node.input) > 2:
-            nodes.append(self._make("Add", [product, node.input[2]], node.output[0]))
-        self._replaced[node.name] = nodes
+        readers = self._readers.get(node.output[0], [])
+        if len(node.input) == 2 and len(readers) == 1 and readers[0].name == f"{scope}/Add":
+            return [node, readers[0]]
+        return [node]
 
-    def _product(self, source: str, weight: np.ndarray, decision: Quantize, name: str, output: str) -> list[Any]:
-        if decision.weight_bits == 8:
-            found = per_channel(weight)
-            values = self._constant(f"{name}/weight", np.ascontiguousarray(found.values.T))
-            scales = self._constant(f"{name}/scale", found.scales[:, 0])
-            return [self._make("DynamicQuantizeMatMul", [source, values, scales], output, contrib=True)]
-        if decision.weight_bits == 16:
-            half = self._constant(f"{name}/weight", np.ascontiguousarray(weight.T).astype(np.float16))
+    def _product(self, source: str, weight: Packed, name: str, output: str) -> list[Any]:
+        if weight.bits == 32:
+            values = self._constant(f"{name}/weight", weight.values.T)
+            return [self._make("MatMul", [source, values], output)]
+        if weight.bits == 16:
+            half = self._constant(f"{name}/weight", weight.values.T)
             cast = self._make("Cast", [half], f"{half}/f32", to=self._onnx.TensorProto.FLOAT)
             return [cast, self._make("MatMul", [source, cast.output[0]], output)]
-        grouped = per_group(weight, decision.group_size)
-        unsigned = (grouped.values + 8).astype(np.uint8)
-        packed = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
-        values = self._constant(f"{name}/weight", packed)
-        scales = self._constant(f"{name}/scale", grouped.scales.reshape(-1))
+        assert weight.scales is not None
+        if weight.bits == 8:
+            values = self._constant(f"{name}/weight", weight.values.T)
+            scales = self._constant(f"{name}/scale", weight.scales[:, 0])
+            return [self._make("DynamicQuantizeMatMul", [source, values, scales], output, contrib=True)]
+        unsigned = (weight.values + 8).astype(np.uint8)
+        values = self._constant(f"{name}/weight", unsigned[..., 0::2] | (unsigned[..., 1::2] << 4))
+        scales = self._constant(f"{name}/scale", weight.scales.reshape(-1))
         attributes = {
             "K": weight.shape[1],
             "N": weight.shape[0],
             "bits": 4,
-            "block_size": decision.group_size,
+            "block_size": weight.values.shape[2],
             # Level 4 lets the kernel compute on 8-bit activations, which is what makes it faster than unpacking.
             "accuracy_level": 4,
         }
         return [self._make("MatMulNBits", [source, values, scales], output, contrib=True, **attributes)]
 
-    def table(self, path: str, decision: Quantize, site: str) -> None:
-        """Quantise the embedding table at ``path``."""
+    def table(self, path: str, weight: Packed, site: str) -> None:
+        """Replace the embedding table at ``path``, ``rows x width``."""
         node = self._nodes.get(f"{_scope(path)}/Gather")
         if node is None or node.input[0] not in self._tensors:
             raise RuntimeBuildError(f"{site}: not carried out: the exported graph has no look-up at {_scope(path)}")
-        weight = np.asarray(self._onnx.numpy_helper.to_array(self._tensors[node.input[0]]), dtype=np.float32)
         rows, output, name = node.input[1], node.output[0], node.name
-        if decision.weight_bits == 4:
-            grouped = per_group(weight, decision.group_size)
-            flat = grouped.values.reshape(weight.shape)
-            unsigned = (flat + 8).astype(np.uint8)
-            packed = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
-            values = self._constant(f"{name}/table", packed)
-            scales = self._constant(f"{name}/scale", grouped.scales[..., 0])
-            attributes = {"bits": 4, "block_size": decision.group_size, "gather_axis": 0, "quantize_axis": 1}
+        if weight.bits == 4:
+            assert weight.scales is not None
+            unsigned = (weight.values + 8).astype(np.uint8).reshape(weight.shape)
+            values = self._constant(f"{name}/table", unsigned[:, 0::2] | (unsigned[:, 1::2] << 4))
+            scales = self._constant(f"{name}/scale", weight.scales[..., 0])
+            attributes = {
+                "bits": 4,
+                "block_size": weight.values.shape[2],
+                "gather_axis": 0,
+                "quantize_axis": 1,
+            }
             nodes = [self._make("GatherBlockQuantized", [values, rows, scales], output, contrib=True, **attributes)]
-        elif decision.weight_bits == 8:
-            found = per_channel(weight)
-            values = self._constant(f"{name}/table", found.values)
-            scales = self._constant(f"{name}/scale", found.scales)
+        elif weight.bits == 8:
+            assert weight.scales is not None
+            values = self._constant(f"{name}/table", weight.values)
+            scales = self._constant(f"{name}/scale", weight.scales)
             nodes = [
                 self._make("Gather", [values, rows], f"{name}/int8"),
                 self._make("Cast", [f"{name}/int8"], f"{name}/f32", to=self._onnx.TensorProto.FLOAT),
@@ -240,28 +282,29 @@ class _Writer:
                 self._make("Mul", [f"{name}/f32", f"{name}/row_scale"], output),
             ]
         else:
-            half = self._constant(f"{name}/table", weight.astype(np.float16))
+            values = self._constant(f"{name}/table", weight.values)
             nodes = [
-                self._make("Gather", [half, rows], f"{name}/f16"),
-                self._make("Cast", [f"{name}/f16"], output, to=self._onnx.TensorProto.FLOAT),
+                self._make("Gather", [values, rows], f"{name}/narrow"),
+                self._make("Cast", [f"{name}/narrow"], output, to=self._onnx.TensorProto.FLOAT),
             ]
         self._replaced[name] = nodes
 
-    def finish(self) -> None:
-        """Put the new nodes in place of the old ones, and leave out initialisers that nothing reads any more."""
-        nodes = [new for old in self._graph.node for new in self._replaced.get(old.name, [old])]
-        kept = [self._onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del self._graph.node[:]
-        self._graph.node.extend(kept)
-        read = {name for node in self._graph.node for name in node.input}
-        for tensor in [t for t in self._graph.initializer if t.name not in read]:
-            self._graph.initializer.remove(tensor)
+    def finish(self, graph: Any) -> None:
+        """Fill the empty ``graph``: new nodes in place of the old ones, and only the initialisers that are read."""
+        graph.name = self._graph.name
+        graph.input.extend(self._graph.input)
+        graph.output.extend(self._graph.output)
+        graph.node.extend(new for old in self._graph.node for new in self._replaced.get(old.name, [old]))
+        read = {name for node in graph.node for name in node.input}
+        graph.initializer.extend(t for t in self._graph.initializer if t.name in read)
+        graph.initializer.extend(self._added)
 
     def _constant(self, name: str, value: np.ndarray) -> str:
-        self._graph.initializer.append(self._onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self._added.append(self._onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
     def _make(self, kind: str, inputs: list[str], output: str, *, contrib: bool = False, **attributes: int) -> Any:
+        self.contrib |= contrib
         domain = _CONTRIB if contrib else ""
         node = self._onnx.helper.make_node(kind, inputs, [output], name=f"{output}/{kind}", domain=domain)
         node.attribute.extend(self._onnx.helper.make_attribute(name, value) for name, value in attributes.items())

@@ -1,9 +1,10 @@
 """OpenVINO on CPU: the classifier becomes an IR in which each site is quantised as the plan says.
 
-The quantised graph is written directly: a site's weights are replaced by integers with their scales, in the form that
-the CPU plugin executes without unpacking, and at 8 bits its input is quantised with a range observed on calibration
-rows. Compared with a general quantiser this takes a tenth of the time, mixes bit widths per site in one pass, and a
-decision that finds no node is an error instead of being skipped.
+A model is converted once per depth; a candidate is a copy of that graph in which each linear layer is replaced by its
+piece: narrower, factorised, or in integers with their scales in the form that the CPU plugin executes without
+unpacking, at 8 bits with a quantised input. Compared with converting and quantising each candidate this takes a
+fraction of the time, mixes bit widths per site in one pass, and a piece that finds no node is an error instead of
+being skipped.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ from autocompress.anatomy import ModelShape
 from autocompress.config import TargetConfig
 from autocompress.errors import RuntimeBuildError
 from autocompress.model import EncoderModel
-from autocompress.plan import CompressionPlan, Quantize
+from autocompress.pieces import Layer, Piece
+from autocompress.plan import CompressionPlan
+from autocompress.predict import Product
 from autocompress.runtimes.base import (
     Artifact,
     LogitsOnly,
     Runtime,
     Session,
+    Template,
     example_inputs,
-    linear_paths,
+    products,
     stand_in_value,
 )
 from autocompress.task import Batch
-from autocompress.transforms.quantize import ActivationRange, activation_ranges, per_channel, per_group
+from autocompress.transforms.quantize import ActivationRange, Packed
 
 _STAND_IN_BYTES = 4096
 """Float constants from this size on are replaced in a stand-in."""
@@ -83,27 +87,39 @@ class OpenVINORuntime(Runtime):
     def check(self, plan: CompressionPlan, shape: ModelShape) -> None:
         """Accept everything that a `Quantize` can say: 16, 8 (with 8-bit activations in linear layers) and 4 bits."""
 
-    def build(self, model: EncoderModel, plan: CompressionPlan, calibration: Sequence[Batch], folder: Path) -> Artifact:
-        quantize = plan.of_type(Quantize)
-        graph, inputs = _convert(model, calibration[0])
-        static = any(q.activation_bits == 8 for q in quantize.values())
-        ranges = activation_ranges(model, calibration) if static else {}
-        nodes = {node.get_friendly_name(): node for node in graph.get_ordered_ops()}
-        writer = _Writer(ranges)
-        for site, decision in quantize.items():
-            if site == "embeddings":
-                for path in model.layout.embeddings:
-                    writer.table(_node(nodes, f"__module.m.{path}/aten::embedding/Gather", site), decision)
-            else:
-                for path in linear_paths(model, site):
-                    node = _node(nodes, f"__module.m.{path}/aten::linear/MatMul", site)
-                    writer.linear(node, decision, path)
-        graph.validate_nodes_and_infer_types()
-        ov = _openvino()
-        ov.save_model(graph, folder / "model.xml", compress_to_fp16=False)
-        artifact = Artifact(folder, self.name, ("model.xml", "model.bin"), inputs, plan)
+    def template(self, model: EncoderModel, example: Batch) -> Template:
+        graph, inputs = _convert(model, example)
+        _free_widths(graph, model.layout.blocks)
+        return Template(graph, inputs, products(model), model.layout)
+
+    def stitch(self, template: Template, pieces: Mapping[str, Piece], plan: CompressionPlan, folder: Path) -> Artifact:
+        graph = template.graph.clone()
+        writer = _Writer(graph)
+        for site, piece in pieces.items():
+            for path, layer in zip(template.layout.linears(site), piece, strict=True):
+                if site == "embeddings":
+                    writer.table(path, layer[0].weight, site)
+                else:
+                    writer.linear(template.products[path], layer, site)
+        try:
+            graph.validate_nodes_and_infer_types()
+        except RuntimeError as error:
+            line = str(error).strip().splitlines()[-1]
+            raise RuntimeBuildError(f"the stitched graph is not consistent ({line})") from None
+        # The converter's names are long, and those of new nodes count up through the process: files of one plan would
+        # differ in size. Inputs and outputs are known by their tensors' names.
+        for number, node in enumerate(graph.get_ordered_ops()):
+            node.set_friendly_name(f"n{number}")
+        _openvino().save_model(graph, folder / "model.xml", compress_to_fp16=False)
+        artifact = Artifact(folder, self.name, ("model.xml", "model.bin"), template.inputs, plan)
         artifact.save()
         return artifact
+
+    def weight_bytes(self, product: Product) -> float:
+        weights = product.outer * product.inner
+        if product.bits == 8:
+            return weights + (2 if product.kind == "embedding" else 4) * product.outer
+        return weights * product.bits / 8 + (2 * weights / product.group if product.bits == 4 else 0)
 
     def load(self, artifact: Artifact, target: TargetConfig) -> OpenVINOSession:
         core = _openvino().Core()
@@ -162,72 +178,100 @@ def _convert(model: EncoderModel, batch: Batch) -> tuple[Any, tuple[str, ...]]:
     return graph, tuple(example)
 
 
-def _node(nodes: Mapping[str, Any], name: str, site: str) -> Any:
-    if name not in nodes:
-        raise RuntimeBuildError(f"{site}: not carried out: the converted graph has no node {name}")
-    return nodes[name]
+def _free_widths(graph: Any, blocks: str) -> None:
+    """Let reshapes within the blocks infer the number of heads, which the converter has written into them.
+
+    They read ``0 0 heads size``, ``0 heads 0 size`` and ``0 0 width``, where 0 copies a dimension.
+    """
+    ov = _openvino()
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != "Reshape" or not node.get_friendly_name().startswith(f"{_scope(blocks)}."):
+            continue
+        source = node.input_value(1).get_node()
+        shape = np.array(source.data) if source.get_type_name() == "Constant" else np.array([-1])
+        if (shape >= 0).all():
+            shape[np.flatnonzero(shape)[0]] = -1
+            node.input(1).replace_source_output(ov.opset13.constant(shape).output(0))
+    graph.validate_nodes_and_infer_types()
 
 
 class _Writer:
-    """Rewrites the weights and inputs of graph nodes."""
+    """Puts pieces into a graph."""
 
-    def __init__(self, ranges: Mapping[str, ActivationRange]) -> None:
+    def __init__(self, graph: Any) -> None:
         self._ov = _openvino()
         self._op = self._ov.opset13
-        self._ranges = ranges
+        self._nodes = {node.get_friendly_name(): node for node in graph.get_ordered_ops()}
         self._quantized_inputs: dict[str, Any] = {}
 
-    def linear(self, node: Any, decision: Quantize, path: str) -> None:
-        """Quantise a MatMul with weights ``out x in`` at its second input."""
-        port = 1
-        weight = _weight(node, port)
-        if decision.weight_bits == 8:
-            found = per_channel(weight)
-            values = self._op.convert(self._op.constant(found.values), "f32")
-            packed = self._op.multiply(values, self._op.constant(found.scales))
-            if decision.activation_bits == 8:
-                node.input(0).replace_source_output(self._quantized(node.input_value(0), self._ranges[path]))
-        else:
-            packed = self._packed(weight, decision)
-        node.input(port).replace_source_output(packed.output(0))
+    def linear(self, paths: Sequence[str], layer: Layer, site: str) -> None:
+        """Replace the linear layer whose products stand at ``paths`` by the products of ``layer``."""
+        first = self._node(f"{_scope(paths[0])}/aten::linear/MatMul", site)
+        product = self._node(f"{_scope(paths[-1])}/aten::linear/MatMul", site)
+        last = self._nodes.get(f"{_scope(paths[-1])}/aten::linear/Add", product)
+        source, rank = first.input_value(0), len(last.get_output_partial_shape(0))
+        readers = last.output(0).get_target_inputs()
+        # Until the whole graph is validated, the source has the width that it had before the layers below it shrank.
+        entry = self._op.parameter([*[-1] * (rank - 1), layer[0].weight.shape[1]])
+        output = entry.output(0)
+        for position, factor in enumerate(layer):
+            if factor.span is not None:
+                output = self._quantized(output, factor.span, source if position == 0 else output)
+            output = self._op.matmul(output, self._stored(factor.weight), False, True).output(0)
+            if factor.bias is not None:
+                bias = factor.bias.reshape((*[1] * (rank - 1), -1))
+                output = self._op.add(output, self._op.constant(bias)).output(0)
+        for reader in entry.output(0).get_target_inputs():
+            reader.replace_source_output(source)
+        output.get_node().set_friendly_name(last.get_friendly_name())
+        for reader in readers:
+            reader.replace_source_output(output)
 
-    def table(self, node: Any, decision: Quantize) -> None:
-        """Quantise a Gather with a table ``rows x width`` at its first input."""
-        weight = _weight(node, 0)
-        if decision.weight_bits == 8:
-            found = per_channel(weight)
-            values = self._op.convert(self._op.constant(found.values), "f16")
-            scaled = self._op.multiply(values, self._op.constant(found.scales.astype(np.float16)))
-            packed = self._op.convert(scaled, "f32")
+    def table(self, path: str, weight: Packed, site: str) -> None:
+        """Replace the embedding table at ``path``, ``rows x width``."""
+        node = self._node(f"{_scope(path)}/aten::embedding/Gather", site)
+        if weight.bits == 8:
+            assert weight.scales is not None
+            # Half-precision scales: rows are unpacked one by one, and twice the bytes would buy no accuracy.
+            values = self._op.convert(self._op.constant(weight.values), "f16")
+            scaled = self._op.multiply(values, self._op.constant(weight.scales.astype(np.float16)))
+            stored = self._op.convert(scaled, "f32")
         else:
-            packed = self._packed(weight, decision)
-        node.input(0).replace_source_output(packed.output(0))
+            stored = self._stored(weight)
+        node.input(0).replace_source_output(stored.output(0))
 
-    def _packed(self, weight: np.ndarray, decision: Quantize) -> Any:
-        if decision.weight_bits == 16:
-            return self._op.convert(self._op.constant(weight.astype(np.float16)), "f32")
-        found = per_group(weight, decision.group_size)
-        tensor = self._ov.Tensor(self._ov.Type.i4, self._ov.Shape(found.values.shape))
-        nibbles = found.values.reshape(-1).view(np.uint8) & 0x0F
+    def _node(self, name: str, site: str) -> Any:
+        if name not in self._nodes:
+            raise RuntimeBuildError(f"{site}: not carried out: the converted graph has no node {name}")
+        return self._nodes[name]
+
+    def _stored(self, weight: Packed) -> Any:
+        """Return the nodes that unpack ``weight`` to float32, in the form that the CPU plugin recognises."""
+        if weight.bits == 32:
+            return self._op.constant(weight.values)
+        if weight.bits == 16:
+            return self._op.convert(self._op.constant(weight.values), "f32")
+        assert weight.scales is not None
+        if weight.bits == 8:
+            values = self._op.convert(self._op.constant(weight.values), "f32")
+            return self._op.multiply(values, self._op.constant(weight.scales))
+        tensor = self._ov.Tensor(self._ov.Type.i4, self._ov.Shape(weight.values.shape))
+        nibbles = weight.values.reshape(-1).view(np.uint8) & 0x0F
         tensor.data[:] = (nibbles[0::2] | (nibbles[1::2] << 4)).view(tensor.data.dtype).reshape(tensor.data.shape)
         values = self._op.convert(self._op.constant(tensor), "f16")
-        scaled = self._op.multiply(values, self._op.constant(found.scales.astype(np.float16)))
+        scaled = self._op.multiply(values, self._op.constant(weight.scales.astype(np.float16)))
         flat = self._op.reshape(scaled, self._op.constant(np.array(weight.shape, dtype=np.int64)), False)
         return self._op.convert(flat, "f32")
 
-    def _quantized(self, source: Any, span: ActivationRange) -> Any:
+    def _quantized(self, value: Any, span: ActivationRange, source: Any) -> Any:
+        """Return ``value`` on the grid of ``span``; what stands for the same ``source`` is quantised once."""
         # Query, key and value read the same tensor: they share one quantised copy of it.
         key = f"{source.get_node().get_friendly_name()}:{source.get_index()}:{span.low}:{span.high}"
         if key not in self._quantized_inputs:
             low, high = (self._op.constant(np.array(end, dtype=np.float32)) for end in (span.low, span.high))
-            self._quantized_inputs[key] = self._op.fake_quantize(source, low, high, low, high, 256)
+            self._quantized_inputs[key] = self._op.fake_quantize(value, low, high, low, high, 256)
         return self._quantized_inputs[key].output(0)
 
 
-def _weight(node: Any, port: int) -> np.ndarray:
-    source = node.input_value(port).get_node()
-    while source.get_type_name() != "Constant":
-        if source.get_type_name() != "Convert":
-            raise RuntimeBuildError(f"{node.get_friendly_name()}: its weights are not a constant")
-        source = source.input_value(0).get_node()
-    return np.array(source.data, dtype=np.float32)
+def _scope(path: str) -> str:
+    return f"__module.m.{path}"

@@ -7,7 +7,8 @@ input, the mean over calibration rows of each row's smallest and largest value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,31 +37,54 @@ def check_groups(site: Site, decision: Quantize, rank: int) -> None:
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
-    """Integers and scales of one weight matrix: ``values * scales`` approximates it.
+class Packed:
+    """A weight matrix in the numbers that are stored: ``values * scales`` approximates it.
 
     Args:
-        values: int8, ``out x in`` per channel, ``out x groups x group`` in groups.
-        scales: float32, ``out x 1`` or ``out x groups x 1``.
+        bits: 32, 16, 8 or 4.
+        values: float32 or float16 ``out x in``; int8 ``out x in`` at 8 bits, ``out x groups x group`` at 4.
+        scales: float32, ``out x 1`` at 8 bits, ``out x groups x 1`` at 4, None where values are floats.
     """
 
+    bits: int
     values: np.ndarray
-    scales: np.ndarray
+    scales: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sizes of the matrix, ``out x in``."""
+        return self.values.shape[0], math.prod(self.values.shape[1:])
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of values and float32 scales in a file that packs two 4-bit numbers in one byte."""
+        values = self.values.size // 2 if self.bits == 4 else self.values.nbytes
+        return values + (0 if self.scales is None else self.scales.nbytes)
 
     def restored(self) -> np.ndarray:
         """Return the approximation, ``out x in``, float32."""
-        return np.asarray((self.values * self.scales).reshape(self.values.shape[0], -1))
+        scaled = self.values if self.scales is None else self.values * self.scales
+        return np.asarray(scaled, dtype=np.float32).reshape(self.shape)
 
 
-def per_channel(weight: np.ndarray) -> QuantizedWeight:
+def packed(weight: np.ndarray, decision: Quantize | None) -> Packed:
+    """Return ``weight`` (``out x in``, float32) as ``decision`` stores it, or as it is."""
+    if decision is None:
+        return Packed(32, np.ascontiguousarray(weight, dtype=np.float32))
+    if decision.weight_bits == 16:
+        return Packed(16, weight.astype(np.float16))
+    return per_channel(weight) if decision.weight_bits == 8 else per_group(weight, decision.group_size)
+
+
+def per_channel(weight: np.ndarray) -> Packed:
     """Quantise ``weight`` (``out x in``) to 8 bits with one scale per output channel."""
     scales = np.abs(weight).max(axis=1, keepdims=True) / 127.0
     scales[scales == 0] = 1.0
     values = np.rint(weight / scales).astype(np.int8)
-    return QuantizedWeight(values, scales.astype(np.float32))
+    return Packed(8, values, scales.astype(np.float32))
 
 
-def per_group(weight: np.ndarray, group_size: int) -> QuantizedWeight:
+def per_group(weight: np.ndarray, group_size: int) -> Packed:
     """Quantise ``weight`` (``out x in``) to 4 bits, -8..7, with one scale per ``group_size`` inputs.
 
     Raises:
@@ -85,7 +109,7 @@ def per_group(weight: np.ndarray, group_size: int) -> QuantizedWeight:
             best_scales = np.where(better, scales, best_scales)
             best_error = np.where(better, error, best_error)
     assert best_values is not None and best_scales is not None
-    return QuantizedWeight(best_values.astype(np.int8), best_scales.astype(np.float32))
+    return Packed(4, best_values.astype(np.int8), best_scales.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -104,30 +128,54 @@ class ActivationRange:
         return cls(-zero * step, (255 - zero) * step)
 
 
-def activation_ranges(model: EncoderModel, batches: Sequence[Batch]) -> dict[str, ActivationRange]:
-    """Observe the input of every linear layer, padding left out.
+@dataclass(frozen=True)
+class Activations:
+    """What the linear layers of a model read on calibration rows, padding left out.
 
-    Returns:
-        The range by module path.
+    Args:
+        values: ``tokens x channels`` (``rows x channels`` behind the pooling), float32, by the path of the first layer
+            that reads the tensor.
+        readers: for each linear layer's path, the path under which its input stands.
+        starts: the first token of each row.
     """
-    lows: dict[str, list[float]] = {}
-    highs: dict[str, list[float]] = {}
-    mask = torch.zeros(0)
 
-    def observe(path: str) -> object:
+    values: Mapping[str, np.ndarray]
+    readers: Mapping[str, str]
+    starts: np.ndarray
+
+    def read_by(self, path: str) -> np.ndarray:
+        """Return the input of the layer at ``path``, ``tokens x channels``."""
+        return self.values[self.readers[path]]
+
+    def span(self, values: np.ndarray) -> ActivationRange:
+        """Return the 8-bit range of ``values`` (``tokens x channels``): the mean over rows of what each row reaches."""
+        starts = self.starts if len(values) > len(self.starts) else np.arange(len(self.starts))
+        low = np.minimum.reduceat(values.min(axis=1), starts).mean()
+        high = np.maximum.reduceat(values.max(axis=1), starts).mean()
+        return ActivationRange.around(float(low), float(high))
+
+
+def observe(model: EncoderModel, batches: Sequence[Batch]) -> Activations:
+    """Run ``batches`` and keep the input of every linear layer; the model is left unchanged."""
+    found: dict[str, list[np.ndarray]] = {}
+    readers: dict[str, str] = {}
+    lengths: list[int] = []
+    mask = torch.zeros(0)
+    seen: dict[int, tuple[str, torch.Tensor]] = {}
+
+    def note(path: str) -> object:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             value = inputs[0]
-            low, high = value, value
-            if value.ndim == 3 and value.shape[:2] == mask.shape:
-                padding = (mask == 0)[..., None]
-                low, high = value.masked_fill(padding, torch.inf), value.masked_fill(padding, -torch.inf)
-            lows.setdefault(path, []).extend(low.flatten(1).amin(dim=1).tolist())
-            highs.setdefault(path, []).extend(high.flatten(1).amax(dim=1).tolist())
+            # Query, key and value read one tensor, which is kept once; held, so that its id stays its own.
+            first = readers.setdefault(path, seen.setdefault(id(value), (path, value))[0])
+            if first == path:
+                tokens = value[mask.bool()] if value.ndim == 3 and value.shape[:2] == mask.shape else value
+                found.setdefault(path, []).append(tokens.flatten(0, -2).numpy().copy())
 
         return hook
 
     handles = [
-        layer.register_forward_pre_hook(observe(path))  # type: ignore[arg-type]
+        layer.register_forward_pre_hook(note(path))  # type: ignore[arg-type]
         for path, layer in model.module.named_modules()
         if isinstance(layer, nn.Linear)
     ]
@@ -135,8 +183,11 @@ def activation_ranges(model: EncoderModel, batches: Sequence[Batch]) -> dict[str
         with torch.no_grad():
             for batch in batches:
                 mask = batch.attention_mask
+                lengths += mask.sum(dim=1).tolist()
+                seen.clear()
                 model.module(**batch.inputs())
     finally:
         for handle in handles:
             handle.remove()
-    return {path: ActivationRange.around(float(np.mean(lows[path])), float(np.mean(highs[path]))) for path in lows}
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    return Activations({path: np.concatenate(parts) for path, parts in found.items()}, readers, starts)

@@ -1,0 +1,326 @@
+"""One search from start to end: the reference, candidates, recovered points, confirmed latencies, baselines, results.
+
+The driver is the only process that writes the study. Whatever is interrupted here is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autocompress import machine
+from autocompress.config import RunConfig
+from autocompress.errors import StudyError
+from autocompress.evaluate import Progress, Workshop
+from autocompress.pareto import costs, nondominated_ranks, volume
+from autocompress.plan import MODEL_SITE, CompressionPlan, Recover
+from autocompress.records import Candidate
+from autocompress.report import page, tables
+from autocompress.report.comparison import Comparison
+from autocompress.report.tables import write_aside
+from autocompress.stopwatch import Stopwatch
+from autocompress.study import Study, identity_of
+
+ENVIRONMENT_SCHEMA = 1
+BASELINES = "baselines"
+"""Folder within the results folder; each baseline is a search of its own in it."""
+_TABLE_SECONDS = 5.0
+"""Least time between two writes of ``study.csv`` while candidates come in."""
+
+Watch = Callable[["SearchStatus"], None]
+
+
+@dataclass(frozen=True)
+class SearchStatus:
+    """How far a search is.
+
+    Args:
+        done: candidates that were evaluated, failed ones included.
+        total: candidates in the end.
+        failed: of those done.
+        stopped: of those done, given up because they could not reach the front.
+        front: points on it.
+        gain: hypervolume over that of the uniform plans measured so far, or None without any.
+        seconds_each: wall time a candidate, since this command began to evaluate.
+    """
+
+    done: int
+    total: int
+    failed: int
+    stopped: int
+    front: int
+    gain: float | None
+    seconds_each: float
+
+    @property
+    def seconds_left(self) -> float:
+        """What is left at the present speed."""
+        return (self.total - self.done) * self.seconds_each
+
+    def words(self) -> str:
+        """Say it on one line."""
+        gain = "" if self.gain is None else f", hypervolume {self.gain:.2f}x the uniform plans'"
+        return (
+            f"{self.done}/{self.total} candidates, {self.failed} failed, {self.stopped} stopped early, {self.front} on "
+            f"the front{gain}, {self.seconds_each:.1f} s each, {self.seconds_left:.0f} s left"
+        )
+
+
+def drive(run: RunConfig, folder: Path, *, progress: Progress, watch: Watch | None = None) -> None:
+    """Run or continue the search of ``run`` in ``folder`` to its end and write its results."""
+    clock = Stopwatch()
+    with clock("all"):
+        with clock("start"):
+            workshop = Workshop(run, folder / "artefacts", progress)
+            space = workshop.space
+        with clock("reference"):
+            _ensure_environment(folder, workshop, progress)
+        data = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
+        identity = identity_of(run, model=workshop.teacher.base, data=data, space=space)
+        # Latencies of two machines are not to be mixed in one study.
+        identity["machine"] = machine.fingerprint()["id"]
+        study = Study(folder, run, identity=identity, space=space, writable=True, predictor=workshop.predictor)
+        try:
+            if study.repaired is not None:
+                progress(f"the study's last record was torn and was cut off; the file as it was: {study.repaired.name}")
+            if study.interrupted:
+                progress(f"{study.interrupted} interrupted candidates are evaluated again")
+            write_aside(folder / "run.yaml", run.to_yaml())
+            if study.remaining:
+                with clock("candidates"):
+                    _evaluate(study, workshop, progress, watch)
+            with clock("recovery"):
+                _recover(study, workshop, progress)
+            with clock("confirmation"):
+                _confirm(study, workshop, progress)
+            _write_predictions(study)
+            with clock("baselines"):
+                for name in run.baselines:
+                    _baseline(name, study, workshop, progress)
+            with clock("results"):
+                workshop.bank.trim()
+                write_results(study, shared_rows=workshop.task.shared_rows)
+        finally:
+            study.close()
+    spent = {"driver": clock.seconds, "bank": workshop.bank.made_seconds, "ask": study.ask_seconds}
+    write_aside(folder / "timing.json", json.dumps(spent, indent=1))
+    progress(f"{study.finished} candidates, {len(study.front())} on the front; {clock.seconds['all']:.0f} s")
+
+
+def _evaluate(study: Study, workshop: Workshop, progress: Progress, watch: Watch | None) -> None:
+    """Have the remaining candidates evaluated."""
+    run = study.run
+    total, reference, majority = run.search.trials, study.reference, workshop.majority
+    progress(f"evaluating {study.remaining} of {total} candidates with {workshop.runtime.name}")
+    began, before, written = time.perf_counter(), study.finished, 0.0
+
+    def told(candidate: Candidate) -> None:
+        nonlocal written
+        progress(tables.candidate_line(candidate, study.finished, total, reference))
+        if time.perf_counter() - written >= _TABLE_SECONDS:
+            written = time.perf_counter()
+            tables.write_csv(study.candidates(), study.folder / "study.csv")
+        if run.search.keep_artefacts == "front":
+            _drop_dominated(study, workshop.artefacts, candidate)
+        if watch is not None:
+            each = (time.perf_counter() - began) / (study.finished - before)
+            watch(_status(study, reference, majority, each))
+
+    # Ray is imported where it is needed: a finished search only rewrites its report.
+    from autocompress.distribute import execute
+
+    execute(study, _run_for_workers(workshop), workshop.artefacts, prepare=workshop.prepare, told=told)
+    if study.remaining:
+        progress(f"{study.remaining} candidates are left: the space holds no others, or Ray was stopped")
+
+
+def _status(study: Study, reference: Any, majority: float, each: float) -> SearchStatus:
+    candidates = study.candidates()
+    states = Counter(c.state for c in candidates)
+    ladder = volume([c for c in candidates if c.origin == "uniform"], reference, majority)
+    front = study.front().points
+    return SearchStatus(
+        done=study.finished,
+        total=study.run.search.trials,
+        failed=states["FAIL"],
+        stopped=states["PRUNED"],
+        front=len(front),
+        gain=volume(front, reference, majority) / ladder if ladder > 0 else None,
+        seconds_each=each,
+    )
+
+
+def _drop_dominated(study: Study, artefacts: Path, latest: Candidate) -> None:
+    """Delete the artefacts that ``latest`` pushed off the front, or its own; others may be in the making."""
+    front = {c.plan.plan_id for c in study.front().points}
+    kept = {c.plan.plan_id for c in study.candidates() if c.state == "COMPLETE"} - front
+    for plan_id in {p.name for p in artefacts.iterdir()} & kept | ({latest.plan.plan_id} - front):
+        shutil.rmtree(artefacts / plan_id, ignore_errors=True)
+
+
+def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
+    """Distil the most promising structures (rung 2), best non-dominated rank first, as many as the run file asks."""
+    wanted = study.run.search.recover - sum(c.origin == "recover" for c in study.candidates())
+    if wanted <= 0:
+        return
+    usable = [c for c in study.candidates() if c.measurement is not None and c.feasible and c.origin != "recover"]
+    ranks = nondominated_ranks(costs(usable, study.run.objectives))
+    known = {c.plan.plan_id for c in study.candidates()}
+    for candidate in sorted(usable, key=lambda c: (ranks[usable.index(c)], -c.score.accuracy)):
+        plan = candidate.plan.with_decision(MODEL_SITE, Recover(epochs=study.run.recovery.epochs))
+        # Without structural decisions there is nothing that distillation could win back.
+        if not candidate.plan.structural() or plan.plan_id in known or wanted <= 0:
+            continue
+        progress(f"recovering trial {candidate.number}")
+        recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
+        gained = 100 * (recovered.score.accuracy - candidate.score.accuracy)
+        progress(f"trial {recovered.number} is trial {candidate.number} recovered: {gained:+.1f} points")
+        wanted -= 1
+
+
+def _confirm(study: Study, workshop: Workshop, progress: Progress) -> None:
+    """Time the front's points anew, one after the other; points that this pushes off the front stay in the study."""
+    pairs = study.run.search.confirm_pairs
+    done = 0
+    while pairs and (waiting := [c for c in study.front().points if not c.score.confirmed]):
+        if done == 0:
+            progress(f"confirming the latency of {len(waiting)} points")
+        for candidate in waiting:
+            measured = candidate.score
+            if not (workshop.artefacts / candidate.plan.plan_id).is_dir():
+                # Dropped when it was pushed off the front by a latency that did not hold.
+                measured = workshop.evaluate(candidate.plan)
+            study.confirm(candidate.number, workshop.confirmed(candidate.plan, measured, pairs=pairs))
+            done += 1
+    if study.run.search.keep_artefacts == "front":
+        front = {c.plan.plan_id for c in study.front().points} | {"reference"}
+        for folder in workshop.artefacts.iterdir():
+            if folder.name not in front:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_predictions(study: Study) -> None:
+    """Keep how far off predictions were that were made before their candidate was measured."""
+    assert study.predictor is not None
+    if study.predictor.errors:
+        write_aside(study.folder / "predictions.json", json.dumps(study.predictor.errors))
+
+
+def _baseline(name: str, study: Study, workshop: Workshop, progress: Progress) -> None:
+    """Run a search to hold this one against, in a folder of its own, with as many evaluations."""
+    folder = study.folder / BASELINES / name
+    (folder / "artefacts").mkdir(parents=True, exist_ok=True)
+    settings = study.run.model_dump(mode="json", by_alias=True)
+    settings["baselines"] = []
+    settings["search"] |= {"sampler": name, "seeds": False, "skip_behind": False, "recover": 0, "confirm_pairs": 0}
+    if not (folder / "artefacts" / "reference").is_dir():
+        shutil.copytree(workshop.reference_folder, folder / "artefacts" / "reference")
+        shutil.copyfile(study.folder / "environment.json", folder / "environment.json")
+    progress(f"baseline: {name} search with {study.run.search.trials} candidates")
+    drive(RunConfig.from_mapping(settings), folder, progress=lambda line: progress(f"{name}: {line}"))
+
+
+def _run_for_workers(workshop: Workshop) -> RunConfig:
+    """Return the run with everything resolved to what the driver found, so that workers look nothing up."""
+    settings = workshop.run.model_dump(mode="json", by_alias=True)
+    settings["storage"]["bank"] = str(workshop.bank.root.absolute())
+    source = Path(settings["data"]["source"])
+    settings["data"]["source"] = str(source.absolute()) if source.exists() else settings["data"]["source"]
+    settings["model"]["id"] = str(workshop.source.absolute())
+    space = Path(settings["space"])
+    settings["space"] = str(space.absolute()) if space.suffix in (".yaml", ".yml") else settings["space"]
+    return RunConfig.from_mapping(settings)
+
+
+def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) -> None:
+    """Write ``environment.json``, measuring the reference, unless both are there for this model, data and target."""
+    file = folder / "environment.json"
+    target = workshop.run.target.model_dump()
+    key = {"model": workshop.teacher.base, "data": workshop.task.fingerprint, "target": target}
+    if file.exists() and (folder / "artefacts" / "reference").is_dir():
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise StudyError(f"{file}: not readable as JSON ({error})") from None
+        if found.get("schema") != ENVIRONMENT_SCHEMA:
+            raise StudyError(f"{file}: schema must be {ENVIRONMENT_SCHEMA}, got {found.get('schema')!r}")
+        if (folder / "study.journal").exists() or found.get("key") == key:
+            if "majority" not in found:  # written by version 0.1
+                write_aside(file, json.dumps({**found, "majority": workshop.majority}, indent=1))
+            return
+    progress("measuring the uncompressed model")
+    measured = workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))
+    run = workshop.run
+    environment = {
+        "schema": ENVIRONMENT_SCHEMA,
+        "reference": dataclasses.asdict(measured),
+        "majority": workshop.majority,
+        "machine": machine.fingerprint(),
+        "target": target,
+        "runtime_options": workshop.fingerprint["runtime_options"],
+        "protocol": {
+            "accuracy": f"through the artefact, {measured.rows} search rows, real lengths up to "
+            f"{run.data.max_tokens} tokens, 95 % Wilson interval",
+            "size": "bytes of the artefact's model files",
+            "latency": f"{run.search.latency_pairs} pairs of candidate and reference in turn "
+            f"({run.search.confirm_pairs} over several loads for points of the front), inputs of "
+            f"{run.target.batch_size} x {run.target.tokens} tokens, "
+            + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")
+            + ", median of the pairs' ratios with its 95 % bootstrap interval",
+        },
+        "key": key,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_aside(file, json.dumps(environment, indent=1))
+
+
+def write_results(study: Study, *, shared_rows: int = 0) -> None:
+    """Write ``study.csv``, ``pareto.csv`` and ``report.html`` from the study."""
+    folder, front = study.folder, study.front()
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    shown = {k: v for k, v in environment.items() if k not in ("reference", "key", "schema", "majority")}
+    notes = []
+    if shared_rows:
+        notes.append(f"{shared_rows} texts stand in two splits; the run file accepts that.")
+    tables.write_csv(study.candidates(), folder / "study.csv")
+    tables.write_csv(front.points, folder / "pareto.csv")
+    page.write_report(
+        folder / "report.html",
+        title=study.run.name,
+        front=front,
+        candidates=study.candidates(),
+        environment=shown,
+        notes=notes,
+        comparison=comparison_of(study),
+    )
+
+
+def comparison_of(study: Study) -> Comparison | None:
+    """Return what a study is held against: its own uniform plans, and a random search where there was one.
+
+    None for a study of version 0.1, which does not know the majority-class rate.
+    """
+    majority = study.majority
+    if majority is None:
+        return None
+    folder = study.folder / BASELINES / "random"
+    random = _searched(Study(folder, RunConfig.from_file(folder / "run.yaml"))) if folder.is_dir() else None
+    file = study.folder / "predictions.json"
+    errors: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    predictor: dict[str, float] = {}
+    for name, values in errors.items():
+        sizes = [abs(value) for value in values]
+        predictor[f"{name}: mean absolute error of {len(sizes)} predictions before measuring"] = sum(sizes) / len(sizes)
+        predictor[f"{name}: worst of them"] = max(sizes)
+    return Comparison(majority, _searched(study), random=random, predictor=predictor or None)
+
+
+def _searched(study: Study) -> Sequence[Candidate]:
+    return [c for c in study.candidates() if c.origin != "recover"]

@@ -1,0 +1,190 @@
+"""What a search will take, before it is begun: counted where it can be counted, else from a few measured moments.
+
+Training is timed over some steps, candidates over a few plans of the space on the model as it is, with a bank of its
+own that is thrown away. Nothing of it enters a study.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autocompress import machine, model, training
+from autocompress.binding import NO_STUDENT, BoundSpace, bind
+from autocompress.config import RunConfig
+from autocompress.evaluate import Workshop, torch_threads
+from autocompress.plan import CompressionPlan, Quantize
+from autocompress.space import SearchSpace, Value
+
+_STEPS = 6
+"""Training steps that are timed, after one that is not."""
+_PLANS = 6
+"""Random plans that are built and scored."""
+_CALIBRATION_ROWS = 64
+_START_SECONDS = 15.0
+"""Starting Ray and its workers, and reading model and data in each."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a search will take on this machine.
+
+    Args:
+        plans: distinct parameter sets of the space.
+        parameters: most parameters that one plan has.
+        sites: places where decisions are made.
+        pieces: entries of the bank, if every combination of choices at every site were taken.
+        finetune_seconds: to train the model's head, 0 if it has one.
+        students_seconds: to distil all students, where a plan asks for them.
+        bank_seconds: importance scores, sensitivities and the reference.
+        candidate_seconds: wall time a candidate, with all workers at work.
+        total_seconds: the whole search with its number of trials, from an empty bank.
+        disk_mb: bank and artefacts, 1e6 bytes.
+        memory_mb: driver and workers, 1e6 bytes.
+    """
+
+    plans: int
+    parameters: int
+    sites: int
+    pieces: int
+    finetune_seconds: float
+    students_seconds: float
+    bank_seconds: float
+    candidate_seconds: float
+    total_seconds: float
+    disk_mb: float
+    memory_mb: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: round(v, 2) if isinstance(v, float) else v for name, v in asdict(self).items()}
+
+
+def count_plans(space: BoundSpace) -> tuple[int, int]:
+    """Return the number of distinct parameter sets and the most parameters that one of them has."""
+    total, most = 0, 0
+    depth = [0]
+    if space.space.drop_blocks is not None:
+        depth = list(range(space.space.drop_blocks.at_most + 1))
+    for base in (NO_STUDENT, *space.students):
+        seen: set[tuple[str, Value]] = set()
+        for dropped in depth:
+            chosen: dict[str, Sequence[Value]] = {}
+            upper: tuple[str, Value] = ("drop_blocks", 0)
+
+            def choose(
+                name: str,
+                choices: Sequence[Value],
+                base: str = base,
+                dropped: int = dropped,
+                into: dict[str, Sequence[Value]] = chosen,
+            ) -> Value:
+                nonlocal upper
+                if name == "student":
+                    return base
+                if name.startswith("drop_blocks"):
+                    upper = (name, min(dropped, *(max(int(c) for c in choices),)))
+                    return upper[1]
+                into[name] = choices
+                return choices[0]
+
+            space.decode(choose)
+            if upper in seen:  # a shallow student cannot lose as many blocks
+                continue
+            seen.add(upper)
+            total += math.prod(len(choices) for choices in chosen.values())
+            most = max(most, len(chosen) + len(space.students and [1]) + (len(depth) > 1))
+    return total, most
+
+
+def forecast(run: RunConfig) -> Forecast:
+    """Count what a search has to do and time a little of it; takes some tens of seconds.
+
+    Raises:
+        AutocompressError: if the run could not be started either.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = run.model_dump(mode="json", by_alias=True)
+        settings["data"]["calibration_rows"] = min(run.data.calibration_rows, _CALIBRATION_ROWS)
+        settings["storage"]["bank"] = str(Path(scratch) / "bank")
+        workshop = Workshop(RunConfig.from_mapping(settings), Path(scratch) / "artefacts")
+        headed = model.head_labels(workshop.source) is not None
+        loaded = model.load(workshop.source, labels=workshop.task.labels)
+        # The time of a forward pass does not depend on what was learned.
+        workshop.__dict__["teacher"] = loaded
+        space = bind(SearchSpace.load(run.space), loaded.shape)
+        epoch = _epoch_seconds(workshop, loaded)
+        started = time.perf_counter()
+        reference = workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))
+        bank_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        workshop.base(None)
+        workshop.sensitivity(None)
+        scored = run.data.calibration_rows / workshop.run.data.calibration_rows
+        bank_seconds += (time.perf_counter() - started) * scored * (1 + len(space.students))
+        each, sizes = _candidates(workshop, space)
+    cores, threads = machine.cores(), run.target.threads
+    workers = 1 if threads > 1 else run.search.workers or max(1, cores // threads)
+    candidate = each / min(workers, cores)
+    finetune = 0.0 if headed else epoch * run.model.finetune.epochs
+    students = epoch * sum(s.epochs for s in space.students.values())
+    plans, parameters = count_plans(space)
+    pieces = _count_pieces(space) * (1 + len(space.students))
+    total = finetune + students + bank_seconds + _START_SECONDS + candidate * run.search.trials
+    weights = reference.size_bytes / 1e6
+    return Forecast(
+        plans=plans,
+        parameters=parameters,
+        sites=len(loaded.shape.sites()),
+        pieces=pieces,
+        finetune_seconds=finetune,
+        students_seconds=students,
+        bank_seconds=bank_seconds,
+        candidate_seconds=candidate,
+        total_seconds=total,
+        disk_mb=weights * (2 + len(space.students)) + 2 * sizes / 1e6 * min(run.search.trials, 40),
+        memory_mb=(1 + workers) * (600 + 6 * weights),
+    )
+
+
+def _count_pieces(space: BoundSpace) -> int:
+    """Return how many combinations of decisions the sites of the full model can have."""
+    total = 0
+    for decisions in space.options(space.shape).values():
+        by_type = Counter(type(decision) for decision in decisions)
+        # Bits are always decided; a site may also be left unpruned or whole.
+        total += math.prod(count + (kind is not Quantize) for kind, count in by_type.items())
+    return total
+
+
+def _epoch_seconds(workshop: Workshop, loaded: model.EncoderModel) -> float:
+    """Return the time of one pass over the training rows, from a few steps on a copy of the model."""
+    rows = workshop.splits["train"]
+    size = workshop.run.model.finetune.batch_size
+    budget = training.TrainingBudget(
+        epochs=(_STEPS + 1) * size / len(rows), learning_rate=1e-5, batch_size=size, precision=workshop.precision()
+    )
+    moments: list[float] = []
+    with torch_threads(machine.cores()):
+        training.finetune(
+            loaded.clone().module, rows, budget, seed=0, progress=lambda _: moments.append(time.perf_counter())
+        )
+    return (moments[-1] - moments[0]) / (len(moments) - 1) * math.ceil(len(rows) / size)
+
+
+def _candidates(workshop: Workshop, space: BoundSpace) -> tuple[float, float]:
+    """Return mean seconds and bytes of random plans of the space that need no student."""
+    rng = random.Random(0)  # noqa: S311 - a draw, not a secret
+    seconds, sizes = [], []
+    for _ in range(_PLANS):
+        plan = space.decode(lambda name, choices: NO_STUDENT if name == "student" else rng.choice(choices))
+        measured = workshop.evaluate(plan)
+        seconds.append(measured.seconds)
+        sizes.append(measured.size_bytes)
+    return sum(seconds) / len(seconds), sum(sizes) / len(sizes)

@@ -1,0 +1,216 @@
+"""Pieces: what stands at one site after its decisions, as arrays that any runtime can put into a graph.
+
+A piece depends on the model, the site and what is decided there, and on nothing else in the plan. It is therefore made
+once, kept in the bank, and shared by all candidates that decide the same at that site. Ranges of activations are those
+of the model that the piece was made from: what other sites do to them is not followed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from autocompress.model import EncoderModel
+from autocompress.plan import Decision, PruneHeads, PruneNeurons, Quantize
+from autocompress.transforms import HANDLERS
+from autocompress.transforms.prune import Importance
+from autocompress.transforms.quantize import ActivationRange, Activations, Packed, packed
+
+_FILE = "piece.safetensors"
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One matrix product of a layer.
+
+    Args:
+        weight: ``out x in``.
+        bias: ``out``, float32, or None.
+        span: 8-bit grid of its input where the product is computed in integers, else None.
+    """
+
+    weight: Packed
+    bias: np.ndarray | None = None
+    span: ActivationRange | None = None
+
+
+Layer = tuple[Factor, ...]
+"""The products that stand for one linear layer, one after the other: two where it was factorised. An embedding table
+is a layer of one factor, ``rows x width``."""
+Piece = tuple[Layer, ...]
+"""The layers of a site, in the order of `Layout.linears`."""
+
+
+@functools.cache
+def code_version() -> str:
+    """Return a key of the code that makes pieces, so that a change of it makes new ones."""
+    digest = hashlib.sha256()
+    package = resources.files("autocompress")
+    for name in ("pieces.py", *(f"transforms/{n}.py" for n in ("__init__", "prune", "factorize", "quantize"))):
+        digest.update(package.joinpath(name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def make_piece(
+    model: EncoderModel,
+    site: str,
+    decisions: Sequence[Decision],
+    scores: Importance | None,
+    activations: Activations,
+) -> Piece:
+    """Carry out ``decisions`` at ``site`` of ``model``, which is given back as it was.
+
+    Args:
+        model: the model that the plan starts from.
+        site: its name in ``model``.
+        decisions: of that site, in order of application.
+        scores: importance of the model's parts, needed where something is pruned.
+        activations: of ``model`` on calibration rows.
+    """
+    quantize = next((d for d in decisions if isinstance(d, Quantize)), None)
+    if site == "embeddings":
+        tables = [model.module.get_parameter(f"{path}.weight") for path in model.layout.embeddings]
+        return tuple((Factor(packed(_array(table), quantize)),) for table in tables)
+    columns = _columns(model, site, decisions, scores)
+    own = {path: [name for name, _ in linear_modules(model, path)] for path in model.layout.linears(site)}
+    with _carried_out(model, site, decisions, scores):
+        return tuple(_layer(model, path, names, quantize, columns, activations) for path, names in own.items())
+
+
+def _layer(
+    model: EncoderModel,
+    path: str,
+    names: Sequence[str],
+    quantize: Quantize | None,
+    columns: Sequence[int] | None,
+    activations: Activations,
+) -> Layer:
+    """Return the layer at ``path``, whose products were called ``names`` when ``activations`` were observed."""
+    integers = quantize is not None and quantize.activation_bits == 8
+    factors: list[Factor] = []
+    weight, read = np.zeros((0, 0)), np.zeros((0, 0))
+    for name, module in linear_modules(model, path):
+        if integers:
+            # The second factor of a layer that is factorised here reads what the first one makes of its input.
+            known = name if name in names else names[0]
+            read = activations.read_by(known) if name in names or not factors else read @ weight.T
+            if read.shape[1] != module.in_features:
+                assert columns is not None, "only pruning narrows an input"
+                read = read[:, columns]
+        weight = _array(module.weight)
+        bias = None if module.bias is None else _array(module.bias)
+        factors.append(Factor(packed(weight, quantize), bias, activations.span(read) if integers else None))
+    return tuple(factors)
+
+
+def stand_ins(model: EncoderModel, site: str, decision: Decision, scores: Importance | None) -> dict[str, np.ndarray]:
+    """Return, by path, weights of the original shape that act as the site's layers do after ``decision``.
+
+    Only for judging decisions before anything is built: a score comes from a built artefact. What is pruned is zero in
+    the layer that reads it.
+    """
+    columns = _columns(model, site, [decision], scores)
+    if columns is not None:
+        path = model.layout.linears(site)[-1]
+        weight = _array(model.module.get_parameter(f"{path}.weight"))
+        kept = np.zeros_like(weight)
+        kept[:, columns] = weight[:, columns]
+        return {path: kept}
+    if isinstance(decision, Quantize):
+        paths = [(p, f"{p}.weight") for p in model.layout.linears(site)]
+        return {p: packed(_array(model.module.get_parameter(name)), decision).restored() for p, name in paths}
+    with _carried_out(model, site, [decision], scores):
+        found = {}
+        for path in model.layout.linears(site):
+            first, second = (_array(layer.weight) for _, layer in linear_modules(model, path))
+            found[path] = second @ first
+        return found
+
+
+def linear_modules(model: EncoderModel, path: str) -> list[tuple[str, nn.Linear]]:
+    """Return the linear layer at ``path`` with its own path, or both factors where it was factorised."""
+    return [
+        (f"{path}.{name}" if name else path, layer)
+        for name, layer in model.module.get_submodule(path).named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+
+
+def save_piece(piece: Piece, folder: Path) -> None:
+    """Write ``piece`` into ``folder``."""
+    tensors: dict[str, np.ndarray] = {}
+    for i, layer in enumerate(piece):
+        for j, factor in enumerate(layer):
+            tensors[f"{i}.{j}.values.{factor.weight.bits}"] = factor.weight.values
+            if factor.weight.scales is not None:
+                tensors[f"{i}.{j}.scales"] = factor.weight.scales
+            if factor.bias is not None:
+                tensors[f"{i}.{j}.bias"] = factor.bias
+            if factor.span is not None:
+                tensors[f"{i}.{j}.span"] = np.array([factor.span.low, factor.span.high])
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / _FILE)
+
+
+def read_piece(folder: Path) -> Piece:
+    """Read what `save_piece` wrote."""
+    tensors = load_file(folder / _FILE)
+    layers: dict[int, dict[int, Factor]] = {}
+    for name, values in tensors.items():
+        i, j, what, *bits = name.split(".")
+        if what == "values":
+            span = tensors.get(f"{i}.{j}.span")
+            layers.setdefault(int(i), {})[int(j)] = Factor(
+                Packed(int(bits[0]), values, tensors.get(f"{i}.{j}.scales")),
+                tensors.get(f"{i}.{j}.bias"),
+                None if span is None else ActivationRange(float(span[0]), float(span[1])),
+            )
+    return tuple(tuple(layers[i][j] for j in sorted(layers[i])) for i in sorted(layers))
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return np.asarray(tensor.detach().float().numpy())
+
+
+def _columns(
+    model: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance | None
+) -> list[int] | None:
+    """Return which channels of the site's inner width are kept, or None for all."""
+    for decision in decisions:
+        if isinstance(decision, (PruneHeads, PruneNeurons)):
+            assert scores is not None, "pruning needs scores"
+            block = int(site.split(".")[1])
+            if isinstance(decision, PruneNeurons):
+                return scores.best_neurons(block, decision.keep)
+            size = model.shape.blocks[block].head_size
+            return [h * size + i for h in scores.best_heads(block, decision.keep) for i in range(size)]
+    return None
+
+
+@contextmanager
+def _carried_out(
+    model: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance | None
+) -> Iterator[None]:
+    """Apply the structural decisions of one site, and put the layers back in the end."""
+    shape = model.shape
+    layers = {path: model.module.get_submodule(path) for path in model.layout.linears(site)}
+    try:
+        for decision in decisions:
+            if type(decision) in HANDLERS:
+                assert scores is not None or not isinstance(decision, (PruneHeads, PruneNeurons))
+                handler = HANDLERS[type(decision)]
+                handler.apply(model, model.shape.sites()[site], decision, scores)  # type: ignore[arg-type]
+        yield
+    finally:
+        for path, layer in layers.items():
+            model.replace(path, layer)
+        model.shape = shape

@@ -1,0 +1,246 @@
+"""Measure what a search costs, and write ``results/benchmarks/search-cost.json``.
+
+``python benchmarks/search_cost.py`` on an idle machine. It fine-tunes the demo model for three epochs (the yardstick),
+searches from an empty bank and once more with another seed from the warm one, takes the wall time apart by stage,
+times the front anew in fresh processes, and compares what `plan` forecast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+from figures import ROOT, Figures
+
+from autocompress import api, machine, pareto, scoring
+from autocompress.config import RunConfig
+from autocompress.records import Candidate
+from autocompress.runtimes import Artifact, get_runtime
+from autocompress.study import Study
+
+CANDIDATES = 200
+FIRST_POINTS = 5
+HELD_OUT = 50
+LABELS = ("empty bank", "warm bank, another seed")
+BEFORE = "d421298"
+"""The last commit that converted and quantised every candidate."""
+
+
+def command(*arguments: str, cache: Path) -> tuple[float, str]:
+    """Run a command of the package; returns its wall seconds and stdout."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "autocompress.cli", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=sys.stderr,
+        text=True,
+        check=True,
+    )
+    return time.perf_counter() - started, done.stdout
+
+
+def finetuned(cache: Path, folder: Path) -> float:
+    """Fine-tune for three epochs into ``folder``; returns the seconds."""
+    seconds, _ = command("finetune", "demo", "--set", "model.finetune.epochs=3", "--out", str(folder), cache=cache)
+    return seconds
+
+
+def first_front(study: Study, started: float) -> float:
+    """Return the seconds from the command's start until the front had its first points."""
+    done: list[Candidate] = []
+    trials = {t.number: t.datetime_complete for t in study._study.get_trials(deepcopy=False)}
+    moment = lambda c: trials[c.number].timestamp()  # type: ignore[union-attr]  # noqa: E731
+    for candidate in sorted(study.candidates(), key=moment):
+        done.append(candidate)
+        if len(pareto.Front.of(done, study.reference, study.run.objectives)) >= FIRST_POINTS:
+            return float(moment(candidate) - started)
+    return float("inf")
+
+
+def stages(study: Study) -> dict[str, float]:
+    """Return mean seconds by stage over complete candidates."""
+    complete = [c.score.stages for c in study.candidates() if c.measurement is not None]
+    return {name: mean(s.get(name, 0.0) for s in complete) for name in ("build", "load", "latency", "accuracy")}
+
+
+def busy_seconds(study: Study) -> float:
+    """Return what workers spent on building, running and timing, stopped candidates included."""
+    spent = 0.0
+    for trial in study._study.get_trials(deepcopy=False):
+        for kind in ("measurement", "stopped"):
+            spent += sum(trial.user_attrs.get(kind, {}).get("stages", {}).values())
+    return spent
+
+
+def searched(figures: Figures, out: Path, label: str, started: float, wall: float) -> Study:
+    study = api.open_study(out)
+    complete = [c for c in study.candidates() if c.measurement is not None]
+    timing: dict[str, Any] = json.loads((out / "timing.json").read_text(encoding="utf-8"))
+    figures.more[f"timing, {label}"] = timing
+    figures.more[f"stages, {label}"] = stages(study)
+    figures.add(f"{label}: candidates with accuracy on all search rows", len(complete), "candidates")
+    stopped = sum(c.state == "PRUNED" for c in study.candidates())
+    figures.add(f"{label}: candidates stopped early", stopped, "candidates")
+    figures.add(f"{label}: whole command", wall, "seconds")
+    figures.add(f"{label}: whole command by complete candidate", wall / len(complete), "seconds")
+    for name, seconds in stages(study).items():
+        figures.add(f"{label}: stage {name}", seconds, "seconds a candidate, one worker")
+    figures.add(f"{label}: training of students and their teacher's logits", _trained(timing), "seconds")
+    made = sum(seconds for kind, seconds in timing["bank"].items())
+    figures.add(f"{label}: bank made by the driver, training included", made, "seconds")
+    confirming, reference = timing["driver"]["confirmation"], timing["driver"]["reference"]
+    useful = busy_seconds(study) / machine.cores() + made + confirming + reference
+    own = 1 - useful / wall
+    figures.add(f"{label}: engine's own cost", own, "share of wall time", "<= 0.05", own <= 0.05)
+    asks = timing["ask"]
+    figures.add(f"{label}: ask, median", median(asks), "seconds", interval=[min(asks), max(asks)])
+    figures.add(f"{label}: points on the front", len(study.front()), "points")
+    gain = pareto.volume(study.front().points, study.reference, study.majority or 0.0) / pareto.volume(
+        [c for c in study.candidates() if c.origin == "uniform"], study.reference, study.majority or 0.0
+    )
+    figures.add(f"{label}: hypervolume over the uniform ladder's", gain, "times")
+    return study
+
+
+def _trained(timing: dict[str, Any]) -> float:
+    return float(timing["bank"].get("distilled", 0.0) + timing["bank"].get("teacher-logits", 0.0))
+
+
+def predictions(figures: Figures, out: Path) -> None:
+    """Judge predictions that were made before their candidates were measured; the last ones of the search."""
+    errors = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
+    for name, mean_target, worst_target in (("latency", 0.03, 0.08), ("size", 0.01, 0.01)):
+        last = np.abs(errors[name][-HELD_OUT:])
+        found, worst = float(last.mean()), float(last.max())
+        what = f"{name} predictor, {len(last)} candidates not yet measured"
+        figures.add(f"{what}: mean absolute error", found, "share", f"<= {mean_target}", found <= mean_target)
+        figures.add(f"{what}: worst", worst, "share", f"<= {worst_target}", worst <= worst_target)
+
+
+def timed_anew(figures: Figures, out: Path) -> None:
+    """Time every point of the front in a fresh process and hold it against what is stored."""
+    study = api.open_study(out)
+    points = study.front().points
+    ratios = []
+    for candidate in points:
+        job = [sys.executable, __file__, "--time", str(out), candidate.plan.plan_id]
+        done = subprocess.run(job, capture_output=True, text=True, check=True)
+        ratios.append(float(done.stdout.split()[-1]))
+    stored = np.array([c.score.latency_ratio for c in points])
+    within = float((np.abs(np.array(ratios) / stored - 1) <= 0.05).mean())
+    costs = pareto.costs(points, study.run.objectives)
+    costs[:, list(study.run.objectives).index("latency")] = ratios
+    kept = float(pareto.nondominated(costs).mean())
+    figures.more["front timed anew"] = [[float(a), float(b)] for a, b in zip(stored, ratios, strict=True)]
+    what = "front timed anew"
+    figures.add(f"{what}: within 5 % of the stored ratio", within, "share of points", ">= 0.95", within >= 0.95)
+    figures.add(f"{what}: still not dominated", kept, "share of points", ">= 0.9", kept >= 0.9)
+
+
+def time_one(out: Path, plan_id: str) -> None:
+    run = RunConfig.from_file(out / "run.yaml")
+    runtime = get_runtime(run.target.runtime)
+    artifact, reference = (Artifact.open(out / "artefacts" / name) for name in (plan_id, "reference"))
+    inputs = scoring.timing_inputs(artifact.inputs, run.target, 30522, run.seed)
+    times = [
+        scoring.paired_times(
+            runtime.load(artifact, run.target),
+            runtime.load(reference, run.target),
+            inputs,
+            pairs=20,
+            clock=scoring.clock_of(run.target),
+        )
+        for _ in range(2)
+    ]
+    print(scoring.summarize(np.concatenate(times), seed=0).ratio)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--time", nargs=2, metavar=("RESULTS", "PLAN"), help="time one point (used within)")
+    parser.add_argument("--keep", type=Path, help="leave the bank, the model and the results folders here")
+    parser.add_argument("--trials", type=int, default=int(1.2 * CANDIDATES), help="candidates, stopped ones included")
+    options = parser.parse_args()
+    if options.time:
+        time_one(Path(options.time[0]), options.time[1])
+        return
+    figures = Figures("search-cost", "python benchmarks/search_cost.py")
+    with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
+        place = options.keep or Path(scratch)
+        place.mkdir(parents=True, exist_ok=True)
+        cache, model = place / "cache", place / "model"
+        yardstick = finetuned(cache, model)
+        figures.add("three epochs of fine-tuning", yardstick, "seconds")
+        shutil.rmtree(cache)
+        settings = ["--model", str(model), "--set", f"search.trials={options.trials}"]
+        _, said = command("plan", "demo", *settings, "--json", cache=cache)
+        forecast = json.loads(said)["forecast"]
+        figures.more["forecast"] = forecast
+        try:
+            for seed, label in enumerate(LABELS):
+                out = place / f"search-{seed}"
+                started = time.time()
+                wall, _ = command(
+                    "search", "demo", "--out", str(out), *settings, "--set", f"search.seed={seed}", cache=cache
+                )
+                study = searched(figures, out, label, started, wall)
+                if seed == 0:
+                    first = first_front(study, started)
+                    figures.add(f"first front of {FIRST_POINTS} points", first, "seconds", "<= 60", first <= 60)
+                    error = forecast["total_seconds"] / wall - 1
+                    figures.add("forecast of the whole search, empty bank", error, "share", "reported")
+            predictions(figures, out)
+            before(figures, model, cache, Path(scratch))
+            timed_anew(figures, out)
+            conclude(figures, yardstick)
+        finally:
+            figures.write()
+
+
+def before(figures: Figures, model: Path, cache: Path, scratch: Path) -> None:
+    """Time the stages of a dense W8A8 candidate at the last commit before stitching."""
+    old = scratch / "before"
+    subprocess.run(["git", "worktree", "add", "--detach", str(old), BEFORE], cwd=ROOT, check=True, capture_output=True)
+    try:
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(old)}
+        job = [sys.executable, str(ROOT / "benchmarks" / "stages_before.py"), str(model)]
+        done = subprocess.run(job, cwd=old, env=environment, capture_output=True, text=True, check=True)
+    finally:
+        subprocess.run(["git", "worktree", "remove", "--force", str(old)], cwd=ROOT, check=True)
+    for stage, seconds in json.loads(done.stdout).items():
+        figures.add(f"before ({BEFORE}): stage {stage}", seconds, "seconds a dense W8A8 candidate, one worker")
+
+
+def conclude(figures: Figures, yardstick: float) -> None:
+    found = {figure.name: figure.value for figure in figures.figures}
+    for label in LABELS:
+        count = found[f"{label}: candidates with accuracy on all search rows"]
+        for words, seconds in (
+            ("", found[f"{label}: whole command"]),
+            (
+                " without training students",
+                found[f"{label}: whole command"] - found[f"{label}: training of students and their teacher's logits"],
+            ),
+        ):
+            share = seconds / yardstick * CANDIDATES / count
+            name = f"{label}: {CANDIDATES} candidates{words}"
+            figures.add(name, share, "of the fine-tuning", "<= 1.0", share <= 1.0)
+    cold, warm = (found[f"{label}: whole command by complete candidate"] for label in LABELS)
+    figures.add("warm over empty bank, by candidate", warm / cold, "times", "<= 0.7", warm / cold <= 0.7)
+
+
+if __name__ == "__main__":
+    main()

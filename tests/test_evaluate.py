@@ -1,0 +1,243 @@
+"""The workshop: a candidate that cannot reach the front is given up, all others are measured in full."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autocompress import scoring
+from autocompress.config import RunConfig
+from autocompress.errors import MeasurementError
+from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
+from autocompress.plan import MODEL_SITE, CompressionPlan, DropBlocks, LowRank, PruneHeads, Quantize, Student
+from autocompress.records import Measurement, Stopped
+from autocompress.runtimes import Artifact
+
+pytestmark = pytest.mark.slow
+
+W8A8 = Quantize(weight_bits=8, activation_bits=8)
+PLAN = CompressionPlan((("block.0.ffn", W8A8), ("block.1.attention", W8A8)))
+HARMFUL = CompressionPlan(((MODEL_SITE, DropBlocks(blocks=(0, 1))), ("block.0.attention", PruneHeads(keep=1))))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Callable[..., RunConfig], bert_headed_folder: Path) -> RunConfig:
+    return tiny_run([f"model.id={json.dumps(str(bert_headed_folder))}"])
+
+
+@pytest.fixture(scope="module")
+def shop(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    workshop = Workshop(run, tmp_path_factory.mktemp("artefacts"))
+    workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))
+    return workshop
+
+
+@pytest.fixture(scope="module")
+def measured(shop: Workshop) -> Measurement:
+    return shop.evaluate(PLAN)
+
+
+def with_guide(shop: Workshop, *overrides: str) -> Workshop:
+    """Return a workshop on the same folder with another run file."""
+    run = RunConfig.from_mapping(shop.run.model_dump(mode="json", by_alias=True), overrides=overrides)
+    return Workshop(run, shop.artefacts)
+
+
+def test_the_reference_diverges_from_itself_by_nothing(shop: Workshop) -> None:
+    found = shop.score(Artifact.open(shop.reference_folder))
+    assert found.divergence == 0.0
+    assert found.peak_memory_bytes is None, "nobody asked"
+    assert set(found.stages) == {"load", "latency", "accuracy"}
+
+
+def test_a_measurement_is_whole(shop: Workshop, measured: Measurement) -> None:
+    logits = kept_logits(shop.artefacts / PLAN.plan_id)
+    reference = kept_logits(shop.reference_folder)
+    scored = scoring.accuracy(logits, shop.splits["search"])
+    assert (measured.accuracy, measured.loss, measured.rows) == (scored.value, scored.loss, 60)
+    assert measured.divergence == scoring.divergence(logits, reference) > 0
+    assert measured.size_bytes == Artifact.open(shop.artefacts / PLAN.plan_id).size_bytes
+    assert set(measured.stages) == {"build", "load", "latency", "accuracy"}
+    assert measured.seconds == pytest.approx(sum(measured.stages.values()))
+    assert not measured.confirmed
+
+
+def test_parts_hold_each_row_once(shop: Workshop) -> None:
+    for split in ("search", "test"):
+        parts = [[int(row) for batch in part for row in batch.rows] for part in shop.parts(split)]
+        assert sorted(row for part in parts for row in part) == list(range(len(shop.splits[split])))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert len(parts) == 4
+        # A random part: in the order of the file the rows' classes would alternate.
+        assert sorted(parts[0]) != list(range(len(parts[0])))
+    again = with_guide(shop)
+    assert [b.rows.tolist() for b in again.batches("search")] == [b.rows.tolist() for b in shop.batches("search")]
+
+
+def costs_of(measured: Measurement, quality: float) -> list[float]:
+    """Return a point that nothing but its quality tells from one much smaller and faster."""
+    return [quality, 1.0, 1e-9]
+
+
+# What a candidate cannot reach, by guide: perfect by the one, better than anything by the others.
+PERFECT = {"accuracy": -1.0, "loss": 0.0, "divergence": 0.0}
+
+
+@pytest.mark.parametrize("guide", PERFECT)
+def test_what_cannot_reach_the_front_is_given_up(shop: Workshop, guide: str) -> None:
+    other = with_guide(shop, f"search.guide={guide}")
+    found = other.attempt(HARMFUL, [costs_of(None, PERFECT[guide])])  # type: ignore[arg-type]
+    assert isinstance(found, Stopped)
+    assert 0 < found.rows < 60
+    assert found.size_bytes > 1
+    assert found.latency > 1e-9
+    assert found.peak_memory == 0.0
+    assert "of 60 rows; the front " in found.reason
+    assert not (shop.artefacts / HARMFUL.plan_id).exists()
+    assert not [path for path in shop.artefacts.iterdir() if path.name.startswith(".")]
+    assert isinstance(shop.attempt(HARMFUL), Measurement), "without a front nothing is given up"
+
+
+def test_what_reaches_the_front_is_measured_as_without_one(shop: Workshop, measured: Measurement) -> None:
+    rows = 60
+    for front in (
+        [],
+        # It has one hit more than this point, which is smaller and faster.
+        [[-(measured.accuracy - 1 / rows), 1.0, 1e-9]],
+        # These are perfect, but larger or slower.
+        [[-1.0, 1.01 * measured.size_bytes, 1e-9], [-1.0, 1.0, 1e9]],
+    ):
+        found = shop.attempt(PLAN, front)
+        assert isinstance(found, Measurement)
+        assert (found.accuracy, found.predictions, found.loss) == (
+            measured.accuracy,
+            measured.predictions,
+            measured.loss,
+        )
+        assert found.divergence == measured.divergence
+        assert (shop.artefacts / PLAN.plan_id / LOGITS_FILE).exists()
+
+
+@pytest.mark.parametrize("guide", ["loss", "divergence"])
+def test_a_guide_stops_nothing_that_gets_below(shop: Workshop, measured: Measurement, guide: str) -> None:
+    other = with_guide(shop, f"search.guide={guide}")
+    value = getattr(measured, guide)
+    assert isinstance(other.attempt(PLAN, [[value * 1.000001, 1.0, 1e-9]]), Measurement)
+    assert isinstance(other.attempt(PLAN, [[value * 0.2, 1.0, 1e-9]]), Stopped)
+
+
+def test_two_qualities_stop_nothing(shop: Workshop) -> None:
+    other = with_guide(shop, "objectives=[accuracy, loss, latency]")
+    assert isinstance(other.attempt(HARMFUL, [[-1.0, 0.0, 1e-9]]), Measurement)
+
+
+def test_objectives_are_read_in_their_order(shop: Workshop) -> None:
+    other = with_guide(shop, "objectives=[latency, size_bytes, divergence]")
+    assert isinstance(other.attempt(HARMFUL, [[1e-9, 1.0, 0.0]]), Stopped)
+    assert isinstance(other.attempt(HARMFUL, [[1e9, 1.0, 0.0], [1e-9, 1e12, 0.0]]), Measurement)
+
+
+def test_memory_is_measured_where_it_counts(shop: Workshop, measured: Measurement) -> None:
+    for override in ("objectives=[accuracy, latency, peak_memory]", "constraints.max_memory_mb=900"):
+        other = with_guide(shop, override)
+        found = other.attempt(PLAN, [])
+        assert isinstance(found, Measurement)
+        assert found.peak_memory_bytes is not None
+        assert found.peak_memory_bytes > 0
+        assert "memory" in found.stages
+    stopped = with_guide(shop, "objectives=[accuracy, latency, peak_memory]").attempt(HARMFUL, [[-1.0, 1e-9, 1.0]])
+    assert isinstance(stopped, Stopped)
+    assert stopped.peak_memory > 1
+
+
+def test_logits_that_are_not_finite_fail_at_the_first_part(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    class Broken:
+        def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+            calls.append(len(inputs["input_ids"]))
+            return np.full((len(inputs["input_ids"]), 2), np.nan, dtype=np.float32)
+
+    monkeypatch.setattr(shop.runtime, "load", lambda *_: Broken())
+    with pytest.raises(MeasurementError, match="logits: 15 of 15 rows are not finite"):
+        shop.attempt(HARMFUL)
+    assert not (shop.artefacts / HARMFUL.plan_id).exists()
+
+
+def test_a_confirmed_latency_changes_nothing_else(shop: Workshop, measured: Measurement) -> None:
+    shop.evaluate(PLAN)
+    loads: list[Any] = []
+    load = shop.runtime.load
+    try:
+        shop.runtime.load = lambda *args: loads.append(args) or load(*args)  # type: ignore[method-assign]
+        found = shop.confirmed(PLAN, measured, pairs=12, loads=3)
+    finally:
+        shop.runtime.load = load  # type: ignore[method-assign]
+    assert len(loads) == 6, "candidate and reference anew each time"
+    assert found.confirmed
+    latencies = {f.name for f in dataclasses.fields(Measurement) if "latency" in f.name or f.name == "reference_ms"}
+    for field in dataclasses.fields(Measurement):
+        if field.name not in {*latencies, "confirmed"}:
+            assert getattr(found, field.name) == getattr(measured, field.name)
+    assert found.latency_ratio_low <= found.latency_ratio <= found.latency_ratio_high
+    assert math.isfinite(found.latency_ms)
+    assert found.latency_ms != measured.latency_ms
+
+
+class TestStitched:
+    """That what is stitched from pieces is the model which the plan makes, and that pieces are made once."""
+
+    @pytest.mark.parametrize(
+        "decisions",
+        [
+            (("block.2.attention", PruneHeads(keep=2)), ("block.0.ffn", LowRank(rank=6))),
+            ((MODEL_SITE, DropBlocks(blocks=(1,))), ("block.1.attention", PruneHeads(keep=1))),
+            ((MODEL_SITE, Student(blocks=(0, 2), heads=2, neurons=32, epochs=0.1)),),
+            (
+                (MODEL_SITE, Student(blocks=(0, 2), heads=2, neurons=32, epochs=0.1)),
+                (MODEL_SITE, DropBlocks(blocks=(0,))),
+                ("block.0.ffn", LowRank(rank=3)),
+            ),
+        ],
+        ids=["structure", "dropped", "student", "student, dropped"],
+    )
+    def test_it_is_the_model_of_the_plan(self, shop: Workshop, tmp_path: Path, decisions: Any) -> None:
+        import torch
+
+        plan = CompressionPlan(tuple(decisions))
+        session = shop.runtime.load(shop.build(plan, tmp_path / "built"), shop.run.target)
+        built = shop.structured(plan)
+        batch = shop.splits["search"].batch([0, 7, 20, 33])
+        with torch.no_grad():
+            expected = built.module(**batch.inputs()).logits.numpy()
+        assert np.allclose(session.run(batch.arrays()), expected, atol=1e-4)
+
+    def test_pieces_and_templates_are_made_once(
+        self, shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from autocompress import evaluate
+
+        made: list[str] = []
+        make = evaluate.make_piece
+
+        def counted(model: Any, site: str, *rest: Any) -> Any:
+            made.append(site)
+            return make(model, site, *rest)
+
+        monkeypatch.setattr(evaluate, "make_piece", counted)
+        first = CompressionPlan((("block.0.ffn", LowRank(rank=5)), ("block.1.ffn", LowRank(rank=5))))
+        shop.build(first, tmp_path / "first")
+        assert sorted(made) == ["block.0.ffn", "block.1.ffn"]
+        shop.build(first.with_decision("head", W8A8), tmp_path / "second")
+        assert sorted(made) == ["block.0.ffn", "block.1.ffn", "head"]
+        # Another process finds them in the bank, and so does a plan in which the block has another number.
+        shifted = CompressionPlan(((MODEL_SITE, DropBlocks(blocks=(0,))), ("block.0.ffn", LowRank(rank=5))))
+        with_guide(shop).build(shifted, tmp_path / "third")
+        assert len(made) == 3
