@@ -127,21 +127,25 @@ class BoundSpace:
         return found
 
     def ladder(self) -> list[dict[str, Value]]:
-        """Return the parameters of uniform plans: each student, bit width, width, rank and depth, and products.
+        """Return the parameters of uniform plans: each student, bit width, width, rank and depth, and products."""
+        return list(self.rungs())
 
-        The order puts what usually pays first, so that a short search starts with it.
+    def rungs(self) -> Iterator[dict[str, Value]]:
+        """Yield the ladder, so that a student is asked for only when its turn comes.
+
+        What needs no student comes first, as distilling one takes time; among those what usually pays.
         """
         students = list(self.space.students)
         axes = {name: self._levels(name) for name in ("heads", "neurons", "rank")}
         widths = sorted({*axes["heads"], *axes["neurons"]}, reverse=True)
         recipes: list[dict[str, Any]] = [{"bits": 8, "embeddings": 8}, {"bits": 8, "embeddings": 4}]
-        recipes += [{"student": s, "bits": 8, "embeddings": 4} for s in students]
         recipes += [{"bits": 4, "embeddings": 4}]
         recipes += [{"width": w, "bits": 8, "embeddings": 4} for w in widths]
+        recipes += [{"drop": 1, "bits": 8, "embeddings": 4}]
         recipes += [{"rank": axes["rank"][0], "bits": 8, "embeddings": 4}] if axes["rank"] else []
+        recipes += [{"student": s, "bits": 8, "embeddings": 4} for s in students]
         recipes += [{"student": s, "bits": 8, "embeddings": 8} for s in students]
         recipes += [{"student": s, "bits": 4, "embeddings": 4} for s in students]
-        recipes += [{"drop": 1, "bits": 8, "embeddings": 4}]
         recipes += [{"student": s, "width": w, "bits": 8, "embeddings": 4} for s in students for w in widths[:1]]
         recipes += [{"student": s, "drop": 1, "bits": 8, "embeddings": 4} for s in students]
         recipes += [{"rank": r, "bits": 8, "embeddings": 4} for r in axes["rank"][1:]]
@@ -151,14 +155,12 @@ class BoundSpace:
         if not any(rule.bits for rule in self.space.rules):
             recipes += [{"width": w} for w in widths] + [{"rank": r} for r in axes["rank"]] + [{"drop": 1}]
         seen: set[str] = set()
-        seeds = []
         for recipe in recipes:
             params = self._seed(recipe)
             plan_id = self.plan(params).plan_id
             if plan_id not in seen:
                 seen.add(plan_id)
-                seeds.append(params)
-        return seeds
+                yield params
 
     def _seed(self, recipe: Mapping[str, Any]) -> dict[str, Value]:
         params: dict[str, Value] = {}

@@ -371,6 +371,7 @@ def export(
             "plan": chosen.plan.words(),
             "search_accuracy": shipped.measurement.accuracy,
             "test_accuracy": [shipped.test.value, shipped.test.low, shipped.test.high],
+            "selection_optimism": shipped.measurement.accuracy - shipped.test.value,
             "size_bytes": shipped.measurement.size_bytes,
             "latency_ratio": shipped.measurement.latency_ratio,
             "latency_ratio_in_search": shipped.latency_ratio_in_search,

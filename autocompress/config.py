@@ -79,7 +79,7 @@ class ConstraintsConfig(Section):
 
 
 class SearchConfig(Section):
-    trials: int = Field(40, ge=1, le=100_000, description="candidates to evaluate; a larger number continues a study")
+    trials: int = Field(100, ge=1, le=100_000, description="candidates to evaluate; a larger number continues a study")
     sampler: Literal["tpe", "nsga2", "nsga3", "random"] = "tpe"
     mutation_share: float = Field(
         0.3, ge=0, le=1, description="share of tpe's proposals that change a few parameters of a point on the front"

@@ -132,14 +132,7 @@ def _export(
     logits = scoring.logits_of(session, workshop.splits["test"], workshop.batches("test"))
     test = scoring.accuracy(logits, workshop.splits["test"])
     confirmed = dataclasses.replace(
-        measured,
-        latency_ms=timed.p50_ms,
-        latency_p90_ms=timed.p90_ms,
-        reference_ms=timed.reference_ms,
-        latency_ratio=timed.ratio,
-        latency_ratio_low=timed.ratio_low,
-        latency_ratio_high=timed.ratio_high,
-        fingerprint=workshop.fingerprint,
+        measured, **timed.fields(), confirmed=True, fingerprint=workshop.fingerprint
     ).check()
     agreement = float((expected.argmax(1) == kept_logits(scored.folder).argmax(1)).mean())
     about = {

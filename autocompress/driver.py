@@ -188,17 +188,16 @@ def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
 def _confirm(study: Study, workshop: Workshop, progress: Progress) -> None:
     """Time the front's points anew, one after the other; points that this pushes off the front stay in the study."""
     pairs = study.run.search.confirm_pairs
-    done = 0
     while pairs and (waiting := [c for c in study.front().points if not c.score.confirmed]):
-        if done == 0:
-            progress(f"confirming the latency of {len(waiting)} points")
+        points = []
         for candidate in waiting:
-            measured = candidate.score
-            if not (workshop.artefacts / candidate.plan.plan_id).is_dir():
-                # Dropped when it was pushed off the front by a latency that did not hold.
-                measured = workshop.evaluate(candidate.plan)
-            study.confirm(candidate.number, workshop.confirmed(candidate.plan, measured, pairs=pairs))
-            done += 1
+            # Its artefact is gone if a latency that did not hold had pushed it off the front.
+            kept = (workshop.artefacts / candidate.plan.plan_id).is_dir()
+            points.append((candidate.plan, candidate.score if kept else workshop.evaluate(candidate.plan)))
+        for candidate, measured in zip(
+            waiting, workshop.confirmed(points, pairs=pairs, progress=progress), strict=True
+        ):
+            study.confirm(candidate.number, measured)
     if study.run.search.keep_artefacts == "front":
         front = {c.plan.plan_id for c in study.front().points} | {"reference"}
         for folder in workshop.artefacts.iterdir():

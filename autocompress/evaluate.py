@@ -52,8 +52,10 @@ _DROP_ROWS = 128
 """Calibration rows that the order of dropping blocks is taken from."""
 _SENSITIVITY_ROWS = 32
 """Calibration rows that single decisions are judged on."""
-_LOADS = 2
-"""Loads of an artefact that a confirmed latency is pooled over."""
+_ROUNDS = 3
+"""Moments at which a latency is taken that is confirmed."""
+_AT_ONCE = 32
+"""Artefacts that are loaded together while their latencies are confirmed."""
 _LOOKS = 4
 """Parts of an accuracy pass, after each of which a candidate that cannot reach the front is given up."""
 
@@ -428,7 +430,8 @@ class Workshop:
         with watch("load"):
             session = self.runtime.load(artifact, self.run.target)
         with watch("latency"):
-            timed = self.timed(session, artifact, self.run.search.latency_pairs)
+            times = self.paired_times(session, artifact, self.run.search.latency_pairs)
+            timed = scoring.summarize(times, seed=self.run.seed)
         memory = None
         if self._wants_memory:
             with watch("memory"):
@@ -455,12 +458,7 @@ class Workshop:
             rows=scored.rows,
             predictions=scored.predictions,
             size_bytes=artifact.size_bytes,
-            latency_ms=timed.p50_ms,
-            latency_p90_ms=timed.p90_ms,
-            reference_ms=timed.reference_ms,
-            latency_ratio=timed.ratio,
-            latency_ratio_low=timed.ratio_low,
-            latency_ratio_high=timed.ratio_high,
+            **timed.fields(),
             peak_memory_bytes=memory,
             seconds=sum(watch.seconds.values()),
             stages=watch.seconds,
@@ -471,16 +469,10 @@ class Workshop:
     def _wants_memory(self) -> bool:
         return "peak_memory" in self.run.objectives or self.run.constraints.max_memory_mb is not None
 
-    def timed(self, session: Session, artifact: Artifact, pairs: int) -> scoring.Latency:
-        """Time a loaded artefact against the reference."""
-        return scoring.latency(
-            session,
-            self.reference_session,
-            self.inputs(artifact),
-            pairs=pairs,
-            clock=scoring.clock_of(self.run.target),
-            seed=self.run.seed,
-        )
+    def paired_times(self, session: Session, artifact: Artifact, pairs: int) -> np.ndarray:
+        """Time a loaded artefact against the reference; seconds, ``pairs x (candidate, reference)``."""
+        clock = scoring.clock_of(self.run.target)
+        return scoring.paired_times(session, self.reference_session, self.inputs(artifact), pairs=pairs, clock=clock)
 
     def _logits(self, session: Session, known: Mapping[str, float], front: Front) -> np.ndarray:
         """Run the search rows part by part, and give up once the front is out of reach."""
@@ -563,36 +555,28 @@ class Workshop:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
 
-    @cached_property
-    def _reference_sessions(self) -> list[Session]:
-        reference = Artifact.open(self.reference_folder)
-        return [self.runtime.load(reference, self.run.target) for _ in range(_LOADS)]
+    def confirmed(
+        self, points: Sequence[tuple[CompressionPlan, Measurement]], *, pairs: int, progress: Progress = silent
+    ) -> list[Measurement]:
+        """Return ``points`` with their latencies taken anew, in rounds over all of them.
 
-    def confirmed(self, plan: CompressionPlan, measured: Measurement, *, pairs: int) -> Measurement:
-        """Return ``measured`` with its latency taken anew, pooled over several loads of the artefact.
-
-        A loaded model keeps a speed of its own, one or two percent off that of its next load.
+        A machine is slower for seconds at a time, and small models suffer more than the reference: what is timed at
+        several moments is not at the mercy of one.
         """
-        artifact = Artifact.open(self.artefacts / plan.plan_id)
-        target, inputs = self.run.target, self.inputs(artifact)
-        clock = scoring.clock_of(target)
-        times = [
-            scoring.paired_times(
-                self.runtime.load(artifact, target), reference, inputs, pairs=max(1, pairs // _LOADS), clock=clock
-            )
-            for reference in self._reference_sessions
-        ]
-        timed = scoring.summarize(np.concatenate(times), seed=self.run.seed)
-        return dataclasses.replace(
-            measured,
-            latency_ms=timed.p50_ms,
-            latency_p90_ms=timed.p90_ms,
-            reference_ms=timed.reference_ms,
-            latency_ratio=timed.ratio,
-            latency_ratio_low=timed.ratio_low,
-            latency_ratio_high=timed.ratio_high,
-            confirmed=True,
-        ).check()
+        times: list[list[np.ndarray]] = [[] for _ in points]
+        for first in range(0, len(points), _AT_ONCE):
+            some = range(first, min(first + _AT_ONCE, len(points)))
+            artefacts = [Artifact.open(self.artefacts / points[n][0].plan_id) for n in some]
+            sessions = [self.runtime.load(artifact, self.run.target) for artifact in artefacts]
+            for turn in range(_ROUNDS):
+                progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {_ROUNDS}")
+                for n, session, artifact in zip(some, sessions, artefacts, strict=True):
+                    times[n].append(self.paired_times(session, artifact, max(1, pairs // _ROUNDS)))
+        found = []
+        for (_, measured), parts in zip(points, times, strict=True):
+            timed = scoring.summarize(np.concatenate(parts), seed=self.run.seed)
+            found.append(dataclasses.replace(measured, **timed.fields(), confirmed=True).check())
+        return found
 
 
 class CannotReachFront(Exception):

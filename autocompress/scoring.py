@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,17 @@ class Latency:
     ratio: float
     ratio_low: float
     ratio_high: float
+
+    def fields(self) -> dict[str, Any]:
+        """Return the values by the names of the fields that a `Measurement` keeps them in."""
+        return {
+            "latency_ms": self.p50_ms,
+            "latency_p90_ms": self.p90_ms,
+            "reference_ms": self.reference_ms,
+            "latency_ratio": self.ratio,
+            "latency_ratio_low": self.ratio_low,
+            "latency_ratio_high": self.ratio_high,
+        }
 
 
 def wilson(hits: int, rows: int) -> tuple[float, float]:
@@ -189,19 +201,6 @@ def timing_inputs(names: tuple[str, ...], target: TargetConfig, vocabulary: int,
 def clock_of(target: TargetConfig) -> Callable[[], float]:
     """Return the clock for a target: CPU time at one thread, wall time (in an exclusive slot) at more."""
     return time.process_time if target.threads == 1 else time.perf_counter
-
-
-def latency(
-    candidate: Session,
-    reference: Session,
-    inputs: Mapping[str, np.ndarray],
-    *,
-    pairs: int,
-    clock: Callable[[], float],
-    seed: int,
-) -> Latency:
-    """Time candidate and reference in turn on ``inputs``."""
-    return summarize(paired_times(candidate, reference, inputs, pairs=pairs, clock=clock), seed=seed)
 
 
 def paired_times(

@@ -222,7 +222,7 @@ class Study:
 
     def _make_seeds(self) -> Iterator[tuple[str, dict[str, Any]]]:
         assert self.space is not None
-        yield from (("uniform", params) for params in self.space.ladder())
+        yield from (("uniform", params) for params in self.space.rungs())
         if self.predictor is not None and self._learn():
             most = int(_SENSITIVITY_SHARE * self.run.search.trials)
             ladder = sensitivity_ladder(self.space, self.predictor, self.reference.size_bytes)

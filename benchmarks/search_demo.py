@@ -154,9 +154,9 @@ def exports(bench: Bench, demo: Path) -> None:
 
 def extended(bench: Bench, demo: Path) -> None:
     before = len(pd.read_csv(demo / "study.csv"))
-    bench.run("search", "demo", "--out", str(demo), "--set", "search.trials=60", log="sixty")
+    bench.run("search", "demo", "--out", str(demo), "--set", "search.trials=120", log="more")
     added = len(pd.read_csv(demo / "study.csv")) - before
-    bench.add("candidates added by search.trials=60", added, "candidates", "20", added == 20)
+    bench.add("candidates added by search.trials=120", added, "candidates", "20", added == 20)
 
 
 def killed(bench: Bench, folder: Path) -> None:

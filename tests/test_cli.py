@@ -477,7 +477,12 @@ def test_plan_shows_what_a_search_starts_with(call: Call, run_yaml: Path, tmp_pa
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0] == "student half: student of 3 blocks x 2 heads x 32 neurons"
-    assert [line.split(": ", 1)[1] for line in lines[1:]] == found["seeds"]
+    seeds = [line.split(": ", 1)[1] for line in lines if line.startswith("seed ")]
+    assert seeds == found["seeds"]
+    forecast = found["forecast"]
+    assert forecast["sites"] == 8
+    assert all(forecast[name] > 0 for name in ("plans", "pieces", "candidate_seconds", "total_seconds", "disk_mb"))
+    assert {line.split(": ")[0] for line in lines[1 + len(seeds) :]} == set(forecast)
     assert found["seeds"][0] == "attention 0-2: w8a8; ffn 0-2: w8a8; embeddings: w8"
     assert tree(tmp_path) == {"run.yaml"}
 

@@ -173,15 +173,11 @@ def test_logits_that_are_not_finite_fail_at_the_first_part(shop: Workshop, monke
 
 def test_a_confirmed_latency_changes_nothing_else(shop: Workshop, measured: Measurement) -> None:
     shop.evaluate(PLAN)
-    loads: list[Any] = []
-    load = shop.runtime.load
-    try:
-        shop.runtime.load = lambda *args: loads.append(args) or load(*args)  # type: ignore[method-assign]
-        found = shop.confirmed(PLAN, measured, pairs=12, loads=3)
-    finally:
-        shop.runtime.load = load  # type: ignore[method-assign]
-    assert len(loads) == 6, "candidate and reference anew each time"
+    said: list[str] = []
+    found, again = shop.confirmed([(PLAN, measured), (PLAN, measured)], pairs=12, progress=said.append)
+    assert len(said) == 3, "several rounds over all points"
     assert found.confirmed
+    assert again.confirmed
     latencies = {f.name for f in dataclasses.fields(Measurement) if "latency" in f.name or f.name == "reference_ms"}
     for field in dataclasses.fields(Measurement):
         if field.name not in {*latencies, "confirmed"}:

@@ -307,14 +307,14 @@ class TestLatency:
         seed: int = 0,
     ) -> scoring.Latency:
         clock, noted = Clock(), calls if calls is not None else []
-        return scoring.latency(
+        times = scoring.paired_times(
             Timed(clock, candidate, noted, "candidate"),
             Timed(clock, reference, noted, "reference"),
             {"input_ids": np.ones((1, 4), dtype=np.int64)},
             pairs=pairs,
             clock=clock,
-            seed=seed,
         )
+        return scoring.summarize(times, seed=seed)
 
     def test_constant_times_give_the_exact_ratio(self) -> None:
         found = self.measure(lambda _: 0.003, lambda _: 0.012)

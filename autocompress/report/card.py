@@ -30,6 +30,7 @@ def model_card(
     rows = [
         ("Accuracy, search split", _percent(measured.accuracy, measured.accuracy_low, measured.accuracy_high)),
         ("Accuracy, held-out test split", _percent(test.value, test.low, test.high) + f", {test.rows} rows"),
+        ("Selection optimism", f"{(measured.accuracy - test.value) * 100:+.2f} points (search split minus test split)"),
         ("Size", f"{measured.size_bytes / 1e6:.2f} MB"),
         ("Latency", f"{measured.latency_ms:.2f} ms median, {measured.latency_p90_ms:.2f} ms 90th percentile"),
         (

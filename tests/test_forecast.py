@@ -1,0 +1,127 @@
+"""A forecast counts as an enumeration does, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from test_study import SHAPE, space_of
+
+from autocompress.anatomy import BlockShape, ModelShape
+from autocompress.binding import BoundSpace, bind
+from autocompress.config import RunConfig, validated
+from autocompress.forecast import Forecast, count_plans, forecast
+from autocompress.space import SearchSpace, Value
+
+ONE_BLOCK = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),))
+
+
+def parameter_sets(space: BoundSpace) -> set[frozenset[tuple[str, Value]]]:
+    """Return every set of parameters that a sampler can come up with, by trying all choices one after the other."""
+    found: set[frozenset[tuple[str, Value]]] = set()
+    begun: list[dict[str, Value]] = [{}]
+    while begun:
+        params = begun.pop()
+        open_: list[tuple[str, Sequence[Value]]] = []
+
+        def choose(name: str, choices: Sequence[Value], params: dict[str, Value] = params, at: list = open_) -> Value:
+            if name not in params:
+                at.append((name, choices))
+            return params.get(name, choices[0])
+
+        space.decode(choose)
+        if open_:
+            name, choices = open_[0]
+            begun += [{**params, name: choice} for choice in choices]
+        else:
+            found.add(frozenset(params.items()))
+    return found
+
+
+BITS = "rules: [{match: block.*.ffn, bits: {choices: [8, 4, 16], tie: all}}, {match: embeddings, bits: [8, 16]}]"
+WIDTHS = (
+    "rules: [{match: block.*.ffn, neurons: {choices: [1.0, 0.5], tie: 3}, bits: {choices: [8, 4], tie: 2}},"
+    " {match: block.*.attention, heads: {choices: [1.0, 0.5], tie: all}, rank: {choices: [full, 0.5], tie: all}}]"
+)
+STUDENTS = "students: {half: {heads: 0.5, neurons: 0.5, epochs: 1}, shallow: {blocks: [0, 2], epochs: 1}}\n"
+SPACES = {
+    "bits": BITS,
+    "widths and ranks": WIDTHS,
+    "single choices": "rules: [{match: block.*.ffn, bits: [8]}, {match: embeddings, bits: [8, 16]}]",
+    "dropped blocks": "drop_blocks: {at_most: 2}\nrules: [{match: block.*.ffn, bits: [8, 4]}]",
+    "dropped blocks, tied": f"drop_blocks: {{at_most: 2}}\n{WIDTHS}",
+    "students": STUDENTS + BITS,
+    "students alone": STUDENTS,
+    # Two blocks cannot lose three.
+    "students, dropped blocks": f"{STUDENTS}drop_blocks: {{at_most: 3}}\nrules: [{{match: block.*.ffn, bits: [8, 4]}}]",
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_plans_are_counted_as_by_enumeration(name: str) -> None:
+    space = space_of(SPACES[name])
+    sets = parameter_sets(space)
+    assert count_plans(space) == (len(sets), max(len(params) for params in sets))
+
+
+@pytest.mark.xfail(strict=True, reason="drop_blocks counts as a parameter although nobody is asked for it")
+def test_one_block_can_lose_none() -> None:
+    text = {"schema": 1, "name": "test", "drop_blocks": {"at_most": 1}, "rules": [{"match": "head", "bits": [8, 16]}]}
+    space = bind(validated(SearchSpace, text, "test"), ONE_BLOCK)
+    assert parameter_sets(space) == {frozenset({("head.bits.0", 8)}), frozenset({("head.bits.0", 16)})}
+    assert count_plans(space) == (2, 1)
+
+
+def test_a_shipped_space_is_counted_as_by_enumeration() -> None:
+    space = bind(SearchSpace.load("encoder-small"), SHAPE)
+    sets = parameter_sets(space)
+    assert count_plans(space) == (len(sets), 8) == (1944, 8)
+
+
+def everything_below(folder: Path) -> dict[Path, float]:
+    return {path: path.stat().st_mtime for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def foreseen(
+    tiny_run: Callable[..., RunConfig], caches: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, Forecast]:
+    """A forecast of a run whose bank is the user's, made in a folder of its own that has to stay empty."""
+    folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
+    run = tiny_run(["search.trials=10", "storage.bank=null"])
+    kept = everything_below(caches)
+    os.chdir(folder)
+    try:
+        found = forecast(run)
+    finally:
+        os.chdir(before)
+    assert list(folder.iterdir()) == [], "no results folder"
+    assert everything_below(caches) == kept, "the user's bank"
+    return run, found
+
+
+@pytest.mark.slow
+def test_a_forecast_is_positive_and_finite_and_touches_nothing(foreseen: tuple[RunConfig, Forecast]) -> None:
+    _, found = foreseen
+    for name, value in dataclasses.asdict(found).items():
+        assert math.isfinite(value), name
+        assert value > 0, name
+    assert (found.plans, found.parameters, found.sites) == (1944, 8, 8)
+    parts = (found.finetune_seconds, found.students_seconds, found.bank_seconds, 10 * found.candidate_seconds)
+    assert found.total_seconds > sum(parts)
+    assert set(found.to_dict()) == {field.name for field in dataclasses.fields(Forecast)}
+
+
+@pytest.mark.slow
+def test_a_model_with_a_head_needs_no_finetuning(
+    tiny_run: Callable[..., RunConfig], bert_headed_folder: Path, tiny_bank: Path, tmp_path: Path
+) -> None:
+    kept = everything_below(tiny_bank)
+    found = forecast(tiny_run([f"model.id={bert_headed_folder}"]))
+    assert found.finetune_seconds == 0.0
+    assert found.students_seconds > 0
+    assert everything_below(tiny_bank) == kept
