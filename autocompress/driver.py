@@ -208,8 +208,17 @@ def _confirm(study: Study, workshop: Workshop, progress: Progress) -> None:
 def _write_predictions(study: Study) -> None:
     """Keep how far off predictions were that were made before their candidate was measured."""
     assert study.predictor is not None
-    if study.predictor.errors:
-        write_aside(study.folder / "predictions.json", json.dumps(study.predictor.errors))
+    errors = _predictions(study)
+    for name, found in study.predictor.errors.items():
+        errors.setdefault(name, []).extend(found)
+    if errors:
+        write_aside(study.folder / "predictions.json", json.dumps(errors))
+
+
+def _predictions(study: Study) -> dict[str, list[float]]:
+    file = study.folder / "predictions.json"
+    found: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
 
 
 def _baseline(name: str, study: Study, workshop: Workshop, progress: Progress) -> None:
@@ -310,11 +319,12 @@ def comparison_of(study: Study) -> Comparison | None:
     if majority is None:
         return None
     folder = study.folder / BASELINES / "random"
-    random = _searched(Study(folder, RunConfig.from_file(folder / "run.yaml"))) if folder.is_dir() else None
-    file = study.folder / "predictions.json"
-    errors: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    random: Sequence[Candidate] | None = None
+    # A baseline that was interrupted early holds no study yet.
+    if (folder / "run.yaml").exists() and (folder / "study.journal").exists():
+        random = _searched(Study(folder, RunConfig.from_file(folder / "run.yaml")))
     predictor: dict[str, float] = {}
-    for name, values in errors.items():
+    for name, values in _predictions(study).items():
         sizes = [abs(value) for value in values]
         predictor[f"{name}: mean absolute error of {len(sizes)} predictions before measuring"] = sum(sizes) / len(sizes)
         predictor[f"{name}: worst of them"] = max(sizes)

@@ -14,13 +14,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from autocompress import machine, model, training
 from autocompress.binding import NO_STUDENT, BoundSpace, bind
 from autocompress.config import RunConfig
+from autocompress.errors import AutocompressError
 from autocompress.evaluate import Workshop, torch_threads
 from autocompress.plan import CompressionPlan, Quantize
+from autocompress.records import Measurement
 from autocompress.space import SearchSpace, Value
 
 _STEPS = 6
@@ -69,37 +72,33 @@ class Forecast:
 def count_plans(space: BoundSpace) -> tuple[int, int]:
     """Return the number of distinct parameter sets and the most parameters that one of them has."""
     total, most = 0, 0
-    depth = [0]
-    if space.space.drop_blocks is not None:
-        depth = list(range(space.space.drop_blocks.at_most + 1))
+    deepest = space.space.drop_blocks.at_most if space.space.drop_blocks is not None else 0
     for base in (NO_STUDENT, *space.students):
         seen: set[tuple[str, Value]] = set()
-        for dropped in depth:
-            chosen: dict[str, Sequence[Value]] = {}
-            upper: tuple[str, Value] = ("drop_blocks", 0)
+        for dropped in range(deepest + 1):
+            fixed: dict[str, Value] = {}
+            free: dict[str, Sequence[Value]] = {}
 
             def choose(
                 name: str,
                 choices: Sequence[Value],
                 base: str = base,
                 dropped: int = dropped,
-                into: dict[str, Sequence[Value]] = chosen,
+                fixed: dict[str, Value] = fixed,
+                free: dict[str, Sequence[Value]] = free,
             ) -> Value:
-                nonlocal upper
-                if name == "student":
-                    return base
-                if name.startswith("drop_blocks"):
-                    upper = (name, min(dropped, *(max(int(c) for c in choices),)))
-                    return upper[1]
-                into[name] = choices
+                if name == "student" or name.startswith("drop_blocks"):
+                    fixed[name] = base if name == "student" else min(dropped, max(int(c) for c in choices))
+                    return fixed[name]
+                free[name] = choices
                 return choices[0]
 
             space.decode(choose)
-            if upper in seen:  # a shallow student cannot lose as many blocks
-                continue
-            seen.add(upper)
-            total += math.prod(len(choices) for choices in chosen.values())
-            most = max(most, len(chosen) + len(space.students and [1]) + (len(depth) > 1))
+            upper = next((item for item in fixed.items() if item[0] != "student"), ("drop_blocks", 0))
+            if upper not in seen:  # a shallow student cannot lose as many blocks
+                seen.add(upper)
+                total += math.prod(len(choices) for choices in free.values())
+                most = max(most, len(fixed) + len(free))
     return total, most
 
 
@@ -181,10 +180,17 @@ def _epoch_seconds(workshop: Workshop, loaded: model.EncoderModel) -> float:
 def _candidates(workshop: Workshop, space: BoundSpace) -> tuple[float, float]:
     """Return mean seconds and bytes of random plans of the space that need no student."""
     rng = random.Random(0)  # noqa: S311 - a draw, not a secret
-    seconds, sizes = [], []
-    for _ in range(_PLANS):
+    measured: list[Measurement] = []
+    refused: AutocompressError | None = None
+    for _ in range(4 * _PLANS):
         plan = space.decode(lambda name, choices: NO_STUDENT if name == "student" else rng.choice(choices))
-        measured = workshop.evaluate(plan)
-        seconds.append(measured.seconds)
-        sizes.append(measured.size_bytes)
-    return sum(seconds) / len(seconds), sum(sizes) / len(sizes)
+        try:
+            measured.append(workshop.evaluate(plan))
+        except AutocompressError as error:  # a search records it as failed and goes on
+            refused = error
+        if len(measured) == _PLANS:
+            break
+    if not measured:
+        assert refused is not None
+        raise refused
+    return mean(m.seconds for m in measured), mean(m.size_bytes for m in measured)

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from autocompress.anatomy import ModelShape
+from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
 from autocompress.pieces import stand_ins
 from autocompress.plan import (
@@ -78,9 +79,14 @@ class Sensitivity:
         for site, decisions in options.items():
             for decision in decisions:
                 axis, level = _level(model.shape, site, decision)
+                try:
+                    weights = stand_ins(model, site, decision, scores)
+                except PlanError:
+                    # Such as groups that do not fill a narrower table: a candidate that decides so fails by itself.
+                    continue
                 changes = {
                     path: torch.from_numpy(weight) - model.module.get_parameter(f"{path}.weight").detach()
-                    for path, weight in stand_ins(model, site, decision, scores).items()
+                    for path, weight in weights.items()
                 }
                 total = 0.0
                 for flow in flows:
@@ -168,7 +174,17 @@ def _level(shape: ModelShape, site: str, decision: Decision) -> tuple[str, float
 
 @dataclass(frozen=True)
 class Product:
-    """One stored matrix of a planned model, ``outer x inner``; ``bits`` 32 where nothing is decided."""
+    """One stored matrix of a planned model, ``outer x inner``.
+
+    Args:
+        kind: of its site.
+        outer: rows.
+        inner: columns.
+        bits: 32 where nothing is decided.
+        group: weights that share a scale, at 4 bits.
+        bias: whether it has one.
+        shares: whether it reads the same tensor as the one before it, as keys and values do.
+    """
 
     kind: str
     outer: int
@@ -176,6 +192,7 @@ class Product:
     bits: int
     group: int = 0
     bias: bool = True
+    shares: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,10 +222,12 @@ def products_of(plan: CompressionPlan, shape: ModelShape, sizes: Sizes) -> list[
         decision = quantize.get(site)
         bits, group = (32, 0) if decision is None else (decision.weight_bits, decision.group_size)
         rank = ranks[site].rank if site in ranks else 0
-        for outer, inner in pairs:
+        for number, (outer, inner) in enumerate(pairs):
+            shares = kind == "attention" and number in (1, 2)
             if rank:
-                found.append(Product(kind, rank, inner, bits, group, bias=False))
-            found.append(Product(kind, outer, rank or inner, bits, group, bias=kind != "embedding"))
+                found.append(Product(kind, rank, inner, bits, group, bias=False, shares=shares))
+            biased = kind != "embedding"
+            found.append(Product(kind, outer, rank or inner, bits, group, bias=biased, shares=shares and not rank))
 
     add("embeddings", "embedding", sizes.tables)
     for number, block in enumerate(shape.after(plan).blocks):
@@ -325,7 +344,7 @@ class Predictor:
         products = products_of(plan, self.shape, self.sizes)
         depth = len(self.shape.after(plan).blocks)
         by_bits = [sum(p.bits == bits for p in products) for bits in (4, 8, 16)]
-        drawn = sum(p.bits == 8 and p.kind != "embedding" for p in products)
+        drawn = sum(p.bits == 8 and p.kind != "embedding" and not p.shares for p in products)
         return np.array([1.0, depth, len(products), *by_bits, drawn])
 
     def _work(self, plan: CompressionPlan) -> np.ndarray:
