@@ -1,0 +1,105 @@
+"""Hold the search against random search and the uniform ladder: ``results/benchmarks/search-hypervolume.json``.
+
+``python benchmarks/hypervolume.py`` on an idle machine; ``--data``, ``--seeds`` and ``--trials`` make parts of it, and
+each part that is done is kept, so that the whole can be measured in several sittings. Hypervolume is taken over
+accuracy, size and latency; the reference point is the majority-class rate with size and latency of the fp32 artefact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from figures import Figures
+
+from autocompress import api, pareto
+from autocompress.config import RunConfig
+
+DATA = ("demo/movies", "demo/tweets")
+SEARCHES = {
+    "search": [],
+    "random": ["search.sampler=random", "search.seeds=false", "search.skip_behind=false"],
+}
+_T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Student's t for a two-sided 95 % interval of a mean, by number of values."""
+
+
+def searched(data: str, kind: str, seed: int, trials: int, folder: Path) -> dict[str, Any]:
+    """Run one search and return its hypervolume after each evaluation, and that of its uniform plans."""
+    overrides = [
+        f"data.source={data}",
+        f"search.trials={trials}",
+        f"search.seed={seed}",
+        "search.confirm_pairs=0",
+        *SEARCHES[kind],
+    ]
+    study = api.search(RunConfig.from_file("demo", overrides=overrides), folder, progress=print)
+    majority = study.majority or 0.0
+    candidates = study.candidates()
+    uniform = [c for c in candidates if c.origin == "uniform"]
+    return {
+        "curve": pareto.volume_curve(candidates, study.reference, majority),
+        "ladder": pareto.volume(uniform, study.reference, majority),
+        "reference point": [majority, study.reference.size_bytes, 1.0],
+    }
+
+
+def interval(values: list[float]) -> list[float] | None:
+    """Return the 95 % interval of the mean."""
+    if len(values) not in _T95:
+        return None
+    half = _T95[len(values)] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return [float(np.mean(values)) - half, float(np.mean(values)) + half]
+
+
+def conclude(figures: Figures, data: str, trials: int) -> None:
+    """Turn the runs that are there into figures."""
+    runs: dict[str, Any] = figures.more
+    pairs = [
+        (runs[key], runs[key.replace(" search ", " random ")])
+        for key in sorted(runs)
+        if key.startswith(f"{data} {trials} search ") and key.replace(" search ", " random ") in runs
+    ]
+    if not pairs:
+        return
+    over_random = [s["curve"][-1] / r["curve"][-1] for s, r in pairs]
+    over_ladder = [s["curve"][-1] / s["ladder"] for s, _ in pairs]
+    reached = [
+        next((n + 1 for n, v in enumerate(s["curve"]) if v >= r["curve"][-1]), trials) / trials for s, r in pairs
+    ]
+    what = f"{data}, {trials} evaluations, {len(pairs)} seeds"
+    for name, values, target, holds in (
+        ("hypervolume over random search's", over_random, ">= 1.15", np.mean(over_random) >= 1.15),
+        ("hypervolume over the uniform ladder's", over_ladder, ">= 1.10", np.mean(over_ladder) >= 1.10),
+        ("evaluations until random's final value", reached, "<= 0.2", np.mean(reached) <= 0.2),
+    ):
+        unit = "share of all" if "until" in name else "times"
+        figures.add(f"{what}: {name}", float(np.mean(values)), unit, target, bool(holds), interval(values))
+    figures.add(f"{what}: hypervolume", float(np.mean([s["curve"][-1] for s, _ in pairs])), "of 1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="+", choices=DATA, default=DATA)
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--trials", type=int, default=200)
+    options = parser.parse_args()
+    figures = Figures("search-hypervolume", "python benchmarks/hypervolume.py")
+    figures.read()
+    for seed in options.seeds:
+        for data in options.data:
+            for kind in SEARCHES:
+                key = f"{data} {options.trials} {kind} {seed}"
+                if key in figures.more:
+                    continue
+                with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
+                    figures.more[key] = searched(data, kind, seed, options.trials, Path(scratch))
+                conclude(figures, data, options.trials)
+                figures.write()
+
+
+if __name__ == "__main__":
+    main()
