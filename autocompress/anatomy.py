@@ -7,6 +7,7 @@ site: ``embeddings``, ``block.<n>.attention``, ``block.<n>.ffn`` and ``head`` (e
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,3 +90,11 @@ class ModelShape:
         for site, cut in plan.of_type(PruneNeurons).items():
             shape = shape.pruned(int(site.split(".")[1]), neurons=cut.keep)
         return shape
+
+
+def before_drop(site: str, kept: Sequence[int]) -> str:
+    """Return the name that ``site`` had before all blocks but those in ``kept`` were dropped."""
+    if not site.startswith("block."):
+        return site
+    _, number, kind = site.split(".")
+    return f"block.{kept[int(number)]}.{kind}"

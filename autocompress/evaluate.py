@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autocompress import machine, model, scoring, task, training
+from autocompress.anatomy import before_drop
 from autocompress.bank import Bank, default_bank
 from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
 from autocompress.config import RunConfig
@@ -41,8 +42,8 @@ from autocompress.transforms.prune import Importance, importance, keep_blocks, k
 from autocompress.transforms.quantize import Activations, observe
 
 Progress = training.Progress
-Front = Sequence[Sequence[float]]
-"""Costs of points that are not dominated, in the order of a run's objectives."""
+Rivals = Sequence[Sequence[float]]
+"""Costs of the points on the front, in the order of a run's objectives, as the sampler is told them."""
 LOGITS_FILE = "logits.npy"
 _RANGE_ROWS = 64
 """Calibration rows that activation ranges are taken from; more did not change accuracy."""
@@ -317,7 +318,7 @@ class Workshop:
             dropped = drop.blocks if drop is not None else ()
         kept = tuple(n for n in range(len(base.shape.blocks)) if n not in dropped)
         pieces = {
-            site: self._piece(base, _in_base(site, kept), decisions, scores)
+            site: self._piece(base, before_drop(site, kept), decisions, scores)
             for site, decisions in by_site.items()
             if decisions
         }
@@ -415,7 +416,7 @@ class Workshop:
             shutil.rmtree(aside, ignore_errors=True)
         return Artifact.open(folder)
 
-    def score(self, artifact: Artifact, *, front: Front = (), stages: dict[str, float] | None = None) -> Measurement:
+    def score(self, artifact: Artifact, *, front: Rivals = (), stages: dict[str, float] | None = None) -> Measurement:
         """Measure a built artefact: its bytes, its latency paired with the reference, accuracy through it.
 
         Args:
@@ -474,7 +475,7 @@ class Workshop:
         clock = scoring.clock_of(self.run.target)
         return scoring.paired_times(session, self.reference_session, self.inputs(artifact), pairs=pairs, clock=clock)
 
-    def _logits(self, session: Session, known: Mapping[str, float], front: Front) -> np.ndarray:
+    def _logits(self, session: Session, known: Mapping[str, float], front: Rivals) -> np.ndarray:
         """Run the search rows part by part, and give up once the front is out of reach."""
         rows = self.splits["search"]
         logits: np.ndarray | None = None
@@ -500,7 +501,7 @@ class Workshop:
         assert logits is not None, "no rows"
         return logits
 
-    def _bound(self, known: Mapping[str, float], front: Front) -> scoring.Bound | None:
+    def _bound(self, known: Mapping[str, float], front: Rivals) -> scoring.Bound | None:
         """Return what the artefact's quality has to reach, or None where its other objectives alone bring it there."""
         told = [self.run.search.guide if name == "accuracy" else name for name in self.run.objectives]
         qualities = [position for position, name in enumerate(told) if name in QUALITIES]
@@ -534,7 +535,7 @@ class Workshop:
         assert isinstance(found, Measurement), "nothing to reach, nothing to stop for"
         return found
 
-    def attempt(self, plan: CompressionPlan, front: Front = ()) -> Measurement | Stopped:
+    def attempt(self, plan: CompressionPlan, front: Rivals = ()) -> Measurement | Stopped:
         """Like `evaluate`, but end the accuracy pass once the candidate cannot reach ``front``.
 
         Args:
@@ -585,14 +586,6 @@ class CannotReachFront(Exception):
     def __init__(self, stopped: Stopped) -> None:
         super().__init__(stopped.reason)
         self.stopped = stopped
-
-
-def _in_base(site: str, kept: Sequence[int]) -> str:
-    """Return the name that a site had before blocks were dropped."""
-    if not site.startswith("block."):
-        return site
-    _, number, kind = site.split(".")
-    return f"block.{kept[int(number)]}.{kind}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from autocompress.anatomy import ModelShape
+from autocompress.anatomy import ModelShape, before_drop
 from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
 from autocompress.pieces import stand_ins
@@ -385,10 +385,7 @@ class Predictor:
         for site, decision in plan:
             if site == MODEL_SITE:
                 continue
-            in_base = site
-            if site.startswith("block."):
-                _, number, kind = site.split(".")
-                in_base = f"block.{kept[int(number)]}.{kind}"
+            in_base = before_drop(site, kept)
             if isinstance(decision, LowRank):
                 axis, level = _level(after, site, decision)
             else:

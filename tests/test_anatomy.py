@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autocompress.anatomy import BlockShape, ModelShape, Site
+from autocompress.anatomy import BlockShape, ModelShape, Site, before_drop
 from autocompress.plan import MODEL_SITE, CompressionPlan, DropBlocks, PruneHeads, PruneNeurons, Quantize, Student
 
 BLOCK = BlockShape(heads=12, head_size=32, neurons=1536)
@@ -66,3 +66,8 @@ def test_an_empty_plan_changes_nothing() -> None:
 def test_pruning_one_side_of_a_block_leaves_the_other() -> None:
     assert SHAPE.pruned(2, heads=4).blocks[2] == BlockShape(4, 32, 1536)
     assert SHAPE.pruned(5, neurons=96).blocks == (*SHAPE.blocks[:5], BlockShape(12, 32, 96))
+
+
+def test_names_before_blocks_were_dropped() -> None:
+    assert [before_drop(f"block.{n}.ffn", (0, 2, 5)) for n in range(3)] == ["block.0.ffn", "block.2.ffn", "block.5.ffn"]
+    assert before_drop("embeddings", (1,)) == "embeddings"
