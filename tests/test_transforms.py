@@ -653,3 +653,11 @@ class TestStudentsAndRecovery:
         assert not torch.equal(after.linear(0, "query").weight, before.linear(0, "query").weight)
         again = workshop.structured(plan)
         assert torch.equal(after.linear(0, "query").weight, again.linear(0, "query").weight)
+
+
+def test_weights_that_are_not_finite_are_not_factorised() -> None:
+    model = understand(make_model("bert", labels=LABELS), base="test")
+    path = model.layout.linears("block.0.ffn")[0]
+    model.module.get_parameter(f"{path}.weight").data[0, 0] = torch.nan
+    with pytest.raises(PlanError, match=r"block\.0\.ffn: cannot be factorised, its weights are not finite"):
+        apply_plan(model, CompressionPlan((("block.0.ffn", LowRank(rank=4)),)), importance(model, []))

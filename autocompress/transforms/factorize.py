@@ -33,6 +33,8 @@ class Factorization:
         for path in model.layout.linears(site.name):
             layer = model.module.get_submodule(path)
             assert isinstance(layer, nn.Linear)
+            if not torch.isfinite(layer.weight).all():
+                raise PlanError(f"{site.name}: cannot be factorised, its weights are not finite (NaN or infinite)")
             model.replace(path, factorized(layer, decision.rank))
 
 
