@@ -53,12 +53,10 @@ _DROP_ROWS = 128
 """Calibration rows that the order of dropping blocks is taken from."""
 _SENSITIVITY_ROWS = 32
 """Calibration rows that single decisions are judged on."""
-_ROUNDS = 3
+_ROUNDS = 6
 """Moments at which a latency is taken that is confirmed."""
-_AT_ONCE = 32
+_AT_ONCE = 64
 """Artefacts that are loaded together while their latencies are confirmed."""
-_LOOKS = 4
-"""Parts of an accuracy pass, after each of which a candidate that cannot reach the front is given up."""
 
 
 def silent(_: str) -> None:
@@ -201,7 +199,7 @@ class Workshop:
         budget = training.TrainingBudget(
             **{**self.run.recovery.model_dump(), "epochs": epochs, "precision": self.precision()}
         )
-        key = self._key(what=made_from, budget=dataclasses.asdict(budget), seed=self.run.seed)
+        key = self._key(what=made_from, budget=dataclasses.asdict(budget), seed=self.run.seed, recipe=training.RECIPE)
 
         def make(folder: Path) -> None:
             teacher = self._teacher_logits
@@ -213,6 +211,8 @@ class Workshop:
                     teacher,
                     rows,
                     budget,
+                    # What is pruned is in the blocks; the tables are half of what the optimiser would move.
+                    frozen=target.layout.embeddings,
                     seed=self.run.seed,
                     progress=lambda s: self.progress(f"distilling: {s}"),
                 )
@@ -349,7 +349,7 @@ class Workshop:
         return self._observed[base.base]
 
     def parts(self, split: str) -> list[list[Batch]]:
-        """Return the rows of a split for accuracy: random parts of equal size, each in batches by length.
+        """Return the rows of a split for accuracy: random parts, each in batches by length, cut at `scoring.LOOKS`.
 
         Batches are of the target's size, unless logits do not depend on it.
         """
@@ -359,7 +359,7 @@ class Workshop:
             size, step = (_ACCURACY_BATCH, _ACCURACY_STEP) if self.runtime.batch_invariant else (0, 1)
             self._parts[split] = [
                 list(rows.in_order_of_length(size or self.run.target.batch_size, step=step, among=part.tolist()))
-                for part in np.array_split(order, _LOOKS)
+                for part in np.split(order, [round(share * len(rows)) for share in scoring.LOOKS])
                 if len(part)
             ]
         return self._parts[split]
@@ -391,7 +391,7 @@ class Workshop:
         return int(self.teacher.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
 
     @cached_property
-    def _reference_logits(self) -> np.ndarray:
+    def reference_logits(self) -> np.ndarray:
         file = self.reference_folder / LOGITS_FILE
         if not file.exists():
             logits = scoring.logits_of(self.reference_session, self.splits["search"], self.batches("search"))
@@ -430,22 +430,19 @@ class Workshop:
         watch = Stopwatch(stages)
         with watch("load"):
             session = self.runtime.load(artifact, self.run.target)
-        with watch("latency"):
-            times = self.paired_times(session, artifact, self.run.search.latency_pairs)
-            timed = scoring.summarize(times, seed=self.run.seed)
         memory = None
         if self._wants_memory:
             with watch("memory"):
                 memory = peak_memory_bytes(artifact, self.run.target, self.inputs(artifact))
-        known = {"size_bytes": float(artifact.size_bytes), "latency": timed.ratio, "peak_memory": float(memory or 0)}
+        trial = _Trial(self, session, artifact, memory)
         try:
-            with watch("accuracy"):
-                logits = self._logits(session, known, front)
+            trial.run(front, watch)
         except CannotReachFront as given_up:
             given_up.stopped = dataclasses.replace(given_up.stopped, stages=watch.seconds)
             raise
+        logits, timed = trial.logits, trial.latency
         if artifact.folder != self.reference_folder:
-            divergence = scoring.divergence(logits, self._reference_logits)
+            divergence = scoring.divergence(logits, self.reference_logits)
         else:
             divergence = 0.0
         np.save(artifact.folder / LOGITS_FILE, logits, allow_pickle=False)
@@ -470,39 +467,21 @@ class Workshop:
     def _wants_memory(self) -> bool:
         return "peak_memory" in self.run.objectives or self.run.constraints.max_memory_mb is not None
 
-    def paired_times(self, session: Session, artifact: Artifact, pairs: int) -> np.ndarray:
+    def paired_times(
+        self, session: Session, artifact: Artifact, pairs: int, *, warmup: int = scoring.WARMUP_RUNS
+    ) -> np.ndarray:
         """Time a loaded artefact against the reference; seconds, ``pairs x (candidate, reference)``."""
         clock = scoring.clock_of(self.run.target)
-        return scoring.paired_times(session, self.reference_session, self.inputs(artifact), pairs=pairs, clock=clock)
+        inputs = self.inputs(artifact)
+        return scoring.paired_times(session, self.reference_session, inputs, pairs=pairs, clock=clock, warmup=warmup)
 
-    def _logits(self, session: Session, known: Mapping[str, float], front: Rivals) -> np.ndarray:
-        """Run the search rows part by part, and give up once the front is out of reach."""
-        rows = self.splits["search"]
-        logits: np.ndarray | None = None
-        done: list[int] = []
-        bound = self._bound(known, front)
-        for part in self.parts("search"):
-            for batch in part:
-                found = session.run(batch.arrays())
-                if logits is None:
-                    logits = np.full((len(rows), found.shape[1]), np.nan, dtype=np.float32)
-                logits[batch.rows.numpy()] = found
-                done += batch.rows.tolist()
-            assert logits is not None
-            scoring.require_finite(logits[done], len(done))
-            if bound is not None and len(done) < len(rows):
-                reason = bound.out_of_reach(logits, done, rows, self._reference_logits)
-                if reason is not None:
-                    known_size, ratio, memory = (known[n] for n in ("size_bytes", "latency", "peak_memory"))
-                    stopped = Stopped(
-                        reason=reason, rows=len(done), size_bytes=known_size, latency=ratio, peak_memory=memory
-                    )
-                    raise CannotReachFront(stopped)
-        assert logits is not None, "no rows"
-        return logits
+    def bound(self, known: Mapping[str, float], front: Rivals) -> scoring.Bound | None:
+        """Return what an artefact's quality has to reach, or None where its other objectives alone bring it there.
 
-    def _bound(self, known: Mapping[str, float], front: Rivals) -> scoring.Bound | None:
-        """Return what the artefact's quality has to reach, or None where its other objectives alone bring it there."""
+        Args:
+            known: its other objectives by name.
+            front: costs that it has to reach.
+        """
         told = [self.run.search.guide if name == "accuracy" else name for name in self.run.objectives]
         qualities = [position for position, name in enumerate(told) if name in QUALITIES]
         if len(qualities) != 1:
@@ -572,12 +551,98 @@ class Workshop:
             for turn in range(_ROUNDS):
                 progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {_ROUNDS}")
                 for n, session, artifact in zip(some, sessions, artefacts, strict=True):
-                    times[n].append(self.paired_times(session, artifact, max(1, pairs // _ROUNDS)))
+                    warmup = 1 if turn else scoring.WARMUP_RUNS
+                    each = max(1, pairs // _ROUNDS)
+                    times[n].append(self.paired_times(session, artifact, each, warmup=warmup))
         found = []
         for (_, measured), parts in zip(points, times, strict=True):
-            timed = scoring.summarize(np.concatenate(parts), seed=self.run.seed)
+            timed = scoring.summarize(parts, seed=self.run.seed)
             found.append(dataclasses.replace(measured, **timed.fields(), confirmed=True).check())
         return found
+
+
+class _Trial:
+    """One pass of a loaded artefact over the search rows, with its latency taken at moments in between.
+
+    A machine is slow for seconds at a time, and not for small and large models alike: pairs that are spread over the
+    pass scatter half as much as the same number of pairs in a row.
+    """
+
+    def __init__(self, workshop: Workshop, session: Session, artifact: Artifact, memory_bytes: int | None) -> None:
+        self._workshop = workshop
+        self._session = session
+        self._artifact = artifact
+        self._memory_bytes = float(memory_bytes or 0)
+        self._times: list[np.ndarray] = []
+        self._done: list[int] = []
+        self._logits: np.ndarray | None = None
+
+    @property
+    def logits(self) -> np.ndarray:
+        """``rows x classes``, float32, in row order."""
+        assert self._logits is not None, "no rows"
+        return self._logits
+
+    @property
+    def latency(self) -> scoring.Latency:
+        return scoring.summarize(self._times, seed=self._workshop.run.seed)
+
+    def run(self, front: Rivals, watch: Stopwatch) -> None:
+        """Run all rows, unless it shows that the artefact cannot reach ``front``.
+
+        Raises:
+            CannotReachFront: if it cannot.
+        """
+        parts = self._workshop.parts("search")
+        first, *later = _spread(self._workshop.run.search.latency_pairs, len(parts) + 1)
+        with watch("latency"):
+            self._time(first, scoring.WARMUP_RUNS)
+        for part, pairs in zip(parts, later, strict=True):
+            with watch("accuracy"):
+                self._classify(part)
+                if part is not parts[-1]:
+                    self._give_up_behind(front)
+            with watch("latency"):
+                self._time(pairs, 1)
+
+    def _time(self, pairs: int, warmup: int) -> None:
+        if pairs:
+            self._times.append(self._workshop.paired_times(self._session, self._artifact, pairs, warmup=warmup))
+
+    def _classify(self, part: Sequence[Batch]) -> None:
+        rows = self._workshop.splits["search"]
+        for batch in part:
+            found = self._session.run(batch.arrays())
+            if self._logits is None:
+                self._logits = np.full((len(rows), found.shape[1]), np.nan, dtype=np.float32)
+            self._logits[batch.rows.numpy()] = found
+            self._done += batch.rows.tolist()
+        scoring.require_finite(self.logits[self._done], len(self._done))
+
+    def _give_up_behind(self, front: Rivals) -> None:
+        timed = self.latency
+        size_bytes, memory_bytes = float(self._artifact.size_bytes), self._memory_bytes
+        # The low end: what is on the front must not be missed for the noise of a few pairs.
+        known = {"size_bytes": size_bytes, "latency": timed.ratio_low, "peak_memory": memory_bytes}
+        bound = self._workshop.bound(known, front)
+        if bound is None:
+            return
+        rows, reference = self._workshop.splits["search"], self._workshop.reference_logits
+        reason = bound.out_of_reach(self.logits, self._done, rows, reference)
+        if reason is not None:
+            stopped = Stopped(
+                reason=reason,
+                rows=len(self._done),
+                size_bytes=size_bytes,
+                latency=timed.ratio,
+                peak_memory=memory_bytes,
+            )
+            raise CannotReachFront(stopped)
+
+
+def _spread(count: int, places: int) -> list[int]:
+    """Return ``count`` in ``places`` parts that differ by one at most, larger ones first."""
+    return [count // places + (place < count % places) for place in range(places)]
 
 
 class CannotReachFront(Exception):

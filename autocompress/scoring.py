@@ -24,8 +24,8 @@ WARMUP_RUNS = 3
 BOOTSTRAP_DRAWS = 2000
 WRONG_STOPS = 1e-3
 """Chance that an accuracy pass is ended for a candidate that would have reached the front."""
-_LOOKS = 3
-"""Times at which that is decided in one pass."""
+LOOKS = (1 / 8, 1 / 4, 1 / 2)
+"""Shares of the rows after which that is decided in one pass."""
 _Z95 = 1.959963984540054
 
 
@@ -160,7 +160,7 @@ class Bound:
             hits = int((seen.argmax(axis=1) == labels).sum())
             needed = math.floor(-self.cost * len(rows) + 1e-9) + 1
             chance = _hypergeometric(hits, len(rows), needed, len(done))
-            if chance >= WRONG_STOPS / _LOOKS:
+            if chance >= WRONG_STOPS / len(LOOKS):
                 return None
             return f"{hits} hits in {len(done)} of {len(rows)} rows; the front needs {needed} (chance {chance:.1e})"
         if self.guide == "loss":
@@ -210,13 +210,22 @@ def paired_times(
     *,
     pairs: int,
     clock: Callable[[], float],
+    warmup: int = WARMUP_RUNS,
 ) -> np.ndarray:
     """Return seconds per call, ``pairs x (candidate, reference)``; who goes first alternates.
+
+    Args:
+        candidate: a loaded artefact.
+        reference: the uncompressed model in the same runtime.
+        inputs: of the target's shape, for both.
+        pairs: how often each of them is timed.
+        clock: seconds.
+        warmup: runs of each before, which are not timed; one is enough for sessions that have run this shape before.
 
     Raises:
         MeasurementError: if a run took no measurable time.
     """
-    for _ in range(WARMUP_RUNS):
+    for _ in range(warmup):
         candidate.run(inputs)
         reference.run(inputs)
     times = np.empty((pairs, 2))
@@ -231,11 +240,26 @@ def paired_times(
     return times
 
 
-def summarize(times: np.ndarray, *, seed: int) -> Latency:
-    """Turn times in seconds (``pairs x (candidate, reference)``) into quantiles and a ratio with its interval."""
+def summarize(moments: Sequence[np.ndarray], *, seed: int) -> Latency:
+    """Turn times into quantiles and a ratio with its interval.
+
+    The interval comes from a two-stage bootstrap, moments first and then pairs within each (Davison and Hinkley 1997,
+    "Bootstrap Methods and their Application", section 3.8): pairs of one moment share the state of the machine.
+
+    Args:
+        moments: seconds per call, ``pairs x (candidate, reference)`` each, taken at different moments.
+        seed: of the draws.
+    """
+    times = np.concatenate(moments)
     ratios = times[:, 0] / times[:, 1]
-    draws = np.random.default_rng(seed).integers(0, len(ratios), (BOOTSTRAP_DRAWS, len(ratios)))
-    low, high = np.quantile(np.median(ratios[draws], axis=1), (0.025, 0.975))
+    rng = np.random.default_rng(seed)
+    sizes = np.array([len(moment) for moment in moments])
+    drawn = rng.integers(0, len(moments), (BOOTSTRAP_DRAWS, len(moments)))
+    within = rng.random((BOOTSTRAP_DRAWS, len(moments), math.ceil(sizes.mean()))) * sizes[drawn][:, :, None]
+    pairs = (np.cumsum(sizes) - sizes)[drawn][:, :, None] + within.astype(np.int64)
+    medians = np.median(ratios[pairs.reshape(BOOTSTRAP_DRAWS, -1)], axis=1)
+    low, high = np.quantile(medians, (0.025, 0.975))
     p50, p90 = np.quantile(times[:, 0], (0.5, 0.9)) * 1e3
-    reference_ms = float(np.median(times[:, 1]) * 1e3)
-    return Latency(float(p50), float(p90), reference_ms, float(np.median(ratios)), float(low), float(high))
+    ratio, reference_ms = float(np.median(ratios)), float(np.median(times[:, 1]) * 1e3)
+    # A few draws of few moments may all lie on one side of the median of all.
+    return Latency(float(p50), float(p90), reference_ms, ratio, min(ratio, float(low)), max(ratio, float(high)))

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,9 +130,9 @@ class Task:
     splits: dict[str, tuple[tuple[str, str | None, int], ...]]
     shared_rows: int = 0
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Content key of all rows, splits and class names."""
+        """Content key of all rows, splits and class names; part of the key of every piece, so taken once."""
         text = json.dumps({"labels": self.labels, "splits": self.splits}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -314,7 +314,7 @@ class TestLatency:
             pairs=pairs,
             clock=clock,
         )
-        return scoring.summarize(times, seed=seed)
+        return scoring.summarize([times], seed=seed)
 
     def test_constant_times_give_the_exact_ratio(self) -> None:
         found = self.measure(lambda _: 0.003, lambda _: 0.012)
@@ -343,7 +343,7 @@ class TestLatency:
         assert found.ratio == pytest.approx(0.5, rel=1e-6)
 
     def test_the_ratio_is_the_median_over_pairs(self) -> None:
-        found = scoring.summarize(np.array([[0.001, 0.001], [0.002, 0.004], [0.009, 0.003]]), seed=0)
+        found = scoring.summarize([np.array([[0.001, 0.001], [0.002, 0.004], [0.009, 0.003]])], seed=0)
         assert found.ratio == pytest.approx(1.0)
         assert found.p50_ms == pytest.approx(2.0)
         assert found.reference_ms == pytest.approx(3.0)
@@ -369,8 +369,8 @@ class TestLatency:
 
     def test_one_seed_gives_one_interval(self) -> None:
         times = np.random.default_rng(0).lognormal(-5, 0.3, (400, 2))
-        assert scoring.summarize(times, seed=1) == scoring.summarize(times, seed=1)
-        assert scoring.summarize(times, seed=1) != scoring.summarize(times, seed=2)
+        assert scoring.summarize([times], seed=1) == scoring.summarize([times], seed=1)
+        assert scoring.summarize([times], seed=1) != scoring.summarize([times], seed=2)
 
     @pytest.mark.parametrize("which", ["candidate", "reference"])
     @pytest.mark.parametrize("seconds", [0.0, -0.001])

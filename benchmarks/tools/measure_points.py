@@ -90,7 +90,7 @@ class Bench:
             pairs=pairs,
             clock=scoring.clock_of(workshop.run.target),
         )
-        timed = scoring.summarize(times, seed=workshop.run.seed)
+        timed = scoring.summarize([times], seed=workshop.run.seed)
         return {
             "accuracy": scored.value,
             "accuracy_low": scored.low,
