@@ -9,11 +9,12 @@ from typing import Any
 
 from autocompress import delivery, driver, model
 from autocompress.bank import Bank
+from autocompress.bases import Progress, bank_root, silent
 from autocompress.binding import bind
 from autocompress.config import RunConfig
 from autocompress.driver import write_results
 from autocompress.errors import StudyError
-from autocompress.evaluate import Progress, Workshop, bank_root, silent
+from autocompress.evaluate import Workshop
 from autocompress.forecast import Forecast
 from autocompress.forecast import forecast as _forecast
 from autocompress.pareto import Front

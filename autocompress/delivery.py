@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from autocompress import machine, scoring
+from autocompress.bases import Progress
 from autocompress.config import RunConfig, TargetConfig
 from autocompress.errors import ExportError
-from autocompress.evaluate import LOGITS_FILE, Progress, Workshop, kept_logits
+from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 from autocompress.report.card import model_card

@@ -1,4 +1,4 @@
-"""Ray executes: a Tune searcher over the study in the driver, a reused actor per worker. Nothing else imports ray.
+"""Ray executes: a Tune searcher over the study in the driver, a trial per worker. Nothing else imports ray.
 
 Ray's own Optuna searcher is not used: it loses trials on NaN objectives and after crashes. Here the driver alone
 writes the study; a worker receives a plan and returns a measurement or a reason, and may be killed at any moment.
@@ -6,6 +6,7 @@ writes the study; a worker receives a plan and returns a measurement or a reason
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import logging
@@ -14,6 +15,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,42 +42,112 @@ if TYPE_CHECKING:
 
 LATENCY_SLOT = "latency_slot"
 """Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
+_AHEAD = 1
+"""Jobs that wait at the desk beyond those that are worked on."""
+_DIED = "the worker died or ended without a result in every attempt"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A plan to evaluate.
+
+    Args:
+        number: of its trial in the study.
+        plan: as JSON.
+        front: costs that it has to reach.
+        attempt: how often it was given to a worker, this time included.
+    """
+
+    number: int
+    plan: str
+    front: list[list[float]]
+    attempt: int = 0
+
+
+class _Desk:
+    """Where workers take their jobs: the next one is there before the driver has heard of the last one's result.
+
+    One trial of Tune is one worker for the whole search, since Tune takes a good part of a second to end a trial and
+    begin another. A worker that died is begun again as the same trial, comes here, and is given the job that it had.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: asyncio.Queue[_Job | None] = asyncio.Queue()
+        self._given: dict[str, _Job] = {}
+
+    async def put(self, job: _Job | None) -> None:
+        """Lay down a job, or None, which ends the worker that takes it."""
+        await self._jobs.put(job)
+
+    async def take(self, worker: str, finished: int | None) -> _Job | None:
+        """Return the next job of ``worker``, whose process last finished the job of that number, or none yet."""
+        job = self._given.pop(worker, None)
+        if job is None or job.number == finished:
+            job = await self._jobs.get()
+        if job is not None:
+            job = self._given[worker] = dataclasses.replace(job, attempt=job.attempt + 1)
+        return job
 
 
 class _StudySearcher(Searcher):
-    """Hands the study's plans to Tune and Tune's results to the study."""
+    """Lays the study's plans on the desk and tells the study what Tune's workers report."""
 
     def __init__(
-        self, study: Study, prepare: Callable[[CompressionPlan], None], told: Callable[[Candidate], None]
+        self,
+        study: Study,
+        desk: Any,
+        workers: int,
+        prepare: Callable[[CompressionPlan], None],
+        told: Callable[[Candidate], None],
     ) -> None:
         super().__init__(metric=None, mode=None)
         self._study = study
+        self._desk = desk
+        self._workers = workers
         self._prepare = prepare
         self._told = told
-        self._running: dict[str, tuple[int, CompressionPlan]] = {}
+        self._running: dict[int, CompressionPlan] = {}
+        self._ended = False
+        for _ in range(workers + _AHEAD):
+            self._hand_out()
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        asked = self._study.ask()
-        if asked is None:
-            return str(Searcher.FINISHED)
-        self._running[trial_id] = asked
-        self._prepare(asked[1])
-        front = self._study.rivals() if self._study.run.search.stop_early else []
-        return {"number": asked[0], "plan": asked[1].to_json(), "front": front}
+    def _hand_out(self) -> None:
+        asked = None if self._ended else self._study.ask()
+        if asked is not None:
+            number, plan = asked
+            self._running[number] = plan
+            self._prepare(plan)
+            front = self._study.rivals() if self._study.run.search.stop_early else []
+            self._desk.put.remote(_Job(number, plan.to_json(), front))
+        elif not self._ended:
+            self._ended = True
+            for _ in range(self._workers):
+                self._desk.put.remote(None)
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """Say nothing: a trial is a worker, and its jobs lie on the desk."""
+        return {"worker": trial_id}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        # A worker that died after it had reported does its job once more.
+        if result["number"] not in self._running:
+            return
+        found = json.loads(result["outcome"])
+        kinds = {"measurement": Measurement, "stopped": Stopped}
+        [(kind, value)] = found.items()
+        self._tell(result["number"], value if kind == "failure" else kinds[kind](**value))
+        self._hand_out()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if trial_id not in self._running:
-            return
-        number, plan = self._running.pop(trial_id)
-        outcome: Measurement | Stopped | str
-        if error or not result or "outcome" not in result:
-            outcome = "the worker died or ended without a result in every attempt"
-        else:
-            found = json.loads(result["outcome"])
-            kinds = {"measurement": Measurement, "stopped": Stopped}
-            [(kind, value)] = found.items()
-            outcome = value if kind == "failure" else kinds[kind](**value)
-        self._told(self._study.tell(number, plan, outcome))
+        """Learn nothing: what the worker did was told one by one."""
+
+    def give_up(self) -> None:
+        """Tell the jobs that no worker is left to do as failed."""
+        for number in list(self._running):
+            self._tell(number, _DIED)
+
+    def _tell(self, number: int, outcome: Measurement | Stopped | str) -> None:
+        self._told(self._study.tell(number, self._running.pop(number), outcome))
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its settings for a restore that is never made; the study's lock and sessions stay here.
@@ -89,31 +161,39 @@ class _StudySearcher(Searcher):
 
 
 class _Worker(tune.Trainable):
-    """Evaluates one plan per trial; the teacher, the rows and the reference stay loaded between trials."""
+    """Evaluates one plan per step; the teacher, the rows and the reference stay loaded in between."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self._run, self._artefacts = RunConfig.from_mapping(json.loads(config["run"])), Path(config["artefacts"])
+        self._desk = config["desk"]
         self._workshop: Workshop | None = None
-        self._plan, self._front = config["plan"], config["front"]
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._plan, self._front = new_config["plan"], new_config["front"]
-        return True
+        self._finished: int | None = None
 
     def step(self) -> dict[str, Any]:
+        job: _Job | None = ray.get(self._desk.take.remote(self.trial_id, self._finished))
+        if job is None:
+            return {"done": True}
+        if job.attempt > 1 + self._run.search.max_retries:
+            outcome: dict[str, Any] = {"failure": _DIED}
+        else:
+            outcome = self.outcome(job)
+        self._finished = job.number
+        return {"done": False, "number": job.number, "outcome": json.dumps(outcome)}
+
+    def outcome(self, job: _Job) -> dict[str, Any]:
+        """Evaluate a job's plan; returns its measurement, or why there is none, by kind."""
         try:
             # Not in setup: what fails there reaches the driver without its reason.
             self._workshop = self._workshop or self._opened()
-            found = self._workshop.attempt(CompressionPlan.from_json(self._plan), self._front)
+            found = self._workshop.attempt(CompressionPlan.from_json(job.plan), job.front)
             kind = "measurement" if isinstance(found, Measurement) else "stopped"
-            outcome: dict[str, Any] = {kind: dataclasses.asdict(found)}
+            return {kind: dataclasses.asdict(found)}
         except AutocompressError as error:
-            outcome = {"failure": str(error)}
+            return {"failure": str(error)}
         except Exception as error:
             # A defect in one candidate's path must not end the search; the class name tells it from a refusal.
             text = str(error).strip().splitlines()
-            outcome = {"failure": f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"}
-        return {"done": True, "outcome": json.dumps(outcome)}
+            return {"failure": f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"}
 
     def _opened(self) -> Workshop:
         from autocompress.evaluate import Workshop
@@ -123,7 +203,7 @@ class _Worker(tune.Trainable):
         return workshop
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Save nothing: a trial is one step, and a killed one starts again."""
+        """Save nothing: a step is whole, and a killed worker's job starts again."""
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Load nothing."""
@@ -175,23 +255,24 @@ def execute(
     # Tune runs its workers in folders of their own.
     config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(artefacts.absolute())}
     try:
+        desk = ray.remote(num_cpus=0)(_Desk).remote()
+        searcher = _StudySearcher(study, desk, workers, prepare, told)
         with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:
             tune.Tuner(
                 tune.with_resources(_Worker, resources),
-                param_space=config,
-                tune_config=tune.TuneConfig(
-                    search_alg=_StudySearcher(study, prepare, told),
-                    num_samples=study.remaining,
-                    max_concurrent_trials=workers,
-                    reuse_actors=True,
-                ),
+                param_space={**config, "desk": desk},
+                tune_config=tune.TuneConfig(search_alg=searcher, num_samples=workers, max_concurrent_trials=workers),
                 run_config=tune.RunConfig(
                     name="search",
                     storage_path=scratch,
                     verbose=0,
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                    failure_config=tune.FailureConfig(max_failures=run.search.max_retries),
+                    # Attempts are counted by candidate; this bounds a machine on which no worker can live.
+                    failure_config=tune.FailureConfig(
+                        max_failures=(1 + run.search.max_retries) * study.run.search.trials
+                    ),
                 ),
             ).fit()
+        searcher.give_up()
     finally:
         ray.shutdown()

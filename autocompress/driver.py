@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from autocompress import machine
+from autocompress.bases import Progress
 from autocompress.config import RunConfig
 from autocompress.errors import StudyError
-from autocompress.evaluate import Progress, Workshop
+from autocompress.evaluate import Workshop
 from autocompress.pareto import costs, nondominated_ranks, volume
 from autocompress.plan import MODEL_SITE, CompressionPlan, Recover
 from autocompress.records import Candidate

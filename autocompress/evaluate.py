@@ -1,74 +1,51 @@
 """A plan becomes a measurement: stitch the artefact from pieces, time it against the reference, run the rows.
 
-`Workshop` holds what all candidates of a search share: the teacher, the task, importance scores, students, converted
-templates. What is expensive comes from the bank, where the first process that needs it puts it.
+`Workshop` adds to the models that plans start from what all candidates of a search share at a target: the runtime,
+converted templates, the loaded reference, the search rows in batches.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
 
-from autocompress import machine, model, scoring, task, training
+from autocompress import machine, scoring
 from autocompress.anatomy import before_drop
-from autocompress.bank import Bank, default_bank
-from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
+from autocompress.bases import RANGE_ROWS, Bases, Progress, silent, torch_threads
 from autocompress.config import RunConfig
 from autocompress.errors import AutocompressError
 from autocompress.memory import peak_memory_bytes
 from autocompress.model import EncoderModel
-from autocompress.pieces import Piece, code_version, make_piece, read_piece, save_piece
+from autocompress.pieces import Piece, code_version
 from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, DropBlocks, Recover, Student
-from autocompress.predict import Predictor, Sensitivity, Sizes
+from autocompress.predict import Predictor, Sizes
 from autocompress.records import QUALITIES, Measurement, Stopped
 from autocompress.runtimes import Artifact, Runtime, Session, Template, get_runtime
-from autocompress.space import SearchSpace
 from autocompress.stopwatch import Stopwatch
-from autocompress.task import Batch, Split
-from autocompress.transforms import apply_plan, check_plan
-from autocompress.transforms.prune import Importance, importance, keep_blocks, keep_heads, keep_neurons
-from autocompress.transforms.quantize import Activations, observe
+from autocompress.task import Batch
+from autocompress.transforms import check_plan
+from autocompress.transforms.prune import Importance, keep_blocks
 
-Progress = training.Progress
 Rivals = Sequence[Sequence[float]]
 """Costs of the points on the front, in the order of a run's objectives, as the sampler is told them."""
 LOGITS_FILE = "logits.npy"
-_RANGE_ROWS = 64
-"""Calibration rows that activation ranges are taken from; more did not change accuracy."""
-_ACCURACY_BATCH, _ACCURACY_STEP = 32, 4
+_ACCURACY_BATCH, _ACCURACY_STEP = 16, 4
 """Rows per call and multiple of tokens where a runtime's logits depend on neither."""
-_DROP_ROWS = 128
-"""Calibration rows that the order of dropping blocks is taken from."""
-_SENSITIVITY_ROWS = 32
-"""Calibration rows that single decisions are judged on."""
 _ROUNDS = 6
 """Moments at which a latency is taken that is confirmed."""
 _AT_ONCE = 64
 """Artefacts that are loaded together while their latencies are confirmed."""
 
 
-def silent(_: str) -> None:
-    """Report no progress."""
-
-
-def bank_root(run: RunConfig) -> Path:
-    """Return the folder of the run's bank."""
-    return Path(run.storage.bank).expanduser() if run.storage.bank else default_bank()
-
-
-class Workshop:
+class Workshop(Bases):
     """Everything that turns plans of one run into measurements.
 
     Args:
@@ -78,174 +55,11 @@ class Workshop:
     """
 
     def __init__(self, run: RunConfig, artefacts: Path, progress: Progress = silent) -> None:
-        self.run = run
+        super().__init__(run, progress)
         self.artefacts = artefacts
-        self.progress = progress
-        self.bank = Bank(bank_root(run), limit_bytes=int(run.storage.bank_gb * 1e9))
         self.runtime: Runtime = get_runtime(run.target.runtime)
-        self.source = model.locate(run.model.id, run.model.revision)
-        model.check_files(self.source)
-        self.task = task.load(run.data, labels=model.head_labels(self.source))
-        self._bases: dict[str, tuple[EncoderModel, Importance]] = {}
         self._templates: dict[tuple[str, tuple[int, ...]], Template] = {}
-        self._observed: dict[str, Activations] = {}
         self._parts: dict[str, list[list[Batch]]] = {}
-        self._sensitivities: dict[str, Sensitivity] = {}
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return model.load_tokenizer(self.source)
-
-    @cached_property
-    def splits(self) -> dict[str, Split]:
-        return self.task.tokenized(self.tokenizer, self.run.data.max_tokens)
-
-    @cached_property
-    def calibration(self) -> Split:
-        return self.splits["train"].head(self.run.data.calibration_rows)
-
-    def calibration_batches(self, rows: int | None = None) -> list[Batch]:
-        split = self.calibration if rows is None else self.calibration.head(rows)
-        return list(split.in_order_of_length(16))
-
-    @cached_property
-    def teacher_folder(self) -> Path:
-        """The folder of the uncompressed classifier, fine-tuned by us if the model came without a head."""
-        if model.head_labels(self.source) is not None:
-            return self.source
-        made_from = {
-            "model": model.fingerprint(self.source),
-            "task": self.task.fingerprint,
-            "max_tokens": self.run.data.max_tokens,
-            "finetune": self.run.model.finetune.model_dump(),
-            "precision": self.precision(),
-            "seed": self.run.seed,
-        }
-        return self.bank.get("finetuned", made_from, self._finetune)
-
-    def _finetune(self, folder: Path) -> None:
-        config = self.run.model.finetune
-        rows = self.splits["train"]
-        self.progress(f"fine-tuning {self.run.model.id} on {len(rows)} rows for {config.epochs:g} epochs")
-        loaded = model.load(self.source, labels=self.task.labels, seed=self.run.seed)
-        budget = training.TrainingBudget(**config.model_dump(), precision=self.precision())
-        with torch_threads(machine.cores()):
-            training.finetune(
-                loaded.module, rows, budget, seed=self.run.seed, progress=lambda s: self.progress(f"fine-tuning: {s}")
-            )
-        loaded.module.save_pretrained(folder)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(folder)
-
-    @cached_property
-    def teacher(self) -> EncoderModel:
-        return model.load(self.teacher_folder, labels=self.task.labels)
-
-    def precision(self) -> str:
-        wanted = self.run.recovery.precision
-        return ("bfloat16" if training.has_bfloat16() else "float32") if wanted == "auto" else wanted
-
-    def _key(self, **more: Any) -> dict[str, Any]:
-        return {
-            "teacher": self.teacher.base,
-            "task": self.task.fingerprint,
-            "max_tokens": self.run.data.max_tokens,
-            "calibration_rows": self.run.data.calibration_rows,
-            **more,
-        }
-
-    def base(self, student: Student | None) -> tuple[EncoderModel, Importance]:
-        """Return the teacher or a distilled student with its importance scores; both are shared, not to be changed."""
-        key = repr(student)
-        if key not in self._bases:
-            base = self.teacher if student is None else self._student(student)
-            self._bases[key] = (base, self._importance(base))
-        return self._bases[key]
-
-    def _importance(self, base: EncoderModel) -> Importance:
-        drops = self._space_file.drop_blocks.at_most if self._space_file.drop_blocks else 0
-        key = self._key(base=base.base, drops=drops)
-
-        def make(folder: Path) -> None:
-            self.progress(f"scoring heads, neurons and blocks on {len(self.calibration)} calibration rows")
-            with torch_threads(machine.cores()):
-                scores = importance(
-                    base, self.calibration_batches(), drops=drops, drop_batches=self.calibration_batches(_DROP_ROWS)
-                )
-            tensors = {f"heads.{n}": t for n, t in enumerate(scores.heads)}
-            tensors |= {f"neurons.{n}": t for n, t in enumerate(scores.neurons)}
-            save_file({**tensors, "drop_order": torch.tensor(scores.drop_order)}, folder / "scores.safetensors")
-
-        found = load_file(self.bank.get("importance", key, make) / "scores.safetensors")
-        depth = range(len(base.shape.blocks))
-        return Importance(
-            tuple(found[f"heads.{n}"] for n in depth),
-            tuple(found[f"neurons.{n}"] for n in depth),
-            tuple(found["drop_order"].tolist()),
-        )
-
-    @cached_property
-    def _teacher_logits(self) -> torch.Tensor:
-        def make(folder: Path) -> None:
-            self.progress(f"running the teacher on {len(self.splits['train'])} training rows")
-            with torch_threads(machine.cores()):
-                logits = training.logits_of(self.teacher.module, self.splits["train"], precision=self.precision())
-            save_file({"logits": logits}, folder / "logits.safetensors")
-
-        key = self._key(train_rows=len(self.splits["train"]), precision=self.precision())
-        return load_file(self.bank.get("teacher-logits", key, make) / "logits.safetensors")["logits"]
-
-    def _distilled(self, target: EncoderModel, what: str, epochs: float, made_from: dict[str, Any]) -> EncoderModel:
-        """Give ``target`` the weights that distillation leads to; they are kept in the bank."""
-        budget = training.TrainingBudget(
-            **{**self.run.recovery.model_dump(), "epochs": epochs, "precision": self.precision()}
-        )
-        key = self._key(what=made_from, budget=dataclasses.asdict(budget), seed=self.run.seed, recipe=training.RECIPE)
-
-        def make(folder: Path) -> None:
-            teacher = self._teacher_logits
-            rows = self.splits["train"]
-            self.progress(f"distilling {what} on {len(rows)} rows for {epochs:g} epochs")
-            with torch_threads(machine.cores()):
-                training.distill(
-                    target.module,
-                    teacher,
-                    rows,
-                    budget,
-                    # What is pruned is in the blocks; the tables are half of what the optimiser would move.
-                    frozen=target.layout.embeddings,
-                    seed=self.run.seed,
-                    progress=lambda s: self.progress(f"distilling: {s}"),
-                )
-            save_file(
-                {name: tensor.contiguous() for name, tensor in target.module.state_dict().items()},
-                folder / "weights.safetensors",
-            )
-
-        folder = self.bank.get("distilled", key, make)
-        target.module.load_state_dict(load_file(folder / "weights.safetensors"), strict=True)
-        target.module.eval()
-        target.base = folder.name
-        return target
-
-    def _student(self, student: Student) -> EncoderModel:
-        _, scores = self.base(None)
-        built = self.teacher.clone()
-        keep_blocks(built, student.blocks)
-        for number, block in enumerate(student.blocks):
-            keep_heads(built, number, scores.best_heads(block, student.heads))
-            keep_neurons(built, number, scores.best_neurons(block, student.neurons))
-        return self._distilled(built, f"a {student.words()}", student.epochs, student.to_dict())
-
-    @cached_property
-    def _space_file(self) -> SearchSpace:
-        return SearchSpace.load(self.run.space)
-
-    @cached_property
-    def space(self) -> BoundSpace:
-        """The search space bound to the teacher; a student is distilled when a plan first asks for it."""
-        shape = self.teacher.shape
-        students: dict[str, Student | None] = {NO_STUDENT: None, **students_of(self._space_file, shape)}
-        return bind(self._space_file, shape, lambda name: self.base(students[name])[1].drop_order)
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -258,27 +72,6 @@ class Workshop:
             self.run.search.guide,
         )
 
-    def sensitivity(self, student: Student | None) -> Sensitivity:
-        """Return what single decisions do to the teacher or a student, measured once and kept in the bank."""
-        base, scores = self.base(student)
-        if base.base not in self._sensitivities:
-            options = self.space.options(base.shape)
-            named = {site: [d.to_dict() for d in decisions] for site, decisions in options.items()}
-            rows = self.calibration_batches(_SENSITIVITY_ROWS)
-
-            def make(folder: Path) -> None:
-                what = "the full model" if student is None else f"a {student.words()}"
-                self.progress(f"measuring the sensitivity of {what} to single decisions")
-                with torch_threads(machine.cores()):
-                    found = Sensitivity.measure(base, scores, options, rows, seed=self.run.seed)
-                (folder / "sensitivity.json").write_text(found.to_json(), encoding="utf-8")
-
-            key = self._key(base=base.base, options=named, rows=_SENSITIVITY_ROWS, code=code_version())
-            self._sensitivities[base.base] = self.bank.load(
-                "sensitivity", key, make, lambda f: Sensitivity.from_json((f / "sensitivity.json").read_text())
-            )
-        return self._sensitivities[base.base]
-
     def check(self, plan: CompressionPlan) -> None:
         """Refuse a plan that cannot be carried out, before any work.
 
@@ -287,18 +80,6 @@ class Workshop:
         """
         check_plan(plan, self.teacher.shape)
         self.runtime.check(plan, self.teacher.shape)
-
-    def structured(self, plan: CompressionPlan) -> EncoderModel:
-        """Return the torch model that the structural decisions of ``plan`` lead to, distilled if it says so."""
-        student = plan.of_type(Student).get(MODEL_SITE)
-        base, scores = self.base(student)
-        built = base.clone()
-        apply_plan(built, plan, scores)
-        wanted = plan.of_type(Recover).get(MODEL_SITE)
-        if wanted is not None:
-            made_from = json.loads(plan.structural().to_json())
-            return self._distilled(built, "a picked structure", wanted.epochs, {"plan": made_from, "base": base.base})
-        return built
 
     def stitched(self, plan: CompressionPlan) -> tuple[Template, dict[str, Piece]]:
         """Return the template that ``plan`` starts from and a piece for each site that it decides."""
@@ -318,7 +99,7 @@ class Workshop:
             dropped = drop.blocks if drop is not None else ()
         kept = tuple(n for n in range(len(base.shape.blocks)) if n not in dropped)
         pieces = {
-            site: self._piece(base, before_drop(site, kept), decisions, scores)
+            site: self.piece(base, before_drop(site, kept), decisions, scores)
             for site, decisions in by_site.items()
             if decisions
         }
@@ -330,23 +111,21 @@ class Workshop:
             model = base.clone()
             if len(kept) < len(model.shape.blocks):
                 keep_blocks(model, kept)
-            self._templates[key] = self.runtime.template(model, self.calibration_batches(_RANGE_ROWS)[0])
+            example = self.calibration_batches(RANGE_ROWS)[0]
+            runtime = self.runtime
+            sources = tuple(f"runtimes/{name}.py" for name in ("base", runtime.name))
+            self._templates[key] = self.bank.load(
+                "templates",
+                {
+                    "base": base.base,
+                    "kept": kept,
+                    "runtime": f"{runtime.name} {runtime.version()}",
+                    "code": code_version(sources),
+                },
+                lambda folder: runtime.convert(model, example, folder),
+                lambda folder: runtime.template(model, folder),
+            )
         return self._templates[key]
-
-    def _piece(self, base: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance | None) -> Piece:
-        key = self._key(base=base.base, site=site, decisions=[d.to_dict() for d in decisions], code=code_version())
-        return self.bank.load(
-            "pieces",
-            key,
-            lambda folder: save_piece(make_piece(base, site, decisions, scores, self.activations(base)), folder),
-            read_piece,
-        )
-
-    def activations(self, base: EncoderModel) -> Activations:
-        """Return what the layers of ``base`` read on calibration rows."""
-        if base.base not in self._observed:
-            self._observed[base.base] = observe(base, self.calibration_batches(_RANGE_ROWS))
-        return self._observed[base.base]
 
     def parts(self, split: str) -> list[list[Batch]]:
         """Return the rows of a split for accuracy: random parts, each in batches by length, cut at `scoring.LOOKS`.
@@ -397,10 +176,6 @@ class Workshop:
             logits = scoring.logits_of(self.reference_session, self.splits["search"], self.batches("search"))
             np.save(file, logits, allow_pickle=False)
         return kept_logits(self.reference_folder)
-
-    def prepare(self, plan: CompressionPlan) -> None:
-        """Make what training it takes to build ``plan``, so that workers find it in the bank."""
-        self.base(plan.of_type(Student).get(MODEL_SITE))
 
     def build(self, plan: CompressionPlan, folder: Path) -> Artifact:
         """Build the plan's artefact in ``folder``: whole, or not at all."""
@@ -651,17 +426,6 @@ class CannotReachFront(Exception):
     def __init__(self, stopped: Stopped) -> None:
         super().__init__(stopped.reason)
         self.stopped = stopped
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch use ``count`` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def kept_logits(folder: Path) -> np.ndarray:

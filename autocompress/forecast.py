@@ -17,19 +17,22 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
 from autocompress import machine, model, training
+from autocompress.bases import torch_threads
 from autocompress.binding import NO_STUDENT, BoundSpace, bind
 from autocompress.config import RunConfig
 from autocompress.errors import AutocompressError
-from autocompress.evaluate import Workshop, torch_threads
+from autocompress.evaluate import Workshop
 from autocompress.plan import CompressionPlan, Quantize
 from autocompress.records import Measurement
 from autocompress.space import SearchSpace, Value
 
 _STEPS = 6
 """Training steps that are timed, after one that is not."""
-_PLANS = 6
-"""Random plans that are built and scored."""
+_PLANS = 3
+"""Random plans that are built and scored for the full model and for each student."""
 _CALIBRATION_ROWS = 64
 _START_SECONDS = 15.0
 """Starting Ray and its workers, and reading model and data in each."""
@@ -126,13 +129,21 @@ def forecast(run: RunConfig) -> Forecast:
         workshop.base(None)
         workshop.sensitivity(None)
         scored = run.data.calibration_rows / workshop.run.data.calibration_rows
-        bank_seconds += (time.perf_counter() - started) * scored * (1 + len(space.students))
+        bank_seconds += (time.perf_counter() - started) * scored
+        students = 0.0
+        for student in space.students.values():
+            cut = workshop.cut(student)
+            students += student.epochs * _epoch_seconds(workshop, cut, distilled=True)
+            started = time.perf_counter()
+            # As a student that was distilled: neither building nor running it depends on what it learned.
+            workshop.adopt(student, cut)
+            workshop.sensitivity(student)
+            bank_seconds += (time.perf_counter() - started) * scored
         each, sizes = _candidates(workshop, space)
     cores, threads = machine.cores(), run.target.threads
     workers = 1 if threads > 1 else run.search.workers or max(1, cores // threads)
     candidate = each / min(workers, cores)
     finetune = 0.0 if headed else epoch * run.model.finetune.epochs
-    students = epoch * sum(s.epochs for s in space.students.values())
     plans, parameters = count_plans(space)
     pieces = _count_pieces(space) * (1 + len(space.students))
     total = finetune + students + bank_seconds + _START_SECONDS + candidate * run.search.trials
@@ -162,34 +173,47 @@ def _count_pieces(space: BoundSpace) -> int:
     return total
 
 
-def _epoch_seconds(workshop: Workshop, loaded: model.EncoderModel) -> float:
-    """Return the time of one pass over the training rows, from a few steps on a copy of the model."""
+def _epoch_seconds(workshop: Workshop, built: model.EncoderModel, *, distilled: bool = False) -> float:
+    """Return the time of one pass over the training rows, from a few steps on a copy of a model."""
     rows = workshop.splits["train"]
-    size = workshop.run.model.finetune.batch_size
+    size = (workshop.run.recovery if distilled else workshop.run.model.finetune).batch_size
     budget = training.TrainingBudget(
         epochs=(_STEPS + 1) * size / len(rows), learning_rate=1e-5, batch_size=size, precision=workshop.precision()
     )
     moments: list[float] = []
+
+    def note(_: str) -> None:
+        moments.append(time.perf_counter())
+
+    module = built.clone().module
     with torch_threads(machine.cores()):
-        training.finetune(
-            loaded.clone().module, rows, budget, seed=0, progress=lambda _: moments.append(time.perf_counter())
-        )
+        if distilled:
+            logits = torch.zeros(len(rows), len(workshop.task.labels))
+            frozen = built.layout.embeddings
+            training.distill(module, logits, rows, budget, frozen=frozen, seed=0, progress=note)
+        else:
+            training.finetune(module, rows, budget, seed=0, progress=note)
     return (moments[-1] - moments[0]) / (len(moments) - 1) * math.ceil(len(rows) / size)
 
 
 def _candidates(workshop: Workshop, space: BoundSpace) -> tuple[float, float]:
-    """Return mean seconds and bytes of random plans of the space that need no student."""
+    """Return mean seconds and bytes of random plans of the space, as many from each base."""
     rng = random.Random(0)  # noqa: S311 - a draw, not a secret
     measured: list[Measurement] = []
     refused: AutocompressError | None = None
-    for _ in range(4 * _PLANS):
-        plan = space.decode(lambda name, choices: NO_STUDENT if name == "student" else rng.choice(choices))
-        try:
-            measured.append(workshop.evaluate(plan))
-        except AutocompressError as error:  # a search records it as failed and goes on
-            refused = error
-        if len(measured) == _PLANS:
-            break
+    for base in (NO_STUDENT, *space.students):
+        found = 0
+        for _ in range(4 * _PLANS):
+            plan = space.decode(
+                lambda name, choices, base=base: base if name == "student" else rng.choice(choices)  # type: ignore[misc]
+            )
+            try:
+                measured.append(workshop.evaluate(plan))
+                found += 1
+            except AutocompressError as error:  # a search records it as failed and goes on
+                refused = error
+            if found == _PLANS:
+                break
     if not measured:
         assert refused is not None
         raise refused

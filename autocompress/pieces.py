@@ -51,12 +51,15 @@ Piece = tuple[Layer, ...]
 """The layers of a site, in the order of `Layout.linears`."""
 
 
+_SOURCES = ("pieces.py", *(f"transforms/{name}.py" for name in ("__init__", "prune", "factorize", "quantize")))
+
+
 @functools.cache
-def code_version() -> str:
-    """Return a key of the code that makes pieces, so that a change of it makes new ones."""
+def code_version(sources: tuple[str, ...] = _SOURCES) -> str:
+    """Return a key of the code that makes pieces, or of other files of the package, so that a change makes new ones."""
     digest = hashlib.sha256()
     package = resources.files("autocompress")
-    for name in ("pieces.py", *(f"transforms/{n}.py" for n in ("__init__", "prune", "factorize", "quantize"))):
+    for name in sources:
         digest.update(package.joinpath(name).read_bytes())
     return digest.hexdigest()[:12]
 

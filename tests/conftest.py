@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,13 @@ def make_config(family: str, **overrides: Any) -> Any:
     # Weights of the usual 0.02 would leave every block close to the identity, and logits close to zero.
     common = {"vocab_size": len(VOCABULARY), "max_position_embeddings": POSITIONS, "initializer_range": 0.15}
     return kinds[family](**{**sizes, **common, "pad_token_id": pad, **overrides})
+
+
+def template_of(runtime: Any, model: Any, example: Any) -> Any:
+    """Convert a model, and read what was written."""
+    with tempfile.TemporaryDirectory() as folder:
+        runtime.convert(model, example, Path(folder))
+        return runtime.template(model, Path(folder))
 
 
 def make_model(family: str, *, labels: tuple[str, ...] | None = None, seed: int = 0, **overrides: Any) -> Any:

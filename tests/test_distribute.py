@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -156,13 +157,17 @@ def worker(workplace: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> A
 
     run = RunConfig.from_file(workplace() / "run.yaml")
     config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(workplace() / "none")}
-    return _Worker({**config, "number": 0, "plan": CompressionPlan().to_json(), "front": []})
+    return _Worker({**config, "desk": None})
+
+
+def job(plan: str = CompressionPlan().to_json(), front: list[list[float]] | None = None) -> Any:
+    from autocompress.distribute import _Job
+
+    return _Job(0, plan, front or [], attempt=1)
 
 
 def test_what_fails_while_a_worker_gets_ready_is_said(worker: Any) -> None:
-    result = worker.step()
-    assert result["done"] is True
-    assert json.loads(result["outcome"])["failure"].endswith("holds no artefact.json; give a folder that export wrote")
+    assert worker.outcome(job())["failure"].endswith("holds no artefact.json; give a folder that export wrote")
 
 
 def test_a_defect_in_one_candidate_is_its_reason(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +176,8 @@ def test_a_defect_in_one_candidate_is_its_reason(worker: Any, monkeypatch: pytes
 
     monkeypatch.setattr(Workshop, "ready", lambda _: None)
     monkeypatch.setattr(Workshop, "attempt", broken)
-    assert json.loads(worker.step()["outcome"]) == {"failure": "ZeroDivisionError: division by zero"}
-    assert worker.reset_config({"plan": "no JSON", "front": []}) is True
-    assert json.loads(worker.step()["outcome"])["failure"].startswith("plan: not JSON")
+    assert worker.outcome(job()) == {"failure": "ZeroDivisionError: division by zero"}
+    assert worker.outcome(job("no JSON"))["failure"].startswith("plan: not JSON")
 
 
 def test_a_worker_gives_up_what_cannot_reach_the_front(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,10 +190,27 @@ def test_a_worker_gives_up_what_cannot_reach_the_front(worker: Any, monkeypatch:
 
     monkeypatch.setattr(Workshop, "ready", lambda _: None)
     monkeypatch.setattr(Workshop, "attempt", attempt)
-    assert json.loads(worker.step()["outcome"]) == {"stopped": dataclasses.asdict(given_up)}
-    assert worker.reset_config({"plan": CompressionPlan().to_json(), "front": [[-0.9, 1.0, 0.1]]}) is True
-    worker.step()
+    assert worker.outcome(job()) == {"stopped": dataclasses.asdict(given_up)}
+    worker.outcome(job(front=[[-0.9, 1.0, 0.1]]))
     assert asked == [(CompressionPlan().plan_id, []), (CompressionPlan().plan_id, [[-0.9, 1.0, 0.1]])]
+
+
+def test_a_desk_gives_a_job_again_to_a_worker_that_did_not_finish_it() -> None:
+    from autocompress.distribute import _Desk, _Job
+
+    async def day() -> list[Any]:
+        desk = _Desk()
+        for number in (7, 8, 9):
+            await desk.put(_Job(number, "{}", []))
+        await desk.put(None)
+        taken = [await desk.take("a", None), await desk.take("b", None)]
+        taken.append(await desk.take("a", None))  # a new process of the same worker
+        taken.append(await desk.take("b", 8))
+        taken.append(await desk.take("a", 7))
+        return taken
+
+    found = asyncio.run(day())
+    assert [job and (job.number, job.attempt) for job in found] == [(7, 1), (8, 1), (7, 2), (9, 1), None]
 
 
 def test_a_model_of_not_a_number_is_refused_before_the_first_candidate(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LABELS, make_model
+from conftest import LABELS, make_model, template_of
 
 from autocompress import memory
 from autocompress.config import TargetConfig
@@ -25,7 +25,7 @@ INPUTS = {"input_ids": np.full((1, 16), 7), "attention_mask": np.ones((1, 16), d
 def built(runtime: str, folder: Path, **sizes: int) -> Artifact:
     found, chosen = understand(make_model("distilbert", labels=LABELS, **sizes), base="test"), get_runtime(runtime)
     folder.mkdir()
-    return chosen.stitch(chosen.template(found, ROWS.batch([0, 1])), {}, CompressionPlan(), folder)
+    return chosen.stitch(template_of(chosen, found, ROWS.batch([0, 1])), {}, CompressionPlan(), folder)
 
 
 @pytest.mark.slow

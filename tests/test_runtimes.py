@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, HIDDEN, LABELS, make_model, make_tokenizer
+from conftest import FAMILIES, HIDDEN, LABELS, make_model, make_tokenizer, template_of
 from torch import nn
 
 from autocompress import task
@@ -123,7 +123,7 @@ def stitched(
         model = given.model.clone()
         if dropped:
             keep_blocks(model, kept)
-        templates[id(given), kept] = runtime.template(model, given.calibration[0])
+        templates[id(given), kept] = template_of(runtime, model, given.calibration[0])
     pieces = {}
     for site in dict.fromkeys(site for site, _ in plan if site != MODEL_SITE):
         before = site
@@ -144,7 +144,7 @@ def quantised(
         site: make_piece(model, site, [decision], None, activations)
         for site, decision in plan.of_type(Quantize).items()
     }
-    return runtime.stitch(runtime.template(model, rows[0]), pieces, plan, at)
+    return runtime.stitch(template_of(runtime, model, rows[0]), pieces, plan, at)
 
 
 ROUTES = ("pieces", "structured model")
@@ -654,7 +654,7 @@ class TestRefusals:
             model.module.unused = nn.Embedding(4, HIDDEN)
             layout = dataclasses.replace(layout, embeddings=(*layout.embeddings, "unused"))
         model = dataclasses.replace(model, layout=layout)
-        template = runtime.template(model, given.calibration[0])
+        template = template_of(runtime, model, given.calibration[0])
         pieces = {kind: make_piece(model, kind, [decision], None, given.activations)}
         with pytest.raises(RuntimeBuildError, match=rf"{kind}: not carried out: .* graph has no .*unused"):
             runtime.stitch(template, pieces, CompressionPlan(((kind, decision),)), tmp_path)
@@ -737,7 +737,7 @@ class TestStandIn:
         wide = tiny("distilbert", dim=128, hidden_dim=1024)
         for name in ("whole", "stand-in"):
             (tmp_path / name).mkdir()
-        template = runtime.template(wide, material("distilbert").calibration[0])
+        template = template_of(runtime, wide, material("distilbert").calibration[0])
         artifact = runtime.stitch(template, {}, CompressionPlan(), tmp_path / "whole")
         copy = runtime.stand_in(artifact, tmp_path / "stand-in")
         assert copy.size_bytes < 0.1 * artifact.size_bytes

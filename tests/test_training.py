@@ -136,13 +136,28 @@ class TestDistillation:
         assert found[1.0][0] < found[0.0][0]
         assert found[0.0][1] < found[1.0][1]
 
-    def test_without_the_teacher_it_is_finetuning(
+    def test_without_the_teacher_it_is_finetuning_without_dropout(
         self, module: Any, splits: dict[str, task.Split], teacher: torch.Tensor
     ) -> None:
         rows, other = splits["train"].head(48), copy.deepcopy(module)
+        for part in module.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
         training.finetune(module, rows, budget(), seed=3, progress=quiet)
         training.distill(other, teacher[:48], rows, budget(alpha=0.0), seed=3, progress=quiet)
         assert torch.allclose(weights(module), weights(other), atol=1e-6)
+
+    def test_frozen_modules_keep_their_weights(
+        self, module: Any, splits: dict[str, task.Split], teacher: torch.Tensor
+    ) -> None:
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        table = "bert.embeddings.word_embeddings"
+        rows = splits["train"].head(32)
+        training.distill(module, teacher[:32], rows, budget(), frozen=[table], seed=0, progress=quiet)
+        kept = {name for name, p in module.named_parameters() if torch.equal(p, before[name])}
+        assert f"{table}.weight" in kept
+        assert "classifier.weight" not in kept
+        assert all(p.requires_grad for p in module.parameters()), "only for the time of training"
 
     @pytest.mark.parametrize("temperature", [1.0, 4.0])
     def test_the_loss_is_that_of_the_paper(

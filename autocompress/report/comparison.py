@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autocompress.pareto import volume, volume_curve
+from autocompress.plan import Student
 from autocompress.records import Candidate, Measurement
 from autocompress.report.figures import dress
 from autocompress.report.tables import short, size_mb
@@ -51,6 +52,11 @@ class Comparison:
         """The candidates that treat every layer alike, failed ones too."""
         return tuple(c for c in self.search if c.origin == "uniform")
 
+    @property
+    def untrained_ladder(self) -> tuple[Candidate, ...]:
+        """Those of the ladder that take no training: the full model's bits, widths, ranks and depths."""
+        return tuple(c for c in self.ladder if not c.plan.of_type(Student))
+
 
 def comparison_rows(comparison: Comparison, reference: Measurement) -> list[tuple[str, ...]]:
     """Return the rows of a table with `HEADINGS`; empty if the search tried nothing.
@@ -68,10 +74,13 @@ def comparison_rows(comparison: Comparison, reference: Measurement) -> list[tupl
     random, shared = _random(comparison, reference)
     if 0 < shared < len(curve):
         rows.append((f"search, first {shared}", str(shared), _volume_words(curve[shared - 1]), "", ""))
-    if comparison.ladder:
-        ladder = volume(comparison.ladder, reference, comparison.majority)
-        said = _ratio_words(curve[-1], ladder)
-        rows.append(("uniform ladder", str(len(comparison.ladder)), _volume_words(ladder), said, ""))
+    ladders = {"uniform ladder": comparison.ladder}
+    if comparison.untrained_ladder != comparison.ladder:
+        ladders["uniform ladder without students"] = comparison.untrained_ladder
+    for name, plans in ladders.items():
+        if plans:
+            ladder = volume(plans, reference, comparison.majority)
+            rows.append((name, str(len(plans)), _volume_words(ladder), _ratio_words(curve[-1], ladder), ""))
     if shared:
         there = random[shared - 1]
         name = "random search" if shared == len(random) else f"random search, first {shared}"

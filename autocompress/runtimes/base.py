@@ -1,7 +1,8 @@
 """What a runtime is: it builds a plan's artefact, loads it, and runs it.
 
-Call order: `Runtime.check` before any work, `template` once per depth of a model, `stitch` once per candidate, then
-`load` for a `Session` per process. Every implementation passes the contract suite in ``tests/test_runtimes.py``.
+Call order: `Runtime.check` before any work, `convert` once per depth of a model, `template` once per process for each
+of these that it needs, `stitch` once per candidate, then `load` for a `Session` per process. Every implementation
+passes the contract suite in ``tests/test_runtimes.py``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from autocompress.task import Batch
 
 ARTIFACT_SCHEMA = 1
 ARTIFACT_FILE = "artefact.json"
+TEMPLATE_INPUTS = "inputs.json"
+"""Beside a converted model: its input names in order."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,16 @@ class Runtime(ABC):
         """Raise `PlanError` for a decision that this runtime cannot carry out; ``shape`` is the uncompressed one."""
 
     @abstractmethod
-    def template(self, model: EncoderModel, example: Batch) -> Template:
-        """Convert ``model`` once; all candidates of its depth are stitched from the result."""
+    def convert(self, model: EncoderModel, example: Batch, folder: Path) -> None:
+        """Convert ``model`` into ``folder`` once; all candidates of its depth are stitched from the result."""
+
+    @abstractmethod
+    def template(self, model: EncoderModel, folder: Path) -> Template:
+        """Return what `convert` wrote of ``model``."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """Return the version of the runtime's package, which a converted model depends on."""
 
     @abstractmethod
     def stitch(self, template: Template, pieces: Mapping[str, Piece], plan: CompressionPlan, folder: Path) -> Artifact:

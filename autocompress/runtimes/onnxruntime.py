@@ -11,6 +11,7 @@ decision that finds no node is an error instead of being skipped.
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from autocompress.pieces import Layer, Piece
 from autocompress.plan import CompressionPlan, Quantize
 from autocompress.predict import Product
 from autocompress.runtimes.base import (
+    TEMPLATE_INPUTS,
     Artifact,
     LogitsOnly,
     Runtime,
@@ -75,9 +77,24 @@ class ONNXRuntime(Runtime):
                     f"{site}: onnxruntime stores 4 bits in groups of a power of two >= {_SMALLEST_GROUP}, got {group}"
                 )
 
-    def template(self, model: EncoderModel, example: Batch) -> Template:
+    def convert(self, model: EncoderModel, example: Batch, folder: Path) -> None:
+        import onnx
+
         graph, inputs = _convert(model, example)
-        return Template(graph, inputs, products(model), model.layout)
+        onnx.save(graph, str(folder / "model.onnx"))
+        (folder / TEMPLATE_INPUTS).write_text(json.dumps(inputs), encoding="utf-8")
+
+    def template(self, model: EncoderModel, folder: Path) -> Template:
+        import onnx
+
+        inputs = tuple(json.loads((folder / TEMPLATE_INPUTS).read_text(encoding="utf-8")))
+        return Template(onnx.load(str(folder / "model.onnx")), inputs, products(model), model.layout)
+
+    def version(self) -> str:
+        import onnx
+        import onnxruntime
+
+        return f"{onnxruntime.__version__}, onnx {onnx.__version__}"
 
     def stitch(self, template: Template, pieces: Mapping[str, Piece], plan: CompressionPlan, folder: Path) -> Artifact:
         import onnx

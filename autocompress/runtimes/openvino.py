@@ -9,6 +9,7 @@ being skipped.
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from autocompress.pieces import Layer, Piece
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Product
 from autocompress.runtimes.base import (
+    TEMPLATE_INPUTS,
     Artifact,
     LogitsOnly,
     Runtime,
@@ -87,10 +89,19 @@ class OpenVINORuntime(Runtime):
     def check(self, plan: CompressionPlan, shape: ModelShape) -> None:
         """Accept everything that a `Quantize` can say: 16, 8 (with 8-bit activations in linear layers) and 4 bits."""
 
-    def template(self, model: EncoderModel, example: Batch) -> Template:
+    def convert(self, model: EncoderModel, example: Batch, folder: Path) -> None:
         graph, inputs = _convert(model, example)
         _free_widths(graph, model.layout.blocks)
+        _openvino().save_model(graph, folder / "model.xml", compress_to_fp16=False)
+        (folder / TEMPLATE_INPUTS).write_text(json.dumps(inputs), encoding="utf-8")
+
+    def template(self, model: EncoderModel, folder: Path) -> Template:
+        inputs = tuple(json.loads((folder / TEMPLATE_INPUTS).read_text(encoding="utf-8")))
+        graph = _openvino().Core().read_model(folder / "model.xml")
         return Template(graph, inputs, products(model), model.layout)
+
+    def version(self) -> str:
+        return str(_openvino().__version__)
 
     def stitch(self, template: Template, pieces: Mapping[str, Piece], plan: CompressionPlan, folder: Path) -> Artifact:
         graph = template.graph.clone()

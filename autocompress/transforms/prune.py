@@ -82,6 +82,7 @@ def _fisher(model: EncoderModel, batches: Sequence[Batch]) -> tuple[list[torch.T
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             value = inputs[0]
             if not value.requires_grad:
+                # The lowest one: from here on up everything has a gradient, although all parameters are frozen.
                 value.requires_grad_(True)
             value.retain_grad()
             captured[key] = value
@@ -98,8 +99,6 @@ def _fisher(model: EncoderModel, batches: Sequence[Batch]) -> tuple[list[torch.T
     try:
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
-        # One parameter at the bottom keeps the graph alive through every block.
-        next(p for p in model.module.parameters() if p.dtype.is_floating_point).requires_grad_(True)
         for batch in batches:
             with torch.enable_grad():
                 logits = model.module(**batch.inputs()).logits

@@ -1,0 +1,297 @@
+"""The models that plans start from, and what is made of them once: all of it is kept in the bank.
+
+These are the teacher, which is the uncompressed classifier, and students distilled from it, each with the importance
+of its parts, its sensitivity to single decisions, the ranges of its activations, and the pieces of its sites.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from autocompress import machine, model, task, training
+from autocompress.bank import Bank, default_bank
+from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
+from autocompress.config import RunConfig
+from autocompress.model import EncoderModel
+from autocompress.pieces import Piece, code_version, make_piece, read_piece, save_piece
+from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, Recover, Student
+from autocompress.predict import Sensitivity
+from autocompress.space import SearchSpace
+from autocompress.task import Batch, Split
+from autocompress.transforms import apply_plan
+from autocompress.transforms.prune import Importance, importance, keep_blocks, keep_heads, keep_neurons
+from autocompress.transforms.quantize import Activations, observe
+
+Progress = training.Progress
+RANGE_ROWS = 64
+"""Calibration rows that activation ranges are taken from; more did not change accuracy."""
+_DROP_ROWS = 64
+"""Calibration rows that the order of dropping blocks is taken from."""
+_SENSITIVITY_ROWS = 32
+"""Calibration rows that single decisions are judged on."""
+
+
+def silent(_: str) -> None:
+    """Report no progress."""
+
+
+def bank_root(run: RunConfig) -> Path:
+    """Return the folder of the run's bank."""
+    return Path(run.storage.bank).expanduser() if run.storage.bank else default_bank()
+
+
+class Bases:
+    """The teacher and its students, with what is known of them.
+
+    Args:
+        run: the resolved run file.
+        progress: told what is being done, a line at a time.
+    """
+
+    def __init__(self, run: RunConfig, progress: Progress = silent) -> None:
+        self.run = run
+        self.progress = progress
+        self.bank = Bank(bank_root(run), limit_bytes=int(run.storage.bank_gb * 1e9))
+        self.source = model.locate(run.model.id, run.model.revision)
+        model.check_files(self.source)
+        self.task = task.load(run.data, labels=model.head_labels(self.source))
+        self._bases: dict[str, tuple[EncoderModel, Importance]] = {}
+        self._observed: dict[str, Activations] = {}
+        self._sensitivities: dict[str, Sensitivity] = {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return model.load_tokenizer(self.source)
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        return self.task.tokenized(self.tokenizer, self.run.data.max_tokens)
+
+    @cached_property
+    def calibration(self) -> Split:
+        return self.splits["train"].head(self.run.data.calibration_rows)
+
+    def calibration_batches(self, rows: int | None = None) -> list[Batch]:
+        split = self.calibration if rows is None else self.calibration.head(rows)
+        return list(split.in_order_of_length(16))
+
+    @cached_property
+    def teacher_folder(self) -> Path:
+        """The folder of the uncompressed classifier, fine-tuned by us if the model came without a head."""
+        if model.head_labels(self.source) is not None:
+            return self.source
+        made_from = {
+            "model": model.fingerprint(self.source),
+            "task": self.task.fingerprint,
+            "max_tokens": self.run.data.max_tokens,
+            "finetune": self.run.model.finetune.model_dump(),
+            "precision": self.precision(),
+            "seed": self.run.seed,
+        }
+        return self.bank.get("finetuned", made_from, self._finetune)
+
+    def _finetune(self, folder: Path) -> None:
+        config = self.run.model.finetune
+        rows = self.splits["train"]
+        self.progress(f"fine-tuning {self.run.model.id} on {len(rows)} rows for {config.epochs:g} epochs")
+        loaded = model.load(self.source, labels=self.task.labels, seed=self.run.seed)
+        budget = training.TrainingBudget(**config.model_dump(), precision=self.precision())
+        with torch_threads(machine.cores()):
+            training.finetune(
+                loaded.module, rows, budget, seed=self.run.seed, progress=lambda s: self.progress(f"fine-tuning: {s}")
+            )
+        loaded.module.save_pretrained(folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(folder)
+
+    @cached_property
+    def teacher(self) -> EncoderModel:
+        return model.load(self.teacher_folder, labels=self.task.labels)
+
+    def precision(self) -> str:
+        wanted = self.run.recovery.precision
+        return ("bfloat16" if training.has_bfloat16() else "float32") if wanted == "auto" else wanted
+
+    def _key(self, **more: Any) -> dict[str, Any]:
+        return {
+            "teacher": self.teacher.base,
+            "task": self.task.fingerprint,
+            "max_tokens": self.run.data.max_tokens,
+            "calibration_rows": self.run.data.calibration_rows,
+            **more,
+        }
+
+    def base(self, student: Student | None) -> tuple[EncoderModel, Importance]:
+        """Return the teacher or a distilled student with its importance scores; both are shared, not to be changed."""
+        key = repr(student)
+        if key not in self._bases:
+            base = self.teacher if student is None else self._student(student)
+            self._bases[key] = (base, self._importance(base))
+        return self._bases[key]
+
+    def adopt(self, student: Student, built: EncoderModel) -> None:
+        """Let ``built`` stand for a student as it is, as where a forecast has no time to distil one."""
+        built.base = f"{self.teacher.base} cut to {student.words()}"
+        self._bases[repr(student)] = (built, self._importance(built))
+
+    def _importance(self, base: EncoderModel) -> Importance:
+        drops = self._space_file.drop_blocks.at_most if self._space_file.drop_blocks else 0
+        key = self._key(base=base.base, drops=drops)
+
+        def make(folder: Path) -> None:
+            self.progress(f"scoring heads, neurons and blocks on {len(self.calibration)} calibration rows")
+            with torch_threads(machine.cores()):
+                scores = importance(
+                    base, self.calibration_batches(), drops=drops, drop_batches=self.calibration_batches(_DROP_ROWS)
+                )
+            tensors = {f"heads.{n}": t for n, t in enumerate(scores.heads)}
+            tensors |= {f"neurons.{n}": t for n, t in enumerate(scores.neurons)}
+            save_file({**tensors, "drop_order": torch.tensor(scores.drop_order)}, folder / "scores.safetensors")
+
+        found = load_file(self.bank.get("importance", key, make) / "scores.safetensors")
+        depth = range(len(base.shape.blocks))
+        return Importance(
+            tuple(found[f"heads.{n}"] for n in depth),
+            tuple(found[f"neurons.{n}"] for n in depth),
+            tuple(found["drop_order"].tolist()),
+        )
+
+    @cached_property
+    def _teacher_logits(self) -> torch.Tensor:
+        def make(folder: Path) -> None:
+            self.progress(f"running the teacher on {len(self.splits['train'])} training rows")
+            with torch_threads(machine.cores()):
+                logits = training.logits_of(self.teacher.module, self.splits["train"], precision=self.precision())
+            save_file({"logits": logits}, folder / "logits.safetensors")
+
+        key = self._key(train_rows=len(self.splits["train"]), precision=self.precision())
+        return load_file(self.bank.get("teacher-logits", key, make) / "logits.safetensors")["logits"]
+
+    def _distilled(self, target: EncoderModel, what: str, epochs: float, made_from: dict[str, Any]) -> EncoderModel:
+        """Give ``target`` the weights that distillation leads to; they are kept in the bank."""
+        budget = training.TrainingBudget(
+            **{**self.run.recovery.model_dump(), "epochs": epochs, "precision": self.precision()}
+        )
+        key = self._key(what=made_from, budget=dataclasses.asdict(budget), seed=self.run.seed, recipe=training.RECIPE)
+
+        def make(folder: Path) -> None:
+            teacher = self._teacher_logits
+            rows = self.splits["train"]
+            self.progress(f"distilling {what} on {len(rows)} rows for {epochs:g} epochs")
+            with torch_threads(machine.cores()):
+                training.distill(
+                    target.module,
+                    teacher,
+                    rows,
+                    budget,
+                    # What is pruned is in the blocks; the tables are half of what the optimiser would move.
+                    frozen=target.layout.embeddings,
+                    seed=self.run.seed,
+                    progress=lambda s: self.progress(f"distilling: {s}"),
+                )
+            save_file(
+                {name: tensor.contiguous() for name, tensor in target.module.state_dict().items()},
+                folder / "weights.safetensors",
+            )
+
+        folder = self.bank.get("distilled", key, make)
+        target.module.load_state_dict(load_file(folder / "weights.safetensors"), strict=True)
+        target.module.eval()
+        target.base = folder.name
+        return target
+
+    def _student(self, student: Student) -> EncoderModel:
+        return self._distilled(self.cut(student), f"a {student.words()}", student.epochs, student.to_dict())
+
+    def cut(self, student: Student) -> EncoderModel:
+        """Return the parts of the teacher that a student begins as."""
+        _, scores = self.base(None)
+        built = self.teacher.clone()
+        keep_blocks(built, student.blocks)
+        for number, block in enumerate(student.blocks):
+            keep_heads(built, number, scores.best_heads(block, student.heads))
+            keep_neurons(built, number, scores.best_neurons(block, student.neurons))
+        return built
+
+    @cached_property
+    def _space_file(self) -> SearchSpace:
+        return SearchSpace.load(self.run.space)
+
+    @cached_property
+    def space(self) -> BoundSpace:
+        """The search space bound to the teacher; a student is distilled when a plan first asks for it."""
+        shape = self.teacher.shape
+        students: dict[str, Student | None] = {NO_STUDENT: None, **students_of(self._space_file, shape)}
+        return bind(self._space_file, shape, lambda name: self.base(students[name])[1].drop_order)
+
+    def sensitivity(self, student: Student | None) -> Sensitivity:
+        """Return what single decisions do to the teacher or a student, measured once and kept in the bank."""
+        base, scores = self.base(student)
+        if base.base not in self._sensitivities:
+            options = self.space.options(base.shape)
+            named = {site: [d.to_dict() for d in decisions] for site, decisions in options.items()}
+            rows = self.calibration_batches(_SENSITIVITY_ROWS)
+
+            def make(folder: Path) -> None:
+                what = "the full model" if student is None else f"a {student.words()}"
+                self.progress(f"measuring the sensitivity of {what} to single decisions")
+                with torch_threads(machine.cores()):
+                    found = Sensitivity.measure(base, scores, options, rows, seed=self.run.seed)
+                (folder / "sensitivity.json").write_text(found.to_json(), encoding="utf-8")
+
+            key = self._key(base=base.base, options=named, rows=_SENSITIVITY_ROWS, code=code_version())
+            self._sensitivities[base.base] = self.bank.load(
+                "sensitivity", key, make, lambda f: Sensitivity.from_json((f / "sensitivity.json").read_text())
+            )
+        return self._sensitivities[base.base]
+
+    def prepare(self, plan: CompressionPlan) -> None:
+        """Make what training it takes to build ``plan``, so that workers find it in the bank."""
+        self.base(plan.of_type(Student).get(MODEL_SITE))
+
+    def structured(self, plan: CompressionPlan) -> EncoderModel:
+        """Return the torch model that the structural decisions of ``plan`` lead to, distilled if it says so."""
+        student = plan.of_type(Student).get(MODEL_SITE)
+        base, scores = self.base(student)
+        built = base.clone()
+        apply_plan(built, plan, scores)
+        wanted = plan.of_type(Recover).get(MODEL_SITE)
+        if wanted is not None:
+            made_from = json.loads(plan.structural().to_json())
+            return self._distilled(built, "a picked structure", wanted.epochs, {"plan": made_from, "base": base.base})
+        return built
+
+    def piece(self, base: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance | None) -> Piece:
+        """Return what stands at ``site`` of ``base`` after ``decisions``, from the bank."""
+        key = self._key(base=base.base, site=site, decisions=[d.to_dict() for d in decisions], code=code_version())
+        return self.bank.load(
+            "pieces",
+            key,
+            lambda folder: save_piece(make_piece(base, site, decisions, scores, self.activations(base)), folder),
+            read_piece,
+        )
+
+    def activations(self, base: EncoderModel) -> Activations:
+        """Return what the layers of ``base`` read on calibration rows."""
+        if base.base not in self._observed:
+            self._observed[base.base] = observe(base, self.calibration_batches(RANGE_ROWS))
+        return self._observed[base.base]
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
