@@ -95,7 +95,7 @@ class SearchConfig(Section):
     max_retries: int = Field(2, ge=0, le=10, description="new attempts after a worker died")
     latency_pairs: int = Field(15, ge=5, le=10_000, description="runs of candidate and reference, alternating")
     confirm_pairs: int = Field(
-        30, ge=0, le=10_000, description="runs that time each point of the front anew at the end; 0 leaves that out"
+        18, ge=0, le=10_000, description="runs that time each point of the front anew at the end; 0 leaves that out"
     )
     recover: int = Field(0, ge=0, le=1000, description="points that are distilled at the end, the best ranks first")
     keep_artefacts: Literal["front", "all"] = "front"

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -322,7 +323,9 @@ class Workshop(Bases):
         for first in range(0, len(points), _AT_ONCE):
             some = range(first, min(first + _AT_ONCE, len(points)))
             artefacts = [Artifact.open(self.artefacts / points[n][0].plan_id) for n in some]
-            sessions = [self.runtime.load(artifact, self.run.target) for artifact in artefacts]
+            # Nothing else runs yet: a load takes one core for a good part of a second.
+            with ThreadPoolExecutor(machine.cores()) as pool:
+                sessions = list(pool.map(lambda artifact: self.runtime.load(artifact, self.run.target), artefacts))
             for turn in range(_ROUNDS):
                 progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {_ROUNDS}")
                 for n, session, artifact in zip(some, sessions, artefacts, strict=True):
