@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -209,70 +210,114 @@ class _Worker(tune.Trainable):
         """Load nothing."""
 
 
+class LocalRay:
+    """A Ray instance of one search on this machine, which starts while the driver does other things.
+
+    Args:
+        run: the resolved run file.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        threads, cores = run.target.threads, machine.cores()
+        # Wall-clock timing needs the node to itself; CPU time at one thread does not.
+        exclusive = threads > 1
+        wanted = 1 if exclusive else run.search.workers or max(1, cores // threads)
+        self.workers = max(1, min(wanted, run.search.trials))
+        self.resources: dict[str, float] = {"cpu": min(threads, cores), **({LATENCY_SLOT: 1} if exclusive else {})}
+        # More workers than cores were asked for by name: Ray is told so, or it would wait for cores that do not exist.
+        self._logical = max(cores, math.ceil(self.workers * self.resources["cpu"]))
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._start, name="ray", daemon=True)
+
+    def __enter__(self) -> LocalRay:
+        warnings.filterwarnings("ignore", module="ray.*")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it, if it is not ended yet."""
+        self._thread.join()
+        ray.shutdown()
+
+    def wait(self) -> None:
+        """Return when it is there.
+
+        Raises:
+            StudyError: if Ray cannot be started.
+        """
+        self._thread.join()
+        if self._failure is not None:
+            line = str(self._failure).strip().splitlines()[0]
+            raise StudyError(f"search: Ray cannot be started ({line})") from None
+        # A worker's death is retried and then told as the candidate's failure; Tune's own traceback of it is noise.
+        for name in ("ray", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def _start(self) -> None:
+        try:
+            ray.init(
+                num_cpus=self._logical,
+                resources={LATENCY_SLOT: 1},
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=100 * 2**20,
+            )
+            # The processes that come to import what workers need are there for the workers afterwards.
+            prepared = ray.remote(num_cpus=self.resources["cpu"])(_import_heavy_packages)
+            for _ in range(self.workers):
+                prepared.remote()
+        except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+            self._failure = error
+
+
+def _import_heavy_packages() -> None:
+    import autocompress.evaluate  # noqa: F401
+
+
 def execute(
     study: Study,
     run: RunConfig,
     artefacts: Path,
     *,
+    local: LocalRay,
     prepare: Callable[[CompressionPlan], None],
     told: Callable[[Candidate], None],
 ) -> None:
-    """Evaluate the study's remaining candidates on a local Ray instance.
+    """Evaluate the study's remaining candidates.
 
     Args:
         study: open for writing.
         run: the resolved run file, as workers shall read it.
         artefacts: folder for built candidates.
+        local: entered; it need not have started yet.
         prepare: called before a plan is handed out; makes what workers then find in the bank.
         told: called after each candidate was recorded.
 
     Raises:
         StudyError: if Ray cannot be started.
     """
-    threads, cores = run.target.threads, machine.cores()
-    # Wall-clock timing needs the node to itself; CPU time at one thread does not.
-    exclusive = threads > 1
-    wanted = 1 if exclusive else run.search.workers or max(1, cores // threads)
-    workers = max(1, min(wanted, study.remaining))
-    resources: dict[str, float] = {"cpu": min(threads, cores), **({LATENCY_SLOT: 1} if exclusive else {})}
-    # More workers than cores were asked for by name: Ray is told so, or it would wait for cores that do not exist.
-    logical = max(cores, math.ceil(workers * resources["cpu"]))
-    warnings.filterwarnings("ignore", module="ray.*")
-    try:
-        ray.init(
-            num_cpus=logical,
-            resources={LATENCY_SLOT: 1},
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=100 * 2**20,
-        )
-    except (RuntimeError, ConnectionError, OSError, ValueError) as error:
-        raise StudyError(f"search: Ray cannot be started ({str(error).strip().splitlines()[0]})") from None
-    # A worker's death is retried and then told as the candidate's failure; Tune's own traceback of it is noise.
-    for name in ("ray", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    local.wait()
+    workers = min(local.workers, study.remaining)
     # Tune runs its workers in folders of their own.
     config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(artefacts.absolute())}
-    try:
-        desk = ray.remote(num_cpus=0)(_Desk).remote()
-        searcher = _StudySearcher(study, desk, workers, prepare, told)
-        with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:
-            tune.Tuner(
-                tune.with_resources(_Worker, resources),
-                param_space={**config, "desk": desk},
-                tune_config=tune.TuneConfig(search_alg=searcher, num_samples=workers, max_concurrent_trials=workers),
-                run_config=tune.RunConfig(
-                    name="search",
-                    storage_path=scratch,
-                    verbose=0,
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                    # Attempts are counted by candidate; this bounds a machine on which no worker can live.
-                    failure_config=tune.FailureConfig(
-                        max_failures=(1 + run.search.max_retries) * study.run.search.trials
-                    ),
-                ),
-            ).fit()
-        searcher.give_up()
-    finally:
-        ray.shutdown()
+    desk = ray.remote(num_cpus=0)(_Desk).remote()
+    searcher = _StudySearcher(study, desk, workers, prepare, told)
+    with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:
+        tune.Tuner(
+            tune.with_resources(_Worker, local.resources),
+            param_space={**config, "desk": desk},
+            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=workers, max_concurrent_trials=workers),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=scratch,
+                verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                # Attempts are counted by candidate; this bounds a machine on which no worker can live.
+                failure_config=tune.FailureConfig(max_failures=(1 + run.search.max_retries) * study.run.search.trials),
+            ),
+        ).fit()
+    searcher.give_up()

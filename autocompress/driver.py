@@ -11,9 +11,10 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autocompress import machine
 from autocompress.bases import Progress
@@ -28,6 +29,9 @@ from autocompress.report.comparison import Comparison
 from autocompress.report.tables import write_aside
 from autocompress.stopwatch import Stopwatch
 from autocompress.study import Study, identity_of
+
+if TYPE_CHECKING:
+    from autocompress.distribute import LocalRay
 
 ENVIRONMENT_SCHEMA = 1
 BASELINES = "baselines"
@@ -77,10 +81,12 @@ class SearchStatus:
 def drive(run: RunConfig, folder: Path, *, progress: Progress, watch: Watch | None = None) -> None:
     """Run or continue the search of ``run`` in ``folder`` to its end and write its results."""
     clock = Stopwatch()
-    with clock("all"):
+    with ExitStack() as stack, clock("all"):
         with clock("start"):
             workshop = Workshop(run, folder / "artefacts", progress)
             space = workshop.space
+        # It starts while the reference is measured. A study that is there already may be finished, and need no Ray.
+        local = None if (folder / "study.journal").exists() else stack.enter_context(_local_ray(run))
         with clock("reference"):
             _ensure_environment(folder, workshop, progress)
         data = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
@@ -95,8 +101,11 @@ def drive(run: RunConfig, folder: Path, *, progress: Progress, watch: Watch | No
                 progress(f"{study.interrupted} interrupted candidates are evaluated again")
             write_aside(folder / "run.yaml", run.to_yaml())
             if study.remaining:
+                local = local or stack.enter_context(_local_ray(run))
                 with clock("candidates"):
-                    _evaluate(study, workshop, progress, watch)
+                    _evaluate(study, workshop, local, progress, watch)
+            if local is not None:
+                local.stop()  # latencies are confirmed with nothing else running
             with clock("recovery"):
                 _recover(study, workshop, progress)
             with clock("confirmation"):
@@ -115,7 +124,14 @@ def drive(run: RunConfig, folder: Path, *, progress: Progress, watch: Watch | No
     progress(f"{study.finished} candidates, {len(study.front())} on the front; {clock.seconds['all']:.0f} s")
 
 
-def _evaluate(study: Study, workshop: Workshop, progress: Progress, watch: Watch | None) -> None:
+def _local_ray(run: RunConfig) -> LocalRay:
+    # Ray is imported where it is needed: a finished search only rewrites its report.
+    from autocompress.distribute import LocalRay
+
+    return LocalRay(run)
+
+
+def _evaluate(study: Study, workshop: Workshop, local: LocalRay, progress: Progress, watch: Watch | None) -> None:
     """Have the remaining candidates evaluated."""
     run = study.run
     total, reference, majority = run.search.trials, study.reference, workshop.majority
@@ -134,10 +150,10 @@ def _evaluate(study: Study, workshop: Workshop, progress: Progress, watch: Watch
             each = (time.perf_counter() - began) / (study.finished - before)
             watch(_status(study, reference, majority, each))
 
-    # Ray is imported where it is needed: a finished search only rewrites its report.
     from autocompress.distribute import execute
 
-    execute(study, _run_for_workers(workshop), workshop.artefacts, prepare=workshop.prepare, told=told)
+    resolved = _run_for_workers(workshop)
+    execute(study, resolved, workshop.artefacts, local=local, prepare=workshop.prepare, told=told)
     if study.remaining:
         progress(f"{study.remaining} candidates are left: the space holds no others, or Ray was stopped")
 
