@@ -313,6 +313,20 @@ class Predictor:
         self.errors.setdefault("size", []).append(self.size_bytes(candidate.plan) / size - 1)
         self.errors.setdefault("latency", []).append(self.latency(candidate.plan) / ratio - 1)
 
+    def expected(self, plan: CompressionPlan, told: Sequence[str]) -> list[float] | None:
+        """Return the predicted costs in the order of ``told``.
+
+        None where one of these is not predicted, where too little is measured yet, or nothing of the plan's student.
+        """
+        if (
+            not self.ready
+            or _student(plan) not in self._students
+            or not {*told} <= {"size_bytes", "latency", self.guide}
+        ):
+            return None
+        found = {"size_bytes": self.size_bytes(plan), "latency": self.latency(plan), self.guide: self.cost(plan)}
+        return [found[name] for name in told]
+
     def behind(self, plan: CompressionPlan, rivals: Sequence[Sequence[float]], told: Sequence[str]) -> str | None:
         """Return why ``plan`` is far behind the front, or None if it may reach it.
 

@@ -21,6 +21,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.binding import FULL, BoundSpace
+from autocompress.pareto import hypervolume
 from autocompress.space import Value
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ TPE_HISTORY = 300
 """Finished trials that TPE sees: its time for a proposal grows with them, most where nearly all are non-dominated."""
 _CHANGES = 2
 """Mean number of parameters that a mutation changes."""
+_MARGIN = 0.1
+"""How far behind a front's worst values, in its extents, points still count."""
 _NEIGHBOUR = 0.8
 """Probability that a number moves to the next smaller or larger choice instead of to any other."""
 
@@ -191,6 +194,27 @@ def mutated(space: BoundSpace, parents: Sequence[Mapping[str, Value]], rng: rand
     if names and not changed:
         changed = {rng.choice(names)}
     return _built(space, inherited, changed, rng)
+
+
+def most_promising(expected: np.ndarray, rivals: np.ndarray) -> int:
+    """Return which of several points is expected to add most to the hypervolume of a front.
+
+    Screening offspring by a cheap model before the dear evaluation is that of Emmerich et al. (2006), "Single- and
+    Multiobjective Evolutionary Optimization Assisted by Gaussian Random Field Metamodels".
+
+    Args:
+        expected: ``points x objectives``, to minimise.
+        rivals: ``points x objectives`` of the front, at least one.
+
+    Returns:
+        Position of the first point with the largest gain, each objective in units of the front's extent.
+    """
+    least, most = rivals.min(axis=0), rivals.max(axis=0)
+    extent = np.where(most > least, most - least, 1.0)
+    front, corner = (rivals - least) / extent, [1.0 + _MARGIN] * rivals.shape[1]
+    points = (expected - least) / extent
+    covered = [hypervolume(np.vstack([front, point]), corner) for point in points]
+    return int(np.argmax(covered))
 
 
 def _built(

@@ -7,7 +7,6 @@ none changes. Every pair of prices gives a point at the lower hull of what the p
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 
 from autocompress.binding import NO_STUDENT, BoundSpace
@@ -33,13 +32,6 @@ def sensitivity_ladder(space: BoundSpace, predictor: Predictor, reference_bytes:
         for share in _SHARES:
             for base in (NO_STUDENT, *space.students):
                 yield allocate(space, predictor, reference_bytes, base=base, price=price, share=share)
-
-
-def drawn(space: BoundSpace, predictor: Predictor, reference_bytes: int, rng: random.Random) -> dict[str, Value]:
-    """Return an allocation at random prices, for a base drawn at random."""
-    base = rng.choice((NO_STUDENT, *space.students))
-    price = _PRICES[1] * (_PRICES[-1] / _PRICES[1]) ** rng.random()
-    return allocate(space, predictor, reference_bytes, base=base, price=price, share=rng.random())
 
 
 def allocate(

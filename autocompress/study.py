@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -35,7 +36,7 @@ from autocompress.pareto import Front, costs, nondominated
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.records import OBJECTIVES, Candidate, Measurement, Stopped
-from autocompress.samplers import make_sampler, mutated
+from autocompress.samplers import make_sampler, most_promising, mutated
 from autocompress.seeds import sensitivity_ladder
 
 STUDY_SCHEMA = 1
@@ -43,8 +44,8 @@ _NAME = "autocompress"
 _ASKS = 8
 """Proposals of the sampler that may repeat a known plan before a random new one is taken."""
 _RANDOM_DRAWS = 500
-_MUTATIONS = 20
-"""Changed points of the front that may all be known before the sampler is asked instead."""
+_MUTATIONS = 32
+"""Changed points of the front of which the one that promises most is evaluated."""
 _CONFIRMED = "confirmed:"
 """Start of the study attributes that hold measurements with a latency taken anew, by trial number."""
 _SENSITIVITY_SHARE = 0.2
@@ -307,12 +308,28 @@ class Study:
                 return
         search = self.run.search
         if search.sampler == "tpe" and self._rng.random() < search.mutation_share:
-            parents = [dict(c.params) for c in self._told_front() if c.params]
-            for _ in range(_MUTATIONS if parents else 0):
-                params = mutated(self.space, parents, self._rng)
-                if self.space.plan(params).plan_id not in self._known:
-                    self._study.enqueue_trial(params, user_attrs={"origin": "mutation"})
-                    return
+            changed = self._mutation()
+            if changed is not None:
+                self._study.enqueue_trial(changed, user_attrs={"origin": "mutation"})
+
+    def _mutation(self) -> dict[str, Any] | None:
+        """Return the parameters of a changed point of the front, the most promising of several, or None."""
+        assert self.space is not None
+        parents = [dict(c.params) for c in self._told_front() if c.params]
+        options: dict[str, tuple[dict[str, Any], CompressionPlan]] = {}
+        for _ in range(_MUTATIONS if parents else 0):
+            params = mutated(self.space, parents, self._rng)
+            plan = self.space.plan(params)
+            if plan.plan_id not in self._known:
+                options[plan.plan_id] = (params, plan)
+        chosen = list(options.values())
+        if self.predictor is not None and len(chosen) > 1 and self._learn():
+            guessed = [self.predictor.expected(plan, self.told) for _, plan in chosen]
+            known = [n for n, costs in enumerate(guessed) if costs is not None]
+            if known:
+                best = most_promising(np.array([guessed[n] for n in known]), np.array(self.rivals()))
+                return chosen[known[best]][0]
+        return chosen[0][0] if chosen else None
 
     def _enqueue_unknown(self) -> bool:
         """Enqueue random parameters of a plan that is not known yet; False if none was found."""

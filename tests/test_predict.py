@@ -434,6 +434,20 @@ def test_harm_counts_sites_by_their_number_in_the_base() -> None:
     assert PREDICTOR.harm(CompressionPlan()) == 0
 
 
+def test_expected_costs_come_in_the_order_that_is_told(learned: Predictor) -> None:
+    plan = random_plans(SPACE, 1, seed=3)[0]
+    assert make_predictor().expected(plan, TOLD) is None, "nothing is measured yet"
+    found = learned.expected(plan, TOLD)
+    assert found is not None
+    by_name = {"size_bytes": learned.size_bytes(plan), "latency": learned.latency(plan), "loss": learned.cost(plan)}
+    by_name["divergence"] = by_name["loss"]
+    assert found == [by_name[name] for name in TOLD]
+    assert learned.expected(plan, TOLD[::-1]) == found[::-1]
+    assert learned.expected(plan, [*TOLD, "peak_memory"]) is None, "nobody predicts memory"
+    unknown = Student(blocks=(0,), heads=1, neurons=32, epochs=1.0)
+    assert learned.expected(CompressionPlan(((MODEL_SITE, unknown),)), TOLD) is None, "it would have to be distilled"
+
+
 # --- passing over
 
 

@@ -20,7 +20,7 @@ from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import BoundSpace, bind
 from autocompress.config import SearchConfig, validated
 from autocompress.pareto import hypervolume
-from autocompress.samplers import TPE_HISTORY, SamplerName, make_sampler, mutated
+from autocompress.samplers import TPE_HISTORY, SamplerName, make_sampler, most_promising, mutated
 from autocompress.space import SearchSpace, Value, shipped_spaces
 
 SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4)
@@ -396,3 +396,17 @@ def test_stored_numbers_become_the_choices_of_the_space() -> None:
 
 def test_a_space_without_choices_has_one_child() -> None:
     assert mutated(space_of("rules: [{match: head, bits: [8]}]"), [{}], random.Random(0)) == {}
+
+
+def test_the_most_promising_point_adds_most_to_the_front() -> None:
+    rivals = np.array([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
+    options = np.array([[0.6, 0.6], [0.4, 0.45], [0.1, 0.2], [5.0, 5.0]])
+    assert most_promising(options, rivals) == 2
+    assert most_promising(options[[0, 3, 1]], rivals) == 2
+    units = np.array([1e6, 1e-3])
+    assert most_promising(options * units, rivals * units) == 2, "whatever the units are"
+
+
+def test_promises_need_no_front_of_several_points() -> None:
+    rivals = np.array([[0.5, 0.5]])
+    assert most_promising(np.array([[0.6, 0.7], [0.4, 0.4]]), rivals) == 1

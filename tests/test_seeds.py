@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,7 @@ from autocompress.plan import (
     Student,
 )
 from autocompress.predict import Sizes, products_of
-from autocompress.seeds import allocate, drawn, sensitivity_ladder
+from autocompress.seeds import allocate, sensitivity_ladder
 from autocompress.space import SearchSpace, Value, shipped_spaces
 
 SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4)
@@ -255,16 +254,3 @@ def test_each_rung_asks_what_is_known_by_then() -> None:
     assert count > 0
     next(ladder)
     assert len(fake.asked) > count
-
-
-def test_random_prices_are_drawn_from_the_generator_alone() -> None:
-    predictor: Any = FakePredictor()
-
-    def draws(seed: int) -> list[dict[str, Value]]:
-        rng = random.Random(seed)
-        return [drawn(JOINT, predictor, REFERENCE_BYTES, rng) for _ in range(8)]
-
-    found = draws(1)
-    assert found == draws(1) != draws(2)
-    assert len({JOINT.plan(params).plan_id for params in found}) > 4
-    assert len({params["student"] for params in found}) > 1
