@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+_SUMS_IN_32_BITS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _PACKAGES = ("autocompress", "torch", "transformers", "openvino", "onnxruntime", "onnx", "optuna", "ray", "numpy")
 
 
@@ -30,6 +31,14 @@ def cpu() -> dict[str, Any]:
     except OSError:
         pass
     return {"name": name, "features": [flag for flag in _FLAGS if flag in flags], "cores": cores()}
+
+
+def adds_in_16_bits() -> bool:
+    """Say whether this CPU adds pairs of 8-bit products in 16 bits, which overflow.
+
+    So do x86 CPUs without VNNI (``vpmaddubsw``): two products of 255 and 127 do not fit, two of 255 and 64 do.
+    """
+    return platform.machine() in ("x86_64", "AMD64") and _SUMS_IN_32_BITS.isdisjoint(cpu()["features"])
 
 
 def cores() -> int:

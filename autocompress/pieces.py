@@ -20,6 +20,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from autocompress import machine
 from autocompress.model import EncoderModel
 from autocompress.plan import Decision, PruneHeads, PruneNeurons, Quantize
 from autocompress.transforms import HANDLERS
@@ -56,8 +57,11 @@ _SOURCES = ("pieces.py", *(f"transforms/{name}.py" for name in ("__init__", "pru
 
 @functools.cache
 def code_version(sources: tuple[str, ...] = _SOURCES) -> str:
-    """Return a key of the code that makes pieces, or of other files of the package, so that a change makes new ones."""
-    digest = hashlib.sha256()
+    """Return a key of the code that makes pieces, or of other files of the package, so that a change makes new ones.
+
+    What the code makes of this CPU is part of it.
+    """
+    digest = hashlib.sha256(b"7 bits" if machine.adds_in_16_bits() else b"")
     package = resources.files("autocompress")
     for name in sources:
         digest.update(package.joinpath(name).read_bytes())
@@ -83,7 +87,7 @@ def make_piece(
     quantize = next((d for d in decisions if isinstance(d, Quantize)), None)
     if site == "embeddings":
         tables = [model.module.get_parameter(f"{path}.weight") for path in model.layout.embeddings]
-        return tuple((Factor(packed(_array(table), quantize)),) for table in tables)
+        return tuple((Factor(packed(_array(table), quantize, looked_up=True)),) for table in tables)
     columns = _columns(model, site, decisions, scores)
     own = {path: [name for name, _ in linear_modules(model, path)] for path in model.layout.linears(site)}
     with _carried_out(model, site, decisions, scores):
@@ -130,8 +134,9 @@ def stand_ins(model: EncoderModel, site: str, decision: Decision, scores: Import
         kept[:, columns] = weight[:, columns]
         return {path: kept}
     if isinstance(decision, Quantize):
-        paths = [(p, f"{p}.weight") for p in model.layout.linears(site)]
-        return {p: packed(_array(model.module.get_parameter(name)), decision).restored() for p, name in paths}
+        weights = {p: _array(model.module.get_parameter(f"{p}.weight")) for p in model.layout.linears(site)}
+        looked_up = site == "embeddings"
+        return {p: packed(weight, decision, looked_up=looked_up).restored() for p, weight in weights.items()}
     with _carried_out(model, site, [decision], scores):
         found = {}
         for path in model.layout.linears(site):

@@ -218,16 +218,16 @@ class TestStitched:
     def test_pieces_and_templates_are_made_once(
         self, shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from autocompress import evaluate
+        from autocompress import bases
 
         made: list[str] = []
-        make = evaluate.make_piece
+        make = bases.make_piece
 
         def counted(model: Any, site: str, *rest: Any) -> Any:
             made.append(site)
             return make(model, site, *rest)
 
-        monkeypatch.setattr(evaluate, "make_piece", counted)
+        monkeypatch.setattr(bases, "make_piece", counted)
         first = CompressionPlan((("block.0.ffn", LowRank(rank=5)), ("block.1.ffn", LowRank(rank=5))))
         shop.build(first, tmp_path / "first")
         assert sorted(made) == ["block.0.ffn", "block.1.ffn"]

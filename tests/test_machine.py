@@ -75,3 +75,22 @@ def test_without_cpuinfo_there_is_still_a_name(monkeypatch: pytest.MonkeyPatch) 
     found = machine.cpu()
     assert found["name"]
     assert found["features"] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "features", "expected"),
+    [
+        ("x86_64", ["avx2"], True),
+        ("x86_64", ["avx2", "avx512f"], True),
+        ("x86_64", ["avx2", "avx512f", "avx512_vnni"], False),
+        ("AMD64", ["avx2", "avx_vnni"], False),
+        ("aarch64", [], False),
+    ],
+)
+def test_sums_of_eight_bit_products_overflow_without_vnni(
+    monkeypatch: pytest.MonkeyPatch, kind: str, features: list[str], expected: bool
+) -> None:
+    monkeypatch.setattr(machine.platform, "machine", lambda: kind)
+    monkeypatch.setattr(machine, "cpu", lambda: {"name": "any", "features": features, "cores": 1})
+    assert machine.adds_in_16_bits() is expected
+    assert 2 * 255 * 64 < 2**15 <= 2 * 255 * 127, "why 7 bits do"

@@ -113,7 +113,7 @@ def test_a_piece_is_what_the_plan_makes_of_the_model(given: Callable[[str], Give
         wanted = [changed.module.get_submodule(path)] if site == "embeddings" else _layers(changed, path)
         assert len(layer) == len(wanted) == (2 if any(isinstance(d, LowRank) for d in decisions) else 1)
         for factor, module in zip(layer, wanted, strict=True):
-            expected = packed(module.weight.detach().numpy(), quantize)
+            expected = packed(module.weight.detach().numpy(), quantize, looked_up=site == "embeddings")
             bias = None if getattr(module, "bias", None) is None else module.bias.detach().numpy()
             span = factor.span
             same(((factor,),), ((Factor(expected, bias, span),),))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import BLOCKS, FAMILIES, LABELS, make_tokenizer
 
-from autocompress import model, task
+from autocompress import machine, model, task
 from autocompress.anatomy import Site
 from autocompress.config import DataConfig
 from autocompress.errors import PlanError
@@ -152,19 +152,25 @@ class TestPacked:
         assert (found.bits, found.values.dtype, found.shape) == (bits, kind, (6, 32))
         assert (found.scales is None) == (bits >= 16)
         largest = np.abs(weight).max(axis=1, keepdims=True)
-        steps = {32: 0, 16: 2.0**-11, 8: 0.5 / 127, 4: 1 / 7}
+        steps = {32: 0, 16: 2.0**-11, 8: 0.5 / (64 if machine.adds_in_16_bits() else 127), 4: 1 / 7}
         assert np.all(np.abs(found.restored() - weight) <= steps[bits] * largest + 1e-6)
         values = {32: 4, 16: 2, 8: 1, 4: 0.5}[bits] * 6 * 32
         scales = {32: 0, 16: 0, 8: 6, 4: 6 * 2}[bits] * 4
         assert found.stored_bytes == values + scales
 
-    def test_eight_and_four_bits_are_those_of_the_arithmetic(self) -> None:
+    @pytest.mark.parametrize("overflows", [False, True])
+    def test_eight_and_four_bits_are_those_of_the_arithmetic(
+        self, monkeypatch: pytest.MonkeyPatch, overflows: bool
+    ) -> None:
+        monkeypatch.setattr(machine, "adds_in_16_bits", lambda: overflows)
         weight = weights()
         for decision, expected in (
-            (Quantize(weight_bits=8), per_channel(weight)),
+            (Quantize(weight_bits=8), per_channel(weight, largest=64 if overflows else 127)),
             (Quantize(weight_bits=4, group_size=32), per_group(weight, 32)),
         ):
             found = packed(weight, decision)
+            table = packed(weight, decision, looked_up=True)
+            assert np.array_equal(table.values, per_channel(weight).values) or decision.weight_bits == 4
             assert np.array_equal(found.values, expected.values)
             assert np.array_equal(found.scales, expected.scales)
 

@@ -19,7 +19,7 @@ import torch
 from conftest import FAMILIES, HIDDEN, LABELS, make_model, make_tokenizer, template_of
 from torch import nn
 
-from autocompress import task
+from autocompress import machine, task
 from autocompress.config import DataConfig, TargetConfig
 from autocompress.errors import PlanError, RuntimeBuildError
 from autocompress.model import EncoderModel, understand
@@ -283,11 +283,14 @@ def linear_paths(model: EncoderModel, site: str) -> list[str]:
     return found
 
 
-def stored(weight: np.ndarray, decision: Quantize) -> np.ndarray:
+def stored(weight: np.ndarray, decision: Quantize, site: str) -> np.ndarray:
     """Return what a weight (``out x in``) becomes at the decision's width."""
     if decision.weight_bits == 16:
         return weight.astype(np.float16).astype(np.float32)
-    found = per_channel(weight) if decision.weight_bits == 8 else per_group(weight, decision.group_size)
+    if decision.weight_bits == 8:
+        found = per_channel(weight, largest=largest_at(site))
+    else:
+        found = per_group(weight, decision.group_size)
     return found.restored()
 
 
@@ -301,7 +304,7 @@ def simulated(runtime: Runtime, model: EncoderModel, plan: CompressionPlan, give
     for site, decision in plan.of_type(Quantize).items():
         for path in paths_of(copied, site):
             layer = copied.module.get_submodule(path)
-            layer.weight.data = torch.from_numpy(stored(layer.weight.detach().numpy(), decision))
+            layer.weight.data = torch.from_numpy(stored(layer.weight.detach().numpy(), decision, site))
             if site != "embeddings" and decision.weight_bits == 8:
                 if runtime.name == "onnxruntime":
                     dynamic.append(path)
@@ -354,9 +357,14 @@ def holds(found: Sequence[tuple[int, np.ndarray]], bits: int, numbers: np.ndarra
     return any(np.array_equal(value, way.reshape(-1)) for value in flat for way in (numbers, numbers.T))
 
 
-def numbers_of(weight: np.ndarray, bits: int, group_size: int) -> np.ndarray:
+def largest_at(site: str) -> int:
+    """Return the end of the 8-bit grid: where sums of integer products overflow, what is multiplied uses 7 bits."""
+    return 64 if machine.adds_in_16_bits() and site != "embeddings" else 127
+
+
+def numbers_of(weight: np.ndarray, bits: int, group_size: int, site: str) -> np.ndarray:
     if bits == 8:
-        return per_channel(weight).values
+        return per_channel(weight, largest=largest_at(site)).values
     if bits == 4:
         return per_group(weight, group_size).values.reshape(weight.shape)
     return weight.astype(np.float16 if bits == 16 else np.float32)
@@ -373,9 +381,9 @@ def check_bits(artifact: Artifact, model: EncoderModel, plan: CompressionPlan) -
             weight = model.module.get_submodule(path).weight.detach().numpy()
             bits = decided[site].weight_bits if site in decided else 32
             group = decided[site].group_size if site in decided else 0
-            assert holds(found, bits, numbers_of(weight, bits, group)), f"{path} is not there in {bits} bits"
+            assert holds(found, bits, numbers_of(weight, bits, group, site)), f"{path} is not there in {bits} bits"
             for other in {32, 16, 8} - {bits}:
-                assert not holds(found, other, numbers_of(weight, other, 0)), f"{path} is there in {other} bits"
+                assert not holds(found, other, numbers_of(weight, other, 0, site)), f"{path} is there in {other} bits"
 
 
 # Of the largest logit. 16 bits: half precision keeps 11 bits of each weight. 4 bits: the scales are stored in half

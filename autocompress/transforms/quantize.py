@@ -1,8 +1,9 @@
 """The arithmetic of quantisation, shared by the runtimes.
 
 Weights are symmetric: per output channel at 8 bits, per group along the input at 4 bits, where the scale of each group
-is the one of a few that leaves the smallest squared error. Activations at 8 bits use one asymmetric range per layer
-input, the mean over calibration rows of each row's smallest and largest value.
+is the one of a few that leaves the smallest squared error. Where the CPU's integer products overflow, weights at 8 bits
+use 7 of them. Activations at 8 bits use one asymmetric range per layer input, the mean over calibration rows of each
+row's smallest and largest value.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from autocompress import machine
 from autocompress.anatomy import Site
 from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
@@ -67,18 +69,27 @@ class Packed:
         return np.asarray(scaled, dtype=np.float32).reshape(self.shape)
 
 
-def packed(weight: np.ndarray, decision: Quantize | None) -> Packed:
-    """Return ``weight`` (``out x in``, float32) as ``decision`` stores it, or as it is."""
+def packed(weight: np.ndarray, decision: Quantize | None, *, looked_up: bool = False) -> Packed:
+    """Return ``weight`` (``out x in``, float32) as ``decision`` stores it, or as it is.
+
+    Args:
+        weight: of a linear layer, or an embedding table.
+        decision: what is decided at its site.
+        looked_up: whether it is a table, which nothing is multiplied by.
+    """
     if decision is None:
         return Packed(32, np.ascontiguousarray(weight, dtype=np.float32))
     if decision.weight_bits == 16:
         return Packed(16, weight.astype(np.float16))
-    return per_channel(weight) if decision.weight_bits == 8 else per_group(weight, decision.group_size)
+    if decision.weight_bits == 4:
+        return per_group(weight, decision.group_size)
+    # Where sums of integer products would overflow, weights leave one bit to them.
+    return per_channel(weight, largest=64 if machine.adds_in_16_bits() and not looked_up else 127)
 
 
-def per_channel(weight: np.ndarray) -> Packed:
-    """Quantise ``weight`` (``out x in``) to 8 bits with one scale per output channel."""
-    scales = np.abs(weight).max(axis=1, keepdims=True) / 127.0
+def per_channel(weight: np.ndarray, *, largest: int = 127) -> Packed:
+    """Quantise ``weight`` (``out x in``) to 8 bits, -``largest``..``largest``, with one scale per output channel."""
+    scales = np.abs(weight).max(axis=1, keepdims=True) / largest
     scales[scales == 0] = 1.0
     values = np.rint(weight / scales).astype(np.int8)
     return Packed(8, values, scales.astype(np.float32))
