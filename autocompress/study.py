@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import gc
 import hashlib
 import itertools
 import json
 import math
 import os
 import random
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from autocompress.binding import BoundSpace
 from autocompress.config import ConstraintsConfig, RunConfig
 from autocompress.errors import ConfigError, MeasurementError, StudyError
+from autocompress.journal import open_journal, repair_tail, without_collection
 from autocompress.pareto import Front, costs, nondominated
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
@@ -52,64 +48,6 @@ _SENSITIVITY_SHARE = 0.2
 """Part of a search's candidates that may be allocated from sensitivities before the sampler begins."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-class _JournalLock:
-    """Optuna's journal lock as an advisory lock of the kernel's, which dies with its process."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._handle: int | None = None
-
-    def acquire(self) -> bool:
-        self._handle = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o644)
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Switch the garbage collector off: a long journal makes millions of objects and no cycles among them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def repair_tail(journal: Path) -> Path | None:
-    """Cut a torn last record, which a killed driver leaves, off the journal.
-
-    Optuna would glue its next record to the stump and fail on every later load.
-
-    Returns:
-        The backup of the file as it was, or None if there was nothing to repair.
-    """
-    if not journal.exists() or journal.stat().st_size == 0:
-        return None
-    content = journal.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end == len(content):
-        last = content[content.rfind(b"\n", 0, end - 1) + 1 :]
-        try:
-            json.loads(last)
-            return None
-        except ValueError:
-            end -= len(last)
-    stamp = f"{journal.name}.torn-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (stamp if number == 1 else f"{stamp}-{number}" for number in itertools.count(1))
-    backup = next(path for path in map(journal.with_name, names) if not path.exists())
-    shutil.copyfile(journal, backup)
-    with journal.open("r+b") as opened:
-        opened.truncate(end)
-    return backup
 
 
 class Study:
@@ -147,7 +85,7 @@ class Study:
         self.repaired: Path | None = None
         self._lock: int | None = _drive(folder) if writable else None
         try:
-            with _without_collection():
+            with without_collection():
                 self._load(folder / "study.journal", identity, writable)
         except BaseException:
             self.close()
@@ -180,9 +118,7 @@ class Study:
 
     def _open(self, journal: Path, identity: Mapping[str, Any] | None, writable: bool) -> optuna.Study:
         try:
-            storage = JournalStorage(
-                JournalFileBackend(str(journal), lock_obj=_JournalLock(journal.with_name("study.journal.lock")))  # type: ignore[arg-type]
-            )
+            storage = open_journal(journal)
             names = optuna.get_all_study_names(storage)
         except (ValueError, KeyError, OSError) as error:
             raise StudyError(f"{journal}: cannot be read ({str(error).splitlines()[0]})") from None
