@@ -227,7 +227,8 @@ class LocalRay:
         # More workers than cores were asked for by name: Ray is told so, or it would wait for cores that do not exist.
         self._logical = max(cores, math.ceil(self.workers * self.resources["cpu"]))
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._start, name="ray", daemon=True)
+        self._started, self._stopping = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
 
     def __enter__(self) -> LocalRay:
         warnings.filterwarnings("ignore", module="ray.*")
@@ -239,8 +240,8 @@ class LocalRay:
 
     def stop(self) -> None:
         """End it, if it is not ended yet."""
+        self._stopping.set()
         self._thread.join()
-        ray.shutdown()
 
     def wait(self) -> None:
         """Return when it is there.
@@ -248,13 +249,20 @@ class LocalRay:
         Raises:
             StudyError: if Ray cannot be started.
         """
-        self._thread.join()
+        self._started.wait()
         if self._failure is not None:
-            line = str(self._failure).strip().splitlines()[0]
-            raise StudyError(f"search: Ray cannot be started ({line})") from None
+            line = (str(self._failure).strip() or type(self._failure).__name__).splitlines()[0]
+            raise StudyError(f"search: Ray cannot be started ({line})") from self._failure
         # A worker's death is retried and then told as the candidate's failure; Tune's own traceback of it is noise.
         for name in ("ray", "ray.tune"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def _live(self) -> None:
+        # Ray's processes die with the thread that started them.
+        self._start()
+        self._started.set()
+        self._stopping.wait()
+        ray.shutdown()
 
     def _start(self) -> None:
         try:
@@ -270,7 +278,7 @@ class LocalRay:
             prepared = ray.remote(num_cpus=self.resources["cpu"])(_import_heavy_packages)
             for _ in range(self.workers):
                 prepared.remote()
-        except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+        except Exception as error:  # told to whoever waits
             self._failure = error
 
 
