@@ -294,11 +294,11 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
             "accuracy": f"through the artefact, {measured.rows} search rows, real lengths up to "
             f"{run.data.max_tokens} tokens, 95 % Wilson interval",
             "size": "bytes of the artefact's model files",
-            "latency": f"{run.search.latency_pairs} pairs of candidate and reference in turn "
-            f"({run.search.confirm_pairs} over several loads for points of the front), inputs of "
+            "latency": f"{run.search.latency_pairs} pairs of candidate and reference in turn, at moments between the "
+            f"rows ({run.search.confirm_pairs} in rounds over all points for points of the front), inputs of "
             f"{run.target.batch_size} x {run.target.tokens} tokens, "
             + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")
-            + ", median of the pairs' ratios with its 95 % bootstrap interval",
+            + ", median of the pairs' ratios with its 95 % bootstrap interval over moments and pairs",
         },
         "key": key,
     }
