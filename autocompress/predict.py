@@ -41,7 +41,8 @@ _FEWEST = 12
 """Measured candidates from which on fits are used."""
 _BEHIND = 3.0
 """Residual standard deviations that a prediction is given the benefit of before a plan is passed over."""
-_SWEEPS = 2000
+_CHANGES_OF_SETS = 3
+"""Times the number of weights that the active set may grow."""
 _LEAST_SPREAD = 0.02
 """Relative residual of a latency below which no fit is trusted: that of the measurement itself."""
 
@@ -426,7 +427,8 @@ def _least_squares(inputs: np.ndarray, outputs: np.ndarray, *, ridge: float) -> 
 
 def _relative_fit(inputs: np.ndarray, outputs: np.ndarray) -> _Fit:
     """Fit non-negative weights to relative errors of ``outputs``, which are > 0."""
-    scale = np.maximum(inputs.std(axis=0), 1e-9)
+    spread = inputs.std(axis=0)
+    scale = np.where(spread > 1e-9, spread, 1.0)
     penalty = np.sqrt(1e-4 * len(outputs)) * np.eye(inputs.shape[1])
     penalty[0, 0] = 0.0
     stacked = np.vstack([inputs / scale / outputs[:, None], penalty])
@@ -437,18 +439,28 @@ def _relative_fit(inputs: np.ndarray, outputs: np.ndarray) -> _Fit:
 
 
 def _nonnegative(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Return the non-negative least-squares weights by coordinate descent (Franc et al. 2005, algorithm 1)."""
+    """Return the non-negative least-squares weights, by the active sets of Lawson and Hanson on the normal equations.
+
+    See Bro and de Jong (1997), "A fast non-negativity-constrained least squares algorithm".
+    """
     square, product = inputs.T @ inputs, inputs.T @ outputs
-    weights = np.zeros(len(product))
-    slope = -product
-    for _ in range(_SWEEPS):
-        largest = 0.0
-        for k in range(len(weights)):
-            moved = max(0.0, weights[k] - slope[k] / max(square[k, k], 1e-12))
-            if moved != weights[k]:
-                slope += (moved - weights[k]) * square[:, k]
-                largest = max(largest, abs(moved - weights[k]))
-                weights[k] = moved
-        if largest < 1e-9:
+    weights, free = np.zeros(len(product)), np.zeros(len(product), dtype=bool)
+    enough = 1e-10 * max(1.0, float(np.abs(product).max(initial=0.0)))
+    for _ in range(_CHANGES_OF_SETS * len(weights)):
+        slope = np.where(free, -np.inf, product - square @ weights)
+        if not (slope > enough).any():
             break
+        free[int(slope.argmax())] = True
+        while True:
+            wanted = np.zeros(len(weights))
+            wanted[free] = np.linalg.lstsq(square[np.ix_(free, free)], product[free], rcond=None)[0]
+            below = free & (wanted <= 0)
+            if not below.any():
+                weights = wanted
+                break
+            # As far towards it as all stay non-negative; what reaches zero is fixed there.
+            step = float((weights[below] / np.maximum(weights[below] - wanted[below], 1e-300)).min())
+            weights = weights + step * (wanted - weights)
+            free &= ~(below & (weights <= 1e-14))
+            weights[~free] = 0.0
     return weights

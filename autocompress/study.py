@@ -40,7 +40,7 @@ _NAME = "autocompress"
 _ASKS = 8
 """Proposals of the sampler that may repeat a known plan before a random new one is taken."""
 _RANDOM_DRAWS = 500
-_MUTATIONS = 32
+_MUTATIONS = 16
 """Changed points of the front of which the one that promises most is evaluated."""
 _CONFIRMED = "confirmed:"
 """Start of the study attributes that hold measurements with a latency taken anew, by trial number."""
