@@ -68,8 +68,9 @@ class _Job:
 class _Desk:
     """Where workers take their jobs: the next one is there before the driver has heard of the last one's result.
 
-    One trial of Tune is one worker for the whole search, since Tune takes a good part of a second to end a trial and
-    begin another. A worker that died is begun again as the same trial, comes here, and is given the job that it had.
+    One trial of Tune is one worker for the whole search, since ending a trial of Tune and beginning another takes
+    time in which a worker is idle. A worker that died is begun again as the same trial, comes here, and is given the
+    job that it had.
     """
 
     def __init__(self) -> None:

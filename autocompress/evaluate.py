@@ -343,7 +343,7 @@ class _Trial:
     """One pass of a loaded artefact over the search rows, with its latency taken at moments in between.
 
     A machine is slow for seconds at a time, and not for small and large models alike: pairs that are spread over the
-    pass scatter half as much as the same number of pairs in a row.
+    pass scatter less than the same number of pairs in a row.
     """
 
     def __init__(self, workshop: Workshop, session: Session, artifact: Artifact, memory_bytes: int | None) -> None:

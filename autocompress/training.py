@@ -68,7 +68,7 @@ def distill(
     """Train ``module`` towards the teacher's logits (``rows x classes``) and the labels, in place.
 
     There is no dropout: what is smaller than its teacher and follows it closely does not overfit, and drawing the
-    masks takes a quarter of the time.
+    masks takes time.
 
     Args:
         module: the smaller model.
