@@ -7,11 +7,12 @@ site: ``embeddings``, ``block.<n>.attention``, ``block.<n>.ffn`` and ``head`` (e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Literal
 
-from autocompress.plan import CompressionPlan, DropBlocks, PruneHeads, PruneNeurons, Student
+from autocompress.plan import Decision, DropBlocks, PruneHeads, PruneNeurons, Student
 
 SiteKind = Literal["embedding", "attention", "ffn", "head"]
 
@@ -53,8 +54,12 @@ class ModelShape:
     hidden: int
     blocks: tuple[BlockShape, ...]
 
-    def sites(self) -> dict[str, Site]:
+    def sites(self) -> Mapping[str, Site]:
         """Return all sites by name, in the order of the forward pass."""
+        return self._sites
+
+    @cached_property
+    def _sites(self) -> Mapping[str, Site]:
         sites = [Site("embeddings", "embedding", 0, self.hidden, 0)]
         for number, block in enumerate(self.blocks):
             inner = block.heads * block.head_size
@@ -63,6 +68,7 @@ class ModelShape:
         sites.append(Site("head", "head", 0, self.hidden, 0))
         return {site.name: site for site in sites}
 
+    @cache  # noqa: B019 - a few shapes, each of which is asked for again and again
     def of_student(self, student: Student) -> ModelShape:
         blocks = tuple(
             dataclasses.replace(self.blocks[b], heads=student.heads, neurons=student.neurons) for b in student.blocks
@@ -78,18 +84,25 @@ class ModelShape:
         block = dataclasses.replace(block, heads=heads or block.heads, neurons=neurons or block.neurons)
         return dataclasses.replace(self, blocks=(*self.blocks[:number], block, *self.blocks[number + 1 :]))
 
-    def after(self, plan: CompressionPlan) -> ModelShape:
-        """Return the shape that the structural decisions of ``plan`` leave; the plan must fit this model."""
-        shape = self
-        for student in plan.of_type(Student).values():
-            shape = shape.of_student(student)
-        for drop in plan.of_type(DropBlocks).values():
-            shape = shape.without(drop)
-        for site, prune in plan.of_type(PruneHeads).items():
-            shape = shape.pruned(int(site.split(".")[1]), heads=prune.keep)
-        for site, cut in plan.of_type(PruneNeurons).items():
-            shape = shape.pruned(int(site.split(".")[1]), neurons=cut.keep)
-        return shape
+    def after(self, plan: Iterable[tuple[str, Decision]]) -> ModelShape:
+        """Return the shape that structural decisions leave, those of the whole model first; they must fit this model.
+
+        It is asked for at every step of building a plan, so it makes no shapes in between.
+        """
+        blocks = list(self.blocks)
+        for site, decision in plan:
+            if isinstance(decision, Student):
+                blocks = list(self.of_student(decision).blocks)
+            elif isinstance(decision, DropBlocks):
+                blocks = list(ModelShape(self.hidden, tuple(blocks)).without(decision).blocks)
+            elif isinstance(decision, (PruneHeads, PruneNeurons)):
+                number = int(site.split(".")[1])
+                heads, size, neurons = blocks[number].heads, blocks[number].head_size, blocks[number].neurons
+                if isinstance(decision, PruneHeads):
+                    blocks[number] = BlockShape(decision.keep, size, neurons)
+                else:
+                    blocks[number] = BlockShape(heads, size, decision.keep)
+        return ModelShape(self.hidden, tuple(blocks))
 
 
 def before_drop(site: str, kept: Sequence[int]) -> str:

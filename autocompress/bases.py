@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -73,12 +73,13 @@ class Bases:
         return model.load_tokenizer(self.source)
 
     @cached_property
-    def splits(self) -> dict[str, Split]:
+    def splits(self) -> Mapping[str, Split]:
         return self.task.tokenized(self.tokenizer, self.run.data.max_tokens)
 
     @cached_property
     def calibration(self) -> Split:
-        return self.splits["train"].head(self.run.data.calibration_rows)
+        head = self.task.head("train", self.run.data.calibration_rows)
+        return head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
 
     def calibration_batches(self, rows: int | None = None) -> list[Batch]:
         split = self.calibration if rows is None else self.calibration.head(rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from autocompress.anatomy import ModelShape, Site
@@ -67,7 +68,7 @@ class BoundSpace:
     shape: ModelShape
     drop_order: DropOrder
 
-    @property
+    @cached_property
     def students(self) -> dict[str, Student]:
         return students_of(self.space, self.shape)
 
@@ -209,7 +210,7 @@ class BoundSpace:
         if students:
             base = str(ask("student", (NO_STUDENT, *students), lambda c: {(MODEL_SITE, Student): students.get(str(c))}))
         if self.space.drop_blocks is not None:
-            shape = self.shape.after(CompressionPlan(tuple(decisions)))
+            shape = self.shape.after(decisions)
             most, most_of_all = (min(self.space.drop_blocks.at_most, len(s.blocks) - 1) for s in (shape, self.shape))
             ask(
                 # One name has one set of choices in a study; a shallow student has fewer.
@@ -220,7 +221,7 @@ class BoundSpace:
         for axis_name in _KINDS:
             for rule in self.space.rules:
                 if (axis := rule.axes().get(axis_name)) is not None:
-                    shape = self.shape.after(CompressionPlan(tuple(decisions)))
+                    shape = self.shape.after(decisions)
                     for group, sites in enumerate(_groups(rule, axis_name, axis, shape)):
                         label = rule.name or sites[0].kind
                         ranks = {site: d.rank for site, d in decisions if isinstance(d, LowRank)}

@@ -47,7 +47,8 @@ class Decision:
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        return {"type": type(self).__name__, **dataclasses.asdict(self)}
+        # Fields are numbers, words and tuples of numbers: there is nothing to go down into.
+        return {"type": type(self).__name__, **vars(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,13 +326,18 @@ def _read_decision(entry: Mapping[str, Any]) -> tuple[str, Decision]:
     site, kind = fields.pop("site", None), fields.pop("type", None)
     if not isinstance(site, str) or kind not in DECISIONS:
         raise PlanError(f"plan: unknown decision {kind!r} at {site!r}; known: {', '.join(DECISIONS)}")
+    values = (tuple(value) if isinstance(value, list) else value for value in fields.values())
+    try:
+        return site, _decision(kind, tuple(fields), *values)
+    except TypeError as error:  # a value that no decision holds
+        raise PlanError(f"plan: {kind}: {error}") from None
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _decision(kind: str, names: tuple[str, ...], *values: Any) -> Decision:
+    """Return a decision of some fields; a long study repeats the same ones."""
     cls = DECISIONS[kind]
     known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := set(fields) - known:
+    if unknown := set(names) - known:
         raise PlanError(f"plan: {kind} has no field {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
-    if isinstance(fields.get("blocks"), list):
-        fields["blocks"] = tuple(fields["blocks"])
-    try:
-        return site, cls(**fields)
-    except TypeError as error:
-        raise PlanError(f"plan: {kind}: {error}") from None
+    return cls(**dict(zip(names, values, strict=True)))

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ _FEWEST = 12
 """Measured candidates from which on fits are used."""
 _BEHIND = 3.0
 """Residual standard deviations that a prediction is given the benefit of before a plan is passed over."""
+_DESCRIBED = 8192
+"""Plans whose description is kept: fits and proposals ask for the same ones again and again."""
 _CHANGES_OF_SETS = 3
 """Times the number of weights that the active set may grow."""
 _LEAST_SPREAD = 0.02
@@ -240,6 +243,18 @@ def products_of(plan: CompressionPlan, shape: ModelShape, sizes: Sizes) -> list[
     return found
 
 
+@dataclass(frozen=True)
+class _Features:
+    """What a plan is described by: see `Predictor`'s methods of these names."""
+
+    counted: float
+    extras: np.ndarray
+    work: np.ndarray
+    student: Student | None
+    dropped: int
+    harm: float
+
+
 @dataclass
 class _Fit:
     """A least-squares fit with the spread of its residuals."""
@@ -270,23 +285,25 @@ class Predictor:
     _fits: dict[str, _Fit] = field(default_factory=dict)
     _students: list[Student | None] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._features = lru_cache(maxsize=_DESCRIBED)(self._describe)
+
     def learn(self, candidates: Sequence[Candidate]) -> None:
         """Fit everything to the measured ones of ``candidates``."""
         measured = [c for c in candidates if c.measurement is not None and not c.plan.of_type(Recover)]
         if len(measured) < _FEWEST:
             return
-        self._students = list(dict.fromkeys(_student(c.plan) for c in measured))
-        counted = np.array([self._counted(c.plan) for c in measured])
+        known = [self._features(c.plan) for c in measured]
+        self._students = list(dict.fromkeys(found.student for found in known))
         sizes = np.array([c.score.size_bytes for c in measured], dtype=float)
-        extras = np.array([self._extras(c.plan) for c in measured])
-        self._fits["size"] = _least_squares(extras, sizes - counted, ridge=1e-6)
+        counted = np.array([found.counted for found in known])
+        self._fits["size"] = _least_squares(np.array([found.extras for found in known]), sizes - counted, ridge=1e-6)
         ratios = np.array([c.score.latency_ratio for c in measured])
-        self._fits["latency"] = _relative_fit(np.array([self._work(c.plan) for c in measured]), ratios)
+        self._fits["latency"] = _relative_fit(np.array([found.work for found in known]), ratios)
         name, direction = OBJECTIVES[self.guide]
         sign = -1.0 if direction == "maximize" else 1.0
         costs = np.array([sign * getattr(c.score, name) for c in measured])
-        harm = np.array([self._harm(c.plan) for c in measured])
-        self._fits["guide"] = _least_squares(harm, costs, ridge=1e-2)
+        self._fits["guide"] = _least_squares(np.array([self._harm(found) for found in known]), costs, ridge=1e-2)
 
     @property
     def ready(self) -> bool:
@@ -295,16 +312,16 @@ class Predictor:
 
     def size_bytes(self, plan: CompressionPlan) -> float:
         """Return the bytes of the artefact's files: weights counted, the graph's description fitted."""
-        rest = float(self._extras(plan) @ self._fits["size"].weights) if "size" in self._fits else 0.0
-        return self._counted(plan) + rest
+        found = self._features(plan)
+        return found.counted + (float(found.extras @ self._fits["size"].weights) if "size" in self._fits else 0.0)
 
     def latency(self, plan: CompressionPlan) -> float:
         """Return candidate over reference."""
-        return max(1e-3, float(self._work(plan) @ self._fits["latency"].weights))
+        return max(1e-3, float(self._features(plan).work @ self._fits["latency"].weights))
 
     def cost(self, plan: CompressionPlan) -> float:
         """Return the guide's cost, to be minimised; accuracies are negative."""
-        return float(self._harm(plan) @ self._fits["guide"].weights)
+        return float(self._harm(self._features(plan)) @ self._fits["guide"].weights)
 
     def note(self, candidate: Candidate) -> None:
         """Keep the errors of predicting ``candidate``, which `learn` has not seen yet."""
@@ -350,43 +367,22 @@ class Predictor:
                 return f"predicted behind a measured point even if it does well ({words})"
         return None
 
-    def _counted(self, plan: CompressionPlan) -> float:
-        products = products_of(plan, self.shape, self.sizes)
-        return sum(self.weight_bytes(p) + 4.0 * p.outer * p.bias for p in products)
-
-    def _extras(self, plan: CompressionPlan) -> np.ndarray:
-        """Return what else fills the files: the graph's description grows with its nodes."""
-        products = products_of(plan, self.shape, self.sizes)
-        depth = len(self.shape.after(plan).blocks)
-        by_bits = [sum(p.bits == bits for p in products) for bits in (4, 8, 16)]
-        drawn = sum(p.bits == 8 and p.kind != "embedding" and not p.shares for p in products)
-        return np.array([1.0, depth, len(products), *by_bits, drawn])
-
-    def _work(self, plan: CompressionPlan) -> np.ndarray:
-        """Return what takes time: products by arithmetic in multiplications, in number and in rows and columns."""
-        products = products_of(plan, self.shape, self.sizes)
-        after = self.shape.after(plan)
-        found = [1.0, float(len(after.blocks))]
-        for kind in ("attention", "ffn"):
-            for widths in ((8,), (4,), (16, 32)):
-                chosen = [p for p in products if p.kind == kind and p.bits in widths]
-                found += [
-                    sum(p.outer * p.inner for p in chosen) / 1e6,
-                    len(chosen) / 10,
-                    sum(p.outer for p in chosen) / 1e4,
-                    sum(p.inner for p in chosen) / 1e4,
-                ]
-        found += [sum(b.heads for b in after.blocks) / 10, sum(b.neurons for b in after.blocks) / 1e3]
-        embedding = next(p.bits for p in products if p.kind == "embedding")
-        return np.array([*found, embedding == 8, embedding == 4])
-
-    def _harm(self, plan: CompressionPlan) -> np.ndarray:
-        """Return an intercept for each base, and the sum of sensitivities with its root."""
-        student = _student(plan)
-        total = self.harm(plan)
-        bases = [float(student == known) for known in self._students]
+    def _describe(self, plan: CompressionPlan) -> _Features:
+        products, after = products_of(plan, self.shape, self.sizes), self.shape.after(plan)
         dropped = plan.of_type(DropBlocks).get(MODEL_SITE)
-        return np.array([1.0, *bases, len(dropped.blocks) if dropped else 0.0, total, math.sqrt(total)])
+        return _Features(
+            counted=sum(self.weight_bytes(p) + 4.0 * p.outer * p.bias for p in products),
+            extras=_extras(products, after),
+            work=_work(products, after),
+            student=_student(plan),
+            dropped=len(dropped.blocks) if dropped else 0,
+            harm=self.harm(plan),
+        )
+
+    def _harm(self, plan: _Features) -> np.ndarray:
+        """Return an intercept for each base, and the sum of sensitivities with its root."""
+        bases = [float(plan.student == known) for known in self._students]
+        return np.array([1.0, *bases, plan.dropped, plan.harm, math.sqrt(plan.harm)])
 
     def harm(self, plan: CompressionPlan) -> float:
         """Return the sum of the sensitivities of all sites to what ``plan`` decides there, in nats."""
@@ -407,6 +403,30 @@ class Predictor:
                 axis, level = _level(base, in_base, decision)
             total += sensitivity.at(in_base, axis, level)
         return total
+
+
+def _extras(products: Sequence[Product], after: ModelShape) -> np.ndarray:
+    """Return what fills the files besides weights: the graph's description grows with its nodes."""
+    by_bits = [sum(p.bits == bits for p in products) for bits in (4, 8, 16)]
+    drawn = sum(p.bits == 8 and p.kind != "embedding" and not p.shares for p in products)
+    return np.array([1.0, len(after.blocks), len(products), *by_bits, drawn])
+
+
+def _work(products: Sequence[Product], after: ModelShape) -> np.ndarray:
+    """Return what takes time: products by arithmetic in multiplications, in number and in rows and columns."""
+    found = [1.0, float(len(after.blocks))]
+    for kind in ("attention", "ffn"):
+        for widths in ((8,), (4,), (16, 32)):
+            chosen = [p for p in products if p.kind == kind and p.bits in widths]
+            found += [
+                sum(p.outer * p.inner for p in chosen) / 1e6,
+                len(chosen) / 10,
+                sum(p.outer for p in chosen) / 1e4,
+                sum(p.inner for p in chosen) / 1e4,
+            ]
+    found += [sum(b.heads for b in after.blocks) / 10, sum(b.neurons for b in after.blocks) / 1e3]
+    embedding = next(p.bits for p in products if p.kind == "embedding")
+    return np.array([*found, embedding == 8, embedding == 4])
 
 
 def _student(plan: CompressionPlan) -> Student | None:

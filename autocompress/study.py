@@ -27,7 +27,7 @@ from optuna.trial import TrialState
 from autocompress.binding import BoundSpace
 from autocompress.config import ConstraintsConfig, RunConfig
 from autocompress.errors import ConfigError, MeasurementError, StudyError
-from autocompress.journal import open_journal, repair_tail, without_collection
+from autocompress.journal import Journal, repair_tail, without_collection
 from autocompress.pareto import Front, costs, nondominated
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
@@ -118,9 +118,9 @@ class Study:
 
     def _open(self, journal: Path, identity: Mapping[str, Any] | None, writable: bool) -> optuna.Study:
         try:
-            storage = open_journal(journal)
+            self._journal = storage = Journal(journal)
             names = optuna.get_all_study_names(storage)
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, TypeError, LookupError, OSError) as error:
             raise StudyError(f"{journal}: cannot be read ({str(error).splitlines()[0]})") from None
         directions = [StudyDirection[OBJECTIVES[name][1].upper()] for name in self.told]
         if _NAME not in names:
@@ -188,7 +188,8 @@ class Study:
     def ask(self) -> tuple[int, CompressionPlan] | None:
         """Return the next trial's number and plan, or None if the budget or the space is spent."""
         started = time.perf_counter()
-        asked = self._ask()
+        with self._journal.batch():
+            asked = self._ask()
         self.ask_seconds.append(time.perf_counter() - started)
         return asked
 
@@ -315,20 +316,8 @@ class Study:
                 result.check()
             except MeasurementError as error:
                 result = str(error)
-        state = "COMPLETE"
-        if isinstance(result, Measurement):
-            trial.set_user_attr("measurement", json.loads(result.to_json()))
-            for name, excess in self._excesses(result).items():
-                trial.set_constraint(name, excess)
-            self._study.tell(trial, self._values(result))
-        elif isinstance(result, Stopped):
-            state = "PRUNED"
-            trial.set_user_attr("stopped", dataclasses.asdict(result))
-            self._study.tell(trial, state=TrialState.PRUNED)
-        else:
-            state = "FAIL"
-            trial.set_user_attr("failure", result)
-            self._study.tell(trial, state=TrialState.FAIL)
+        with self._journal.batch():
+            state = self._record(trial, result)
         measured = result if isinstance(result, Measurement) else None
         candidate = Candidate(
             number=number,
@@ -345,6 +334,22 @@ class Study:
             self.predictor.note(candidate)
         self._candidates[number] = candidate
         return candidate
+
+    def _record(self, trial: optuna.Trial, result: Measurement | Stopped | str) -> str:
+        """Write the end of a trial; returns its state."""
+        if isinstance(result, Measurement):
+            trial.set_user_attr("measurement", json.loads(result.to_json()))
+            for name, excess in self._excesses(result).items():
+                trial.set_constraint(name, excess)
+            self._study.tell(trial, self._values(result))
+            return "COMPLETE"
+        if isinstance(result, Stopped):
+            trial.set_user_attr("stopped", dataclasses.asdict(result))
+            self._study.tell(trial, state=TrialState.PRUNED)
+            return "PRUNED"
+        trial.set_user_attr("failure", result)
+        self._study.tell(trial, state=TrialState.FAIL)
+        return "FAIL"
 
     def _values(self, measured: Measurement) -> list[float]:
         return [float(getattr(measured, OBJECTIVES[name][0])) for name in self.told]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,9 +136,34 @@ class Task:
         text = json.dumps({"labels": self.labels, "splits": self.splits}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def tokenized(self, tokenizer: Any, max_tokens: int) -> dict[str, Split]:
-        """Tokenise every split with truncation at ``max_tokens``."""
-        return {name: _tokenize(rows, tokenizer, max_tokens) for name, rows in self.splits.items()}
+    def tokenized(self, tokenizer: Any, max_tokens: int) -> Mapping[str, Split]:
+        """Return the splits with texts truncated at ``max_tokens``, each tokenised when it is first asked for."""
+        return _Tokenized(self.splits, tokenizer, max_tokens)
+
+    def head(self, split: str, count: int) -> Task:
+        """Return a task of that split's first rows alone."""
+        return Task(self.labels, {split: self.splits[split][:count]})
+
+
+class _Tokenized(Mapping[str, Split]):
+    """Splits as a model reads them. A worker needs none of the training rows, which are most."""
+
+    def __init__(
+        self, rows: Mapping[str, Sequence[tuple[str, str | None, int]]], tokenizer: Any, max_tokens: int
+    ) -> None:
+        self._rows, self._tokenizer, self._max_tokens = rows, tokenizer, max_tokens
+        self._found: dict[str, Split] = {}
+
+    def __getitem__(self, name: str) -> Split:
+        if name not in self._found:
+            self._found[name] = _tokenize(self._rows[name], self._tokenizer, self._max_tokens)
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def _tokenize(rows: Sequence[tuple[str, str | None, int]], tokenizer: Any, max_tokens: int) -> Split:
