@@ -93,7 +93,7 @@ class SearchConfig(Section):
     stop_early: bool = Field(True, description="end an accuracy pass once the candidate cannot reach the front")
     workers: int | None = Field(None, ge=1, le=1024, description="parallel candidates; default: cores / target.threads")
     max_retries: int = Field(2, ge=0, le=10, description="new attempts after a worker died")
-    latency_pairs: int = Field(15, ge=5, le=10_000, description="runs of candidate and reference, alternating")
+    latency_pairs: int = Field(10, ge=5, le=10_000, description="runs of candidate and reference, alternating")
     confirm_pairs: int = Field(
         18, ge=0, le=10_000, description="runs that time each point of the front anew at the end; 0 leaves that out"
     )

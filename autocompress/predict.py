@@ -298,8 +298,11 @@ class Predictor:
         sizes = np.array([c.score.size_bytes for c in measured], dtype=float)
         counted = np.array([found.counted for found in known])
         self._fits["size"] = _least_squares(np.array([found.extras for found in known]), sizes - counted, ridge=1e-6)
-        ratios = np.array([c.score.latency_ratio for c in measured])
-        self._fits["latency"] = _relative_fit(np.array([found.work for found in known]), ratios)
+        self._fits["latency"] = _latency_fit(
+            np.array([found.work for found in known]),
+            np.array([c.score.latency_ratio for c in measured]),
+            np.array([c.score.confirmed for c in measured]),
+        )
         name, direction = OBJECTIVES[self.guide]
         sign = -1.0 if direction == "maximize" else 1.0
         costs = np.array([sign * getattr(c.score, name) for c in measured])
@@ -456,6 +459,20 @@ def _relative_fit(inputs: np.ndarray, outputs: np.ndarray) -> _Fit:
     left = inputs @ weights / outputs - 1
     freedom = max(1, len(outputs) - int((weights > 0).sum()))
     return _Fit(weights, float(np.sqrt(np.square(left).sum() / freedom)))
+
+
+def _latency_fit(work: np.ndarray, ratios: np.ndarray, confirmed: np.ndarray) -> _Fit:
+    """Fit ratios as they are once confirmed, where there are such.
+
+    In a search, between rows of other shapes, models are slower by a few percent than where nothing else is run, and
+    small ones more so than the reference: the factor between the two comes from the confirmed ones, which are compared
+    with a fit to the others, since those of them that were measured too fast are more likely to be confirmed.
+    """
+    if min(confirmed.sum(), (~confirmed).sum()) < _FEWEST:
+        return _relative_fit(work, ratios)
+    searched = _relative_fit(work[~confirmed], ratios[~confirmed])
+    factor = float(np.median(ratios[confirmed] / (work[confirmed] @ searched.weights)))
+    return _relative_fit(work, np.where(confirmed, ratios, factor * ratios))
 
 
 def _nonnegative(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
