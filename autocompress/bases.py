@@ -24,7 +24,7 @@ from autocompress.config import RunConfig
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece, code_version, make_piece, read_piece, save_piece
 from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, Recover, Student
-from autocompress.predict import Sensitivity
+from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.task import Batch, Split
 from autocompress.transforms import apply_plan
@@ -145,13 +145,17 @@ class Bases:
 
     def _importance(self, base: EncoderModel) -> Importance:
         drops = self._space_file.drop_blocks.at_most if self._space_file.drop_blocks else 0
-        key = self._key(base=base.base, drops=drops)
+        key = self._key(base=base.base, drops=drops, precision=self.precision())
 
         def make(folder: Path) -> None:
             self.progress(f"scoring heads, neurons and blocks on {len(self.calibration)} calibration rows")
             with torch_threads(machine.cores()):
                 scores = importance(
-                    base, self.calibration_batches(), drops=drops, drop_batches=self.calibration_batches(_DROP_ROWS)
+                    base,
+                    self.calibration_batches(),
+                    drops=drops,
+                    drop_batches=self.calibration_batches(_DROP_ROWS),
+                    autocast=lambda: training.autocast(self.precision()),
                 )
             tensors = {f"heads.{n}": t for n, t in enumerate(scores.heads)}
             tensors |= {f"neurons.{n}": t for n, t in enumerate(scores.neurons)}

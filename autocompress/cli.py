@@ -385,7 +385,7 @@ def export(
 def measure(
     folder: Annotated[Path, typer.Argument(help="A folder that export wrote.")],
     pairs: Annotated[
-        int, typer.Option("--pairs", min=5, max=10_000, help="Runs of model and reference in turn.")
+        int, typer.Option("--pairs", min=5, max=10_000, help="Blocks of runs of model and reference in turn.")
     ] = 160,
     as_json: Json = False,
 ) -> None:

@@ -93,9 +93,11 @@ class SearchConfig(Section):
     stop_early: bool = Field(True, description="end an accuracy pass once the candidate cannot reach the front")
     workers: int | None = Field(None, ge=1, le=1024, description="parallel candidates; default: cores / target.threads")
     max_retries: int = Field(2, ge=0, le=10, description="new attempts after a worker died")
-    latency_pairs: int = Field(10, ge=5, le=10_000, description="runs of candidate and reference, alternating")
+    latency_pairs: int = Field(
+        4, ge=2, le=10_000, description="blocks of runs of the candidate and of the reference, alternating"
+    )
     confirm_pairs: int = Field(
-        18, ge=0, le=10_000, description="runs that time each point of the front anew at the end; 0 leaves that out"
+        6, ge=0, le=10_000, description="such blocks that time each point of the front anew at the end; 0 leaves it out"
     )
     recover: int = Field(0, ge=0, le=1000, description="points that are distilled at the end, the best ranks first")
     keep_artefacts: Literal["front", "all"] = "front"
@@ -139,6 +141,11 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**32)
 
     model_config = ConfigDict(populate_by_name=True)
+
+    @property
+    def told(self) -> list[str]:
+        """The objectives as a sampler is told them: with the guide in place of accuracy."""
+        return [self.search.guide if name == "accuracy" else name for name in self.objectives]
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

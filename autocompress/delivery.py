@@ -29,13 +29,13 @@ from autocompress.records import Candidate, Measurement
 from autocompress.report.card import model_card
 from autocompress.runtimes import Artifact, get_runtime
 
-MEASUREMENT_SCHEMA = 1
+MEASUREMENT_SCHEMA = 2
 FORMATS = {"openvino": "openvino", "onnx": "onnxruntime"}
 """Export format to the runtime that builds and runs it."""
 RELOAD_SECONDS = 300
 _LOADS = 4
-CONFIRMING_PAIRS = 160
-"""Runs in turn with the reference that confirm an exported latency: more than a search takes, and nothing beside."""
+CONFIRMING_PAIRS = 20
+"""Blocks of runs that confirm an exported latency: more than a search takes, and nothing beside."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,10 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{folder / 'measurement.json'}: cannot be read ({error}); give an exported folder") from None
     if about.get("schema") != MEASUREMENT_SCHEMA:
-        raise ExportError(f"{folder / 'measurement.json'}: schema must be {MEASUREMENT_SCHEMA}")
+        raise ExportError(
+            f"{folder / 'measurement.json'}: schema must be {MEASUREMENT_SCHEMA}, got {about.get('schema')!r}, of a "
+            "version that took latencies otherwise: export the trial again"
+        )
     timed = time_against_stand_in(artifact, target, vocabulary, pairs)
     here = machine.fingerprint()
     return {

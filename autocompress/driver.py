@@ -21,6 +21,7 @@ from autocompress.bases import Progress
 from autocompress.config import RunConfig
 from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
+from autocompress.identity import identity_of
 from autocompress.pareto import costs, nondominated_ranks, volume
 from autocompress.plan import MODEL_SITE, CompressionPlan, Recover
 from autocompress.records import Candidate
@@ -28,7 +29,7 @@ from autocompress.report import page, tables
 from autocompress.report.comparison import Comparison
 from autocompress.report.tables import write_aside
 from autocompress.stopwatch import Stopwatch
-from autocompress.study import Study, identity_of
+from autocompress.study import Study
 
 if TYPE_CHECKING:
     from autocompress.distribute import LocalRay
@@ -294,8 +295,9 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
             "accuracy": f"through the artefact, {measured.rows} search rows, real lengths up to "
             f"{run.data.max_tokens} tokens, 95 % Wilson interval",
             "size": "bytes of the artefact's model files",
-            "latency": f"{run.search.latency_pairs} pairs of candidate and reference in turn, at moments between the "
-            f"rows ({run.search.confirm_pairs} in rounds over all points for points of the front), inputs of "
+            "latency": f"{run.search.latency_pairs} pairs of blocks of runs, of candidate and reference in turn, each "
+            "block after as many runs that are not timed, at moments between the rows "
+            f"({run.search.confirm_pairs} in rounds over all points for points of the front), inputs of "
             f"{run.target.batch_size} x {run.target.tokens} tokens, "
             + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")
             + ", median of the pairs' ratios with its 95 % bootstrap interval over moments and pairs",

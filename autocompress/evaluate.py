@@ -27,20 +27,20 @@ from autocompress.memory import peak_memory_bytes
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece, code_version
 from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, DropBlocks, Recover, Student
-from autocompress.predict import Predictor, Sizes
+from autocompress.predict import Predictor
+from autocompress.products import Sizes
 from autocompress.records import QUALITIES, Measurement, Stopped
 from autocompress.runtimes import Artifact, Runtime, Session, Template, get_runtime
 from autocompress.stopwatch import Stopwatch
 from autocompress.task import Batch
 from autocompress.transforms import check_plan
 from autocompress.transforms.prune import Importance, keep_blocks
+from autocompress.trial import CannotReachFront, Rivals, Trial
 
-Rivals = Sequence[Sequence[float]]
-"""Costs of the points on the front, in the order of a run's objectives, as the sampler is told them."""
 LOGITS_FILE = "logits.npy"
 _ACCURACY_BATCH, _ACCURACY_STEP = 32, 8
 """Rows per call and multiple of tokens where a runtime's logits depend on neither."""
-_ROUNDS = 9
+_ROUNDS = 6
 """Moments at which a latency is taken that is confirmed."""
 _AT_ONCE = 64
 """Artefacts that are loaded together while their latencies are confirmed."""
@@ -210,7 +210,7 @@ class Workshop(Bases):
         if self._wants_memory:
             with watch("memory"):
                 memory = peak_memory_bytes(artifact, self.run.target, self.inputs(artifact))
-        trial = _Trial(self, session, artifact, memory)
+        trial = Trial(self, session, artifact, memory)
         try:
             trial.run(front, watch)
         except CannotReachFront as given_up:
@@ -243,13 +243,11 @@ class Workshop(Bases):
     def _wants_memory(self) -> bool:
         return "peak_memory" in self.run.objectives or self.run.constraints.max_memory_mb is not None
 
-    def paired_times(
-        self, session: Session, artifact: Artifact, pairs: int, *, warmup: int = scoring.WARMUP_RUNS
-    ) -> np.ndarray:
-        """Time a loaded artefact against the reference; seconds, ``pairs x (candidate, reference)``."""
+    def paired_times(self, session: Session, artifact: Artifact, pairs: int) -> list[scoring.Pair]:
+        """Time a loaded artefact against the reference."""
         clock = scoring.clock_of(self.run.target)
         inputs = self.inputs(artifact)
-        return scoring.paired_times(session, self.reference_session, inputs, pairs=pairs, clock=clock, warmup=warmup)
+        return scoring.paired_times(session, self.reference_session, inputs, pairs=pairs, clock=clock)
 
     def bound(self, known: Mapping[str, float], front: Rivals) -> scoring.Bound | None:
         """Return what an artefact's quality has to reach, or None where its other objectives alone bring it there.
@@ -319,7 +317,7 @@ class Workshop(Bases):
         A machine is slower for seconds at a time, and small models suffer more than the reference: what is timed at
         several moments is not at the mercy of one.
         """
-        times: list[list[np.ndarray]] = [[] for _ in points]
+        times: list[list[list[scoring.Pair]]] = [[] for _ in points]
         for first in range(0, len(points), _AT_ONCE):
             some = range(first, min(first + _AT_ONCE, len(points)))
             artefacts = [Artifact.open(self.artefacts / points[n][0].plan_id) for n in some]
@@ -329,109 +327,12 @@ class Workshop(Bases):
             for turn in range(_ROUNDS):
                 progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {_ROUNDS}")
                 for n, session, artifact in zip(some, sessions, artefacts, strict=True):
-                    # Inputs keep their shape here, and what else was run in between has emptied the caches anyway.
-                    warmup = 0 if turn else scoring.WARMUP_RUNS
-                    each = max(1, pairs // _ROUNDS)
-                    times[n].append(self.paired_times(session, artifact, each, warmup=warmup))
+                    times[n].append(self.paired_times(session, artifact, max(1, pairs // _ROUNDS)))
         found = []
         for (_, measured), parts in zip(points, times, strict=True):
             timed = scoring.summarize(parts, seed=self.run.seed)
             found.append(dataclasses.replace(measured, **timed.fields(), confirmed=True).check())
         return found
-
-
-class _Trial:
-    """One pass of a loaded artefact over the search rows, with its latency taken at moments in between.
-
-    A machine is slow for seconds at a time, and not for small and large models alike: pairs that are spread over the
-    pass scatter less than the same number of pairs in a row.
-    """
-
-    def __init__(self, workshop: Workshop, session: Session, artifact: Artifact, memory_bytes: int | None) -> None:
-        self._workshop = workshop
-        self._session = session
-        self._artifact = artifact
-        self._memory_bytes = float(memory_bytes or 0)
-        self._times: list[np.ndarray] = []
-        self._done: list[int] = []
-        self._logits: np.ndarray | None = None
-
-    @property
-    def logits(self) -> np.ndarray:
-        """``rows x classes``, float32, in row order."""
-        assert self._logits is not None, "no rows"
-        return self._logits
-
-    @property
-    def latency(self) -> scoring.Latency:
-        return scoring.summarize(self._times, seed=self._workshop.run.seed)
-
-    def run(self, front: Rivals, watch: Stopwatch) -> None:
-        """Run all rows, unless it shows that the artefact cannot reach ``front``.
-
-        Raises:
-            CannotReachFront: if it cannot.
-        """
-        parts = self._workshop.parts("search")
-        first, *later = _spread(self._workshop.run.search.latency_pairs, len(parts) + 1)
-        with watch("latency"):
-            self._time(first, scoring.WARMUP_RUNS)
-        for part, pairs in zip(parts, later, strict=True):
-            with watch("accuracy"):
-                self._classify(part)
-                if part is not parts[-1]:
-                    self._give_up_behind(front)
-            with watch("latency"):
-                # The second run after those of other shapes is still up to a tenth slower than the later ones.
-                self._session.run(self._workshop.inputs(self._artifact))
-                self._time(pairs, 1)
-
-    def _time(self, pairs: int, warmup: int) -> None:
-        if pairs:
-            self._times.append(self._workshop.paired_times(self._session, self._artifact, pairs, warmup=warmup))
-
-    def _classify(self, part: Sequence[Batch]) -> None:
-        rows = self._workshop.splits["search"]
-        for batch in part:
-            found = self._session.run(batch.arrays())
-            if self._logits is None:
-                self._logits = np.full((len(rows), found.shape[1]), np.nan, dtype=np.float32)
-            self._logits[batch.rows.numpy()] = found
-            self._done += batch.rows.tolist()
-        scoring.require_finite(self.logits[self._done], len(self._done))
-
-    def _give_up_behind(self, front: Rivals) -> None:
-        timed = self.latency
-        size_bytes, memory_bytes = float(self._artifact.size_bytes), self._memory_bytes
-        # The low end: what is on the front must not be missed for the noise of a few pairs.
-        known = {"size_bytes": size_bytes, "latency": timed.ratio_low, "peak_memory": memory_bytes}
-        bound = self._workshop.bound(known, front)
-        if bound is None:
-            return
-        rows, reference = self._workshop.splits["search"], self._workshop.reference_logits
-        reason = bound.out_of_reach(self.logits, self._done, rows, reference)
-        if reason is not None:
-            stopped = Stopped(
-                reason=reason,
-                rows=len(self._done),
-                size_bytes=size_bytes,
-                latency=timed.ratio,
-                peak_memory=memory_bytes,
-            )
-            raise CannotReachFront(stopped)
-
-
-def _spread(count: int, places: int) -> list[int]:
-    """Return ``count`` in ``places`` parts that differ by one at most, larger ones first."""
-    return [count // places + (place < count % places) for place in range(places)]
-
-
-class CannotReachFront(Exception):
-    """An accuracy pass was ended; carries what is known."""
-
-    def __init__(self, stopped: Stopped) -> None:
-        super().__init__(stopped.reason)
-        self.stopped = stopped
 
 
 def kept_logits(folder: Path) -> np.ndarray:

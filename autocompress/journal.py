@@ -23,6 +23,8 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
+from autocompress.errors import StudyError
+
 _Record = dict[str, Any]
 _OF_A_TRIAL = ("params", "distributions", "user_attrs", "system_attrs", "intermediate_values")
 _OF_A_STATE = ("state", "values", "datetime_start", "datetime_complete")
@@ -196,6 +198,21 @@ def without_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def hold(folder: Path) -> int:
+    """Take the lock of the one driver that a study has; returns its handle, which is closed to give it back.
+
+    Raises:
+        StudyError: if another driver holds it.
+    """
+    handle = os.open(folder / "study.lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise StudyError(f"{folder}: another search drives this study; wait for it or use another --out") from None
+    return handle
 
 
 def repair_tail(journal: Path) -> Path | None:

@@ -21,6 +21,8 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "peak_memory": ("peak_memory_bytes", "minimize"),
 }
 """Objective by its name in a run file: the field of `Measurement` that it reads, and its direction."""
+LATENCY_PROTOCOL = "pairs of blocks of runs"
+"""How latencies are taken; those of another protocol are not to be mixed with them."""
 QUALITIES = ("accuracy", "loss", "divergence")
 """Objectives that are taken by running rows through the artefact."""
 
@@ -38,8 +40,8 @@ class Measurement:
         size_bytes: bytes of the artefact's model files.
         latency_ms: median; ``latency_p90_ms`` the 90th percentile.
         reference_ms: median of the reference in the same paired runs.
-        latency_ratio: median over pairs of candidate over reference, below 1 is faster, with its 95 % bootstrap
-            interval.
+        latency_ratio: median over pairs of blocks of candidate over reference, below 1 is faster, with its 95 %
+            bootstrap interval.
         predictions: SHA-256 of the predicted classes, in row order.
         peak_memory_bytes: what loading and running it adds to a fresh process's memory, where that is asked for.
         stages: seconds by stage (build, load, latency, accuracy, ...).

@@ -1,7 +1,8 @@
 """Accuracy with its interval and latency paired with the reference.
 
-One unpaired median on a busy machine is off by tens of percent. Candidate and reference are therefore run in turn and
-compared pair by pair; at one thread the clock is the process's CPU time, which other load does not stretch.
+One unpaired median on a busy machine is off by tens of percent. Blocks of runs of candidate and reference are therefore
+taken in turn and compared pair by pair; at one thread the clock is the process's CPU time, which other load does not
+stretch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,10 @@ from autocompress.errors import MeasurementError
 from autocompress.runtimes.base import Session
 from autocompress.task import Batch, Split
 
-WARMUP_RUNS = 3
+_MOST_RUNS, _FEWEST_RUNS = 10, 2
+"""Runs of a block; the latter where they take long."""
+_BLOCK_S = 0.016
+"""Time after which a block has enough runs."""
 BOOTSTRAP_DRAWS = 2000
 WRONG_STOPS = 1e-3
 """Chance that an accuracy pass is ended for a candidate that would have reached the front."""
@@ -203,55 +208,76 @@ def clock_of(target: TargetConfig) -> Callable[[], float]:
     return time.process_time if target.threads == 1 else time.perf_counter
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Seconds of each run of the candidate and of the reference, in blocks that follow each other."""
+
+    candidate: np.ndarray
+    reference: np.ndarray
+
+    @property
+    def ratio(self) -> float:
+        return float(np.median(self.candidate) / np.median(self.reference))
+
+
 def paired_times(
-    candidate: Session,
-    reference: Session,
-    inputs: Mapping[str, np.ndarray],
-    *,
-    pairs: int,
-    clock: Callable[[], float],
-    warmup: int = WARMUP_RUNS,
-) -> np.ndarray:
-    """Return seconds per call, ``pairs x (candidate, reference)``; who goes first alternates.
+    candidate: Session, reference: Session, inputs: Mapping[str, np.ndarray], *, pairs: int, clock: Callable[[], float]
+) -> list[Pair]:
+    """Time blocks of runs, of the candidate and the reference in turn; who goes first alternates.
+
+    A run after one of another model finds its weights and its code out of the caches. A small model loses more by that
+    than a large one, and how much depends on the order of runs and on what else the machine does: each block therefore
+    follows as many runs that are not timed.
 
     Args:
         candidate: a loaded artefact.
         reference: the uncompressed model in the same runtime.
         inputs: of the target's shape, for both.
-        pairs: how often each of them is timed.
+        pairs: of blocks.
         clock: seconds.
-        warmup: runs of each before, which are not timed; one is enough for sessions that have run this shape before.
 
     Raises:
         MeasurementError: if a run took no measurable time.
     """
-    for _ in range(warmup):
-        candidate.run(inputs)
-        reference.run(inputs)
-    times = np.empty((pairs, 2))
-    for pair in range(pairs):
-        order = ((0, candidate), (1, reference)) if pair % 2 == 0 else ((1, reference), (0, candidate))
-        for column, session in order:
-            start = clock()
-            session.run(inputs)
-            times[pair, column] = clock() - start
+    found = []
+    for number in range(pairs):
+        if number % 2 == 0:
+            first = _block(candidate, inputs, clock)
+            found.append(Pair(first, _block(reference, inputs, clock)))
+        else:
+            first = _block(reference, inputs, clock)
+            found.append(Pair(_block(candidate, inputs, clock), first))
+    times = np.concatenate([times for pair in found for times in (pair.candidate, pair.reference)])
     if not (times > 0).all():
         raise MeasurementError(f"latency: {int((times <= 0).sum())} of {times.size} runs took no measurable time")
-    return times
+    return found
 
 
-def summarize(moments: Sequence[np.ndarray], *, seed: int) -> Latency:
+def _block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> np.ndarray:
+    """Return the seconds of runs in a row, after such a row that is not timed."""
+    session.run(inputs)  # which may have to prepare itself for this shape
+    times: list[float] = []
+    for _ in ("not timed", "timed"):
+        times = []
+        while len(times) < _FEWEST_RUNS or (len(times) < _MOST_RUNS and len(times) * median(times) < _BLOCK_S):
+            start = clock()
+            session.run(inputs)
+            times.append(clock() - start)
+    return np.array(times)
+
+
+def summarize(moments: Sequence[Sequence[Pair]], *, seed: int) -> Latency:
     """Turn times into quantiles and a ratio with its interval.
 
     The interval comes from a two-stage bootstrap, moments first and then pairs within each (Davison and Hinkley 1997,
     "Bootstrap Methods and their Application", section 3.8): pairs of one moment share the state of the machine.
 
     Args:
-        moments: seconds per call, ``pairs x (candidate, reference)`` each, taken at different moments.
+        moments: pairs of blocks that were taken at different moments.
         seed: of the draws.
     """
-    times = np.concatenate(moments)
-    ratios = times[:, 0] / times[:, 1]
+    taken = [pair for moment in moments for pair in moment]
+    ratios = np.array([pair.ratio for pair in taken])
     rng = np.random.default_rng(seed)
     sizes = np.array([len(moment) for moment in moments])
     drawn = rng.integers(0, len(moments), (BOOTSTRAP_DRAWS, len(moments)))
@@ -259,7 +285,8 @@ def summarize(moments: Sequence[np.ndarray], *, seed: int) -> Latency:
     pairs = (np.cumsum(sizes) - sizes)[drawn][:, :, None] + within.astype(np.int64)
     medians = np.median(ratios[pairs.reshape(BOOTSTRAP_DRAWS, -1)], axis=1)
     low, high = np.quantile(medians, (0.025, 0.975))
-    p50, p90 = np.quantile(times[:, 0], (0.5, 0.9)) * 1e3
-    ratio, reference_ms = float(np.median(ratios)), float(np.median(times[:, 1]) * 1e3)
+    p50, p90 = np.quantile(np.concatenate([pair.candidate for pair in taken]), (0.5, 0.9)) * 1e3
+    reference = float(np.median(np.concatenate([pair.reference for pair in taken]))) * 1e3
+    ratio = float(np.median(ratios))
     # A few draws of few moments may all lie on one side of the median of all.
-    return Latency(float(p50), float(p90), reference_ms, ratio, min(ratio, float(low)), max(ratio, float(high)))
+    return Latency(float(p50), float(p90), reference, ratio, min(ratio, float(low)), max(ratio, float(high)))

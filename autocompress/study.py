@@ -7,19 +7,14 @@ evaluated once per study, whatever the sampler proposes.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import hashlib
-import itertools
 import json
 import math
 import os
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -27,25 +22,21 @@ from optuna.trial import TrialState
 from autocompress.binding import BoundSpace
 from autocompress.config import ConstraintsConfig, RunConfig
 from autocompress.errors import ConfigError, MeasurementError, StudyError
-from autocompress.journal import Journal, repair_tail, without_collection
+from autocompress.identity import difference
+from autocompress.journal import Journal, hold, repair_tail, without_collection
 from autocompress.pareto import Front, costs, nondominated
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
+from autocompress.proposals import Proposals
 from autocompress.records import OBJECTIVES, Candidate, Measurement, Stopped
-from autocompress.samplers import make_sampler, most_promising, mutated
-from autocompress.seeds import sensitivity_ladder
+from autocompress.samplers import make_sampler
 
 STUDY_SCHEMA = 1
 _NAME = "autocompress"
 _ASKS = 8
 """Proposals of the sampler that may repeat a known plan before a random new one is taken."""
-_RANDOM_DRAWS = 500
-_MUTATIONS = 16
-"""Changed points of the front of which the one that promises most is evaluated."""
 _CONFIRMED = "confirmed:"
 """Start of the study attributes that hold measurements with a latency taken anew, by trial number."""
-_SENSITIVITY_SHARE = 0.2
-"""Part of a search's candidates that may be allocated from sensitivities before the sampler begins."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -83,7 +74,7 @@ class Study:
         self.run = run
         self.space = space
         self.repaired: Path | None = None
-        self._lock: int | None = _drive(folder) if writable else None
+        self._lock: int | None = hold(folder) if writable else None
         try:
             with without_collection():
                 self._load(folder / "study.journal", identity, writable)
@@ -109,12 +100,11 @@ class Study:
             for trial in self._study.get_trials(deepcopy=False)
             if (candidate := self._read(trial)) is not None
         }
-        self._known = {c.plan.plan_id for c in self._candidates.values()}
-        self._seeds = self._make_seeds() if writable and self.run.search.seeds else iter(())
+        self.known = {c.plan.plan_id for c in self._candidates.values()}
         self._learned = -1
         self._front_of_told: list[Candidate] = []
         self._front_at = -1
-        self._rng = random.Random(f"{self.seed}:{len(self._study.get_trials(deepcopy=False))}")  # noqa: S311
+        self._proposals = None if self.space is None else Proposals(self, self._study, self.space)
 
     def _open(self, journal: Path, identity: Mapping[str, Any] | None, writable: bool) -> optuna.Study:
         try:
@@ -134,11 +124,8 @@ class Study:
             study.set_user_attr("identity", {"schema": STUDY_SCHEMA, **(identity or {})})
         elif stored is not None and stored.get("schema") != STUDY_SCHEMA:
             raise StudyError(f"{journal}: schema must be {STUDY_SCHEMA}, got {stored.get('schema')!r}")
-        elif identity is not None and stored is not None:
-            differing = [k for k in sorted({*stored, *identity} - {"schema"}) if stored.get(k) != identity.get(k)]
-            if differing:
-                changes = "; ".join(f"{k}: {_brief(stored.get(k))} became {_brief(identity.get(k))}" for k in differing)
-                raise StudyError(f"{journal}: this study was made with other settings ({changes}); use another --out")
+        elif identity is not None and stored is not None and (changes := difference(stored, identity)):
+            raise StudyError(f"{journal}: this study was made with other settings ({changes}); use another --out")
         if writable:
             # A continued study must not draw the same numbers again.
             seed = (self.seed + len(study.get_trials(deepcopy=False))) % 2**32
@@ -157,17 +144,7 @@ class Study:
             self._study.tell(trial.number, state=TrialState.FAIL)
         return len(running)
 
-    def _make_seeds(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        assert self.space is not None
-        yield from (("uniform", params) for params in self.space.rungs())
-        if self.predictor is not None and self._learn():
-            most = int(_SENSITIVITY_SHARE * self.run.search.trials)
-            ladder = sensitivity_ladder(self.space, self.predictor, self.reference.size_bytes)
-            for params in itertools.islice(ladder, most):
-                yield "sensitivity", params
-                self._learn()
-
-    def _learn(self) -> bool:
+    def learn(self) -> bool:
         """Let the predictor know what was measured since it was last told; False while that is too little."""
         assert self.predictor is not None
         if self._learned != len(self._candidates):
@@ -194,13 +171,13 @@ class Study:
         return asked
 
     def _ask(self) -> tuple[int, CompressionPlan] | None:
-        assert self.space is not None, "asking needs a space"
+        assert self.space is not None and self._proposals is not None, "asking needs a space"
         if self.remaining == 0:
             return None
         for attempt in range(_ASKS + 1):
             if attempt < _ASKS:
-                self._enqueue_next()
-            elif not self._enqueue_unknown():
+                self._proposals.enqueue_next()
+            elif not self._proposals.enqueue_unknown():
                 return None
             trial = self._study.ask()
             try:
@@ -209,91 +186,33 @@ class Study:
                 trial.set_user_attr("failure", str(error))
                 self._study.tell(trial, state=TrialState.FAIL)
                 continue
-            if plan.plan_id in self._known:
+            if plan.plan_id in self.known:
                 trial.set_user_attr("duplicate", plan.plan_id)
                 self._study.tell(trial, state=TrialState.FAIL)
                 continue
-            reason = self._passed_over(plan, trial) if attempt < _ASKS // 2 else None
+            reason = self._proposals.passed_over(plan, trial) if attempt < _ASKS // 2 else None
             if reason is not None:
                 trial.set_user_attr("passed_over", reason)
                 self._study.tell(trial, state=TrialState.FAIL)
                 continue
             trial.set_user_attr("plan", json.loads(plan.to_json()))
-            self._known.add(plan.plan_id)
+            self.known.add(plan.plan_id)
             self._asked[trial.number] = trial
             return trial.number, plan
         return None
 
-    def _passed_over(self, plan: CompressionPlan, trial: optuna.Trial) -> str | None:
-        """Return why a proposal is not worth measuring; seeds always are."""
-        seeded = trial.user_attrs.get("origin") in ("uniform", "sensitivity")
-        if self.predictor is None or not self.run.search.skip_behind or seeded or not self._learn():
-            return None
-        return self.predictor.behind(plan, self.rivals(), self.told)
-
-    def _enqueue_next(self) -> None:
-        """Enqueue the next seed of an unknown plan or a mutation, unless trials wait, or leave it to the sampler.
-
-        Trials wait where a killed driver had begun them.
-        """
-        assert self.space is not None
-        if self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            return
-        for origin, params in self._seeds:
-            if self.space.plan(params).plan_id not in self._known:
-                self._study.enqueue_trial(params, user_attrs={"origin": origin})
-                return
-        search = self.run.search
-        if search.sampler == "tpe" and self._rng.random() < search.mutation_share:
-            changed = self._mutation()
-            if changed is not None:
-                self._study.enqueue_trial(changed, user_attrs={"origin": "mutation"})
-
-    def _mutation(self) -> dict[str, Any] | None:
-        """Return the parameters of a changed point of the front, the most promising of several, or None."""
-        assert self.space is not None
-        parents = [dict(c.params) for c in self._told_front() if c.params]
-        options: dict[str, tuple[dict[str, Any], CompressionPlan]] = {}
-        for _ in range(_MUTATIONS if parents else 0):
-            params = mutated(self.space, parents, self._rng)
-            plan = self.space.plan(params)
-            if plan.plan_id not in self._known:
-                options[plan.plan_id] = (params, plan)
-        chosen = list(options.values())
-        if self.predictor is not None and len(chosen) > 1 and self._learn():
-            guessed = [self.predictor.expected(plan, self.told) for _, plan in chosen]
-            known = [n for n, costs in enumerate(guessed) if costs is not None]
-            if known:
-                best = most_promising(np.array([guessed[n] for n in known]), np.array(self.rivals()))
-                return chosen[known[best]][0]
-        return chosen[0][0] if chosen else None
-
-    def _enqueue_unknown(self) -> bool:
-        """Enqueue random parameters of a plan that is not known yet; False if none was found."""
-        assert self.space is not None
-        for _ in range(_RANDOM_DRAWS):
-            params: dict[str, Any] = {}
-
-            def choose(name: str, choices: Sequence[Any], into: dict[str, Any] = params) -> Any:
-                into[name] = self._rng.choice(choices)
-                return into[name]
-
-            if self.space.decode(choose).plan_id not in self._known:
-                self._study.enqueue_trial(params)
-                return True
-        return False
-
     @property
     def told(self) -> list[str]:
         """The objectives as the sampler is told them: with the guide in place of accuracy."""
-        return told_objectives(self.run)
+        return self.run.told
 
     @property
     def seed(self) -> int:
         """Seed of the proposals."""
         return self.run.seed if self.run.search.seed is None else self.run.search.seed
 
-    def _told_front(self) -> list[Candidate]:
+    def told_front(self) -> list[Candidate]:
+        """Return the candidates that none beats in all that the sampler is told."""
         if self._front_at != len(self._candidates):
             usable = [c for c in self._candidates.values() if c.measurement is not None and c.feasible]
             kept = nondominated(costs(usable, self.told))
@@ -303,14 +222,14 @@ class Study:
 
     def rivals(self) -> list[list[float]]:
         """Return the costs of the points that a new candidate must not be dominated by, as the sampler is told them."""
-        found: list[list[float]] = costs(self._told_front(), self.told).tolist()
+        found: list[list[float]] = costs(self.told_front(), self.told).tolist()
         return found
 
     def tell(self, number: int, plan: CompressionPlan, result: Measurement | Stopped | str) -> Candidate:
         """Record a measurement, or the reason why there is none; a number that cannot stand is a failure."""
         trial = self._asked.pop(number)
         if self.predictor is not None:
-            self._learn()
+            self.learn()
         if isinstance(result, Measurement):
             try:
                 result.check()
@@ -393,7 +312,7 @@ class Study:
             folder=self.folder,
         )
         self._candidates[number] = candidate
-        self._known.add(plan.plan_id)
+        self.known.add(plan.plan_id)
         return candidate
 
     def candidates(self) -> list[Candidate]:
@@ -487,36 +406,3 @@ def excesses(measured: Measurement, constraints: ConstraintsConfig, reference: M
     }
     # Rounded so that a drop of exactly the limit is not refused for its last binary digit.
     return {name: round(value - limit, 12) for name, (limit, value) in limits.items() if limit is not None}
-
-
-def identity_of(run: RunConfig, *, model: str, data: str, space: BoundSpace) -> dict[str, Any]:
-    """Return what must not change within a study, in words short enough to show the difference."""
-    choices = space.space.model_dump_json()
-    return {
-        "model": model,
-        "data": data,
-        "space": f"{space.space.name} {hashlib.sha256(choices.encode()).hexdigest()[:12]}",
-        "target": run.target.model_dump(),
-        "objectives": told_objectives(run),
-        "recovery": run.recovery.model_dump(),
-    }
-
-
-def _drive(folder: Path) -> int:
-    handle = os.open(folder / "study.lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise StudyError(f"{folder}: another search drives this study; wait for it or use another --out") from None
-    return handle
-
-
-def told_objectives(run: RunConfig) -> list[str]:
-    """Return the run's objectives with the guide in place of accuracy."""
-    return [run.search.guide if name == "accuracy" else name for name in run.objectives]
-
-
-def _brief(value: object) -> str:
-    text = json.dumps(value, sort_keys=True) if not isinstance(value, str) else value
-    return text if len(text) <= 120 else text[:117] + "..."

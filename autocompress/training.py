@@ -104,7 +104,7 @@ def logits_of(module: nn.Module, rows: Split, *, precision: str = "float32") -> 
     """Return the model's logits in row order, ``rows x classes``, float32."""
     module.eval()
     found: torch.Tensor | None = None
-    with torch.no_grad(), _autocast(precision):
+    with torch.no_grad(), autocast(precision):
         for batch in rows.in_order_of_length(64):
             logits = module(**batch.inputs()).logits.float()
             if found is None:
@@ -136,7 +136,7 @@ def _train(
     step, running = 0, 0.0
     while step < steps:
         for batch in rows.shuffled(budget.batch_size, generator)[: steps - step]:
-            with _autocast(budget.precision):
+            with autocast(budget.precision):
                 logits = module(**batch.inputs()).logits
             loss = loss_of(logits.float(), batch)
             if not torch.isfinite(loss):
@@ -157,7 +157,8 @@ def _linear(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1.0, WARMUP * steps)) * max(0.0, (steps - step) / steps)
 
 
-def _autocast(precision: str) -> torch.autocast:
+def autocast(precision: str) -> torch.autocast:
+    """Return the context in which a model computes in ``precision``; its weights stay as they are."""
     enabled = precision == "bfloat16" or (precision == "auto" and has_bfloat16())
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 

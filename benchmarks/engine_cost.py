@@ -30,14 +30,19 @@ from autocompress import machine, pareto
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import BoundSpace, bind
 from autocompress.config import RunConfig
-from autocompress.plan import CompressionPlan
+from autocompress.identity import identity_of
+from autocompress.plan import CompressionPlan, Student
+from autocompress.predict import Predictor
+from autocompress.products import Sizes
 from autocompress.records import OBJECTIVES, Measurement
 from autocompress.samplers import SamplerName
 from autocompress.scoring import wilson
+from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace, Value
-from autocompress.study import Study, identity_of
+from autocompress.study import Study
 
 MINILM = ModelShape(hidden=384, blocks=(BlockShape(heads=12, head_size=32, neurons=1536),) * 6)
+TABLES = Sizes(tables=((30_522, 384), (512, 384), (2, 384)), head=((384, 384), (2, 384)))
 ROWS = 1000
 ASKED_AT, ASKS = 2_000, 20
 OPENED_AT = 10_000
@@ -76,11 +81,24 @@ def run_of(sampler: SamplerName) -> RunConfig:
     return RunConfig.from_mapping({"search": {"trials": 100_000, "sampler": sampler, "seeds": False}})
 
 
+def sensitivity_of(student: Student | None) -> Sensitivity:
+    """Return made-up sensitivities: less kept is worse, at later sites more so."""
+    shape = MINILM if student is None else MINILM.of_student(student)
+    curves: dict[tuple[str, str], tuple[tuple[float, float], ...]] = {}
+    for number, site in enumerate(shape.sites(), start=1):
+        curves[site, "bits"] = ((4.0, 0.02 * number), (8.0, 0.001 * number), (16.0, 0.0))
+        for axis in ("keep", "rank"):
+            curves[site, axis] = ((0.25, 0.03 * number), (0.5, 0.015 * number), (0.75, 0.005 * number))
+    return Sensitivity(curves)
+
+
 @contextmanager
 def opened(folder: Path, space: BoundSpace, sampler: SamplerName) -> Iterator[Study]:
+    """Open a study for writing, as a search does: with a predictor that screens proposals."""
     run = run_of(sampler)
     identity = identity_of(run, model="benchmark", data="benchmark", space=space)
-    study = Study(folder, run, identity=identity, space=space, writable=True)
+    predictor = Predictor(MINILM, TABLES, lambda p: p.outer * p.inner * p.bits / 8, sensitivity_of, run.search.guide)
+    study = Study(folder, run, identity=identity, space=space, writable=True, predictor=predictor)
     try:
         yield study
     finally:

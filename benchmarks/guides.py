@@ -21,7 +21,6 @@ from autocompress.config import RunConfig
 from autocompress.evaluate import Workshop
 from autocompress.records import QUALITIES
 from autocompress.runtimes import Artifact
-from autocompress.study import told_objectives
 from autocompress.task import Split
 
 FOLD_ROWS = 1000
@@ -58,7 +57,7 @@ def searched(guide: str, seed: int, trials: int, data: str, folder: Path) -> dic
     fold = fold_of(run, workshop)
     found: dict[str, Any] = {}
     for judged in ("told", "accuracy"):
-        names = told_objectives(run) if judged == "told" else list(run.objectives)
+        names = run.told if judged == "told" else list(run.objectives)
         usable = [c for c in study.candidates() if c.measurement is not None]
         kept = pareto.nondominated(pareto.costs(usable, names))
         offered = [c for c, on_front in zip(usable, kept, strict=True) if on_front]

@@ -30,7 +30,7 @@ from autocompress.study import Study
 CANDIDATES = 200
 FIRST_POINTS = 5
 HELD_OUT = 50
-ANEW_PAIRS = 60
+ANEW_PAIRS = 24
 LABELS = ("empty bank", "warm bank, another seed")
 BEFORE = "d421298"
 """The last commit that converted and quantised every candidate."""

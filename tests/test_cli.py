@@ -22,7 +22,8 @@ from test_study import CSV_COLUMNS, SMALL, evaluate, results_in
 
 from autocompress import __version__, api, cli
 from autocompress.config import RunConfig
-from autocompress.study import Study, identity_of
+from autocompress.identity import identity_of
+from autocompress.study import Study
 
 HEAVY = ("torch", "ray", "plotly", "transformers", "pandas", "optuna", "openvino", "onnx", "onnxruntime", "datasets")
 

@@ -73,7 +73,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(text: str, message: 
         ("search: {guide: size_bytes}", ("search.guide:", "'accuracy', 'loss' or 'divergence'", "got 'size_bytes'")),
         ("search: {skip_behind: 7}", ("search.skip_behind:", "boolean", "got 7")),
         ("search: {stop_early: often}", ("search.stop_early:", "boolean", "got 'often'")),
-        ("search: {latency_pairs: 4}", ("search.latency_pairs:", "greater than or equal to 5", "got 4")),
+        ("search: {latency_pairs: 1}", ("search.latency_pairs:", "greater than or equal to 2", "got 1")),
         ("search: {confirm_pairs: -1}", ("search.confirm_pairs:", "greater than or equal to 0", "got -1")),
         ("search: {recover: 1001}", ("search.recover:", "less than or equal to 1000", "got 1001")),
         ("search: {seed: -1}", ("search.seed:", "greater than or equal to 0", "got -1")),

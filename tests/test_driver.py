@@ -17,10 +17,11 @@ from test_study import SMALL, evaluate, run_of
 from autocompress import api
 from autocompress.config import RunConfig
 from autocompress.driver import BASELINES, SearchStatus, comparison_of, drive, write_results
+from autocompress.identity import identity_of
 from autocompress.plan import MODEL_SITE, Recover
 from autocompress.records import Candidate
 from autocompress.report.comparison import Comparison
-from autocompress.study import Study, identity_of
+from autocompress.study import Study
 
 MAJORITY = 0.4
 WORTH = "Was the search worth it?"

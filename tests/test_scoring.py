@@ -1,4 +1,4 @@
-"""Scoring: accuracy with its interval, logits in row order, and latency in pairs."""
+"""Scoring: accuracy with its interval, logits in row order, and latency in pairs of blocks."""
 
 from __future__ import annotations
 
@@ -307,14 +307,14 @@ class TestLatency:
         seed: int = 0,
     ) -> scoring.Latency:
         clock, noted = Clock(), calls if calls is not None else []
-        times = scoring.paired_times(
+        taken = scoring.paired_times(
             Timed(clock, candidate, noted, "candidate"),
             Timed(clock, reference, noted, "reference"),
             {"input_ids": np.ones((1, 4), dtype=np.int64)},
             pairs=pairs,
             clock=clock,
         )
-        return scoring.summarize([times], seed=seed)
+        return scoring.summarize([taken], seed=seed)
 
     def test_constant_times_give_the_exact_ratio(self) -> None:
         found = self.measure(lambda _: 0.003, lambda _: 0.012)
@@ -338,51 +338,65 @@ class TestLatency:
         assert 0.005 < np.mean(widths) < 0.1
 
     def test_drift_that_both_share_leaves_the_ratio(self) -> None:
-        """The machine slows down threefold while measuring."""
-        found = self.measure(lambda n: 0.005 * (1 + n / 15), lambda n: 0.01 * (1 + n / 15))
+        """The machine becomes twice as slow while measuring."""
+        found = self.measure(lambda n: 0.0004 * (1 + n / 840), lambda n: 0.0008 * (1 + n / 840))
         assert found.ratio == pytest.approx(0.5, rel=1e-6)
 
-    def test_the_ratio_is_the_median_over_pairs(self) -> None:
-        found = scoring.summarize([np.array([[0.001, 0.001], [0.002, 0.004], [0.009, 0.003]])], seed=0)
+    def test_the_ratio_is_the_median_over_pairs_of_medians(self) -> None:
+        def pair(candidate: list[float], reference: list[float]) -> scoring.Pair:
+            return scoring.Pair(np.array(candidate) / 1e3, np.array(reference) / 1e3)
+
+        pairs = [pair([1, 1, 9], [1]), pair([2], [4, 4]), pair([9, 9], [3])]
+        found = scoring.summarize([pairs], seed=0)
         assert found.ratio == pytest.approx(1.0)
-        assert found.p50_ms == pytest.approx(2.0)
-        assert found.reference_ms == pytest.approx(3.0)
+        assert found.p50_ms == pytest.approx(5.5)
+        assert found.reference_ms == pytest.approx(3.5)
         assert (found.ratio_low, found.ratio_high) == pytest.approx((0.5, 3.0))
+        assert scoring.summarize([pairs[:2], pairs[2:]], seed=0).ratio == found.ratio
 
     def test_a_few_hiccups_leave_the_ratio(self) -> None:
-        found = self.measure(lambda n: 0.5 if n % 10 == 7 else 0.005, lambda n: 0.9 if n % 10 == 2 else 0.01)
+        found = self.measure(lambda n: 0.5 if n % 10 == 7 else 0.001, lambda n: 0.9 if n % 10 == 2 else 0.002)
         assert found.ratio == pytest.approx(0.5)
-        assert found.p50_ms == pytest.approx(5.0)
+        assert found.p50_ms == pytest.approx(1.0)
 
-    def test_who_goes_first_alternates_and_both_are_warmed_up(self) -> None:
+    def test_blocks_alternate_and_each_follows_runs_that_do_not_count(self) -> None:
         calls: list[str] = []
-        self.measure(lambda _: 0.001, lambda _: 0.002, pairs=6, calls=calls)
-        warm = 2 * scoring.WARMUP_RUNS
-        assert calls[:warm].count("candidate") == scoring.WARMUP_RUNS
-        first = calls[warm::2]
-        assert first == ["candidate", "reference"] * 3
-        assert calls.count("candidate") == calls.count("reference") == scoring.WARMUP_RUNS + 6
+        self.measure(lambda _: 0.001, lambda _: 0.001, pairs=3, calls=calls)
+        block = 1 + 2 * scoring._MOST_RUNS
+        names = ["candidate", "reference", "reference", "candidate", "candidate", "reference"]
+        assert calls == [name for name in names for _ in range(block)]
 
-    def test_warm_up_does_not_count(self) -> None:
-        found = self.measure(lambda n: 9.0 if n < scoring.WARMUP_RUNS else 0.001, lambda _: 0.002, pairs=5)
+    def test_blocks_of_long_runs_are_short(self) -> None:
+        calls: list[str] = []
+        self.measure(lambda _: 0.006, lambda _: 3.0, pairs=1, calls=calls)
+        # The third run of 6 ms ends the 16 ms; two there are always.
+        assert calls == ["candidate"] * (1 + 2 * 3) + ["reference"] * (1 + 2 * 2)
+
+    def test_runs_that_warm_up_do_not_count(self) -> None:
+        def seconds(n: int) -> float:
+            return 9.0 if n == 0 else 0.004 if n <= 4 else 0.001
+
+        found = self.measure(seconds, lambda _: 0.002, pairs=2)
         assert found.p90_ms == pytest.approx(1.0)
+        assert found.ratio == pytest.approx(0.5)
 
     def test_one_seed_gives_one_interval(self) -> None:
-        times = np.random.default_rng(0).lognormal(-5, 0.3, (400, 2))
-        assert scoring.summarize([times], seed=1) == scoring.summarize([times], seed=1)
-        assert scoring.summarize([times], seed=1) != scoring.summarize([times], seed=2)
+        rng = np.random.default_rng(0)
+        pairs = [scoring.Pair(rng.lognormal(-5, 0.3, 10), rng.lognormal(-5, 0.3, 2)) for _ in range(400)]
+        assert scoring.summarize([pairs], seed=1) == scoring.summarize([pairs], seed=1)
+        assert scoring.summarize([pairs], seed=1) != scoring.summarize([pairs], seed=2)
 
     @pytest.mark.parametrize("which", ["candidate", "reference"])
     @pytest.mark.parametrize("seconds", [0.0, -0.001])
     def test_runs_that_took_no_time_are_refused(self, which: str, seconds: float) -> None:
         def odd(n: int) -> float:
-            return seconds if n == scoring.WARMUP_RUNS + 2 else 0.001
+            return seconds if n == 15 else 0.001
 
         def even(_: int) -> float:
             return 0.001
 
         pair = (odd, even) if which == "candidate" else (even, odd)
-        with pytest.raises(MeasurementError, match="latency: 1 of 20 runs took no measurable time"):
+        with pytest.raises(MeasurementError, match="latency: 1 of 200 runs took no measurable time"):
             self.measure(*pair, pairs=10)
 
 

@@ -24,7 +24,7 @@ from autocompress.plan import (
     Quantize,
     Student,
 )
-from autocompress.predict import Sizes, products_of
+from autocompress.products import Sizes, products_of
 from autocompress.seeds import allocate, sensitivity_ladder
 from autocompress.space import SearchSpace, Value, shipped_spaces
 

@@ -27,11 +27,12 @@ from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import BoundSpace, bind
 from autocompress.config import RunConfig, validated
 from autocompress.errors import MeasurementError, NoFeasiblePointError, StudyError
+from autocompress.identity import identity_of
 from autocompress.journal import repair_tail
 from autocompress.plan import MODEL_SITE, CompressionPlan, Recover, Student
 from autocompress.records import Candidate, Measurement, Stopped
 from autocompress.space import SearchSpace
-from autocompress.study import Study, excesses, identity_of
+from autocompress.study import Study, excesses
 
 SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4)
 TINY_SPACE = "rules: [{match: block.*.ffn, bits: {choices: [8, 4, 16], tie: all}}, {match: embeddings, bits: [8, 16]}]"

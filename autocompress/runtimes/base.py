@@ -24,7 +24,7 @@ from autocompress.errors import RuntimeBuildError
 from autocompress.model import EncoderModel, Layout
 from autocompress.pieces import Piece, linear_modules
 from autocompress.plan import CompressionPlan
-from autocompress.predict import Product
+from autocompress.products import Product
 from autocompress.task import Batch
 
 ARTIFACT_SCHEMA = 1

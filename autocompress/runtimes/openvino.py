@@ -26,7 +26,7 @@ from autocompress.errors import RuntimeBuildError
 from autocompress.model import EncoderModel
 from autocompress.pieces import Layer, Piece
 from autocompress.plan import CompressionPlan
-from autocompress.predict import Product
+from autocompress.products import Product
 from autocompress.runtimes.base import (
     TEMPLATE_INPUTS,
     Artifact,

@@ -83,14 +83,14 @@ class Bench:
         session = Foreign(workshop.runtime.load(artifact, workshop.run.target))
         rows = workshop.splits["search"]
         scored = scoring.accuracy(scoring.logits_of(session, rows, workshop.batches("search")), rows)
-        times = scoring.paired_times(
+        pairs_taken = scoring.paired_times(
             session,
             workshop.reference_session,
             self.inputs,
             pairs=pairs,
             clock=scoring.clock_of(workshop.run.target),
         )
-        timed = scoring.summarize([times], seed=workshop.run.seed)
+        timed = scoring.summarize([pairs_taken], seed=workshop.run.seed)
         return {
             "accuracy": scored.value,
             "accuracy_low": scored.low,

@@ -1,0 +1,87 @@
+"""Least-squares fits of what plans cost, small enough to be made anew for each proposal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+FEWEST = 12
+"""Measured candidates from which on fits are used."""
+_CHANGES_OF_SETS = 3
+"""Times the number of weights that the active set may grow."""
+
+
+@dataclass
+class Fit:
+    """A least-squares fit with the spread of its residuals."""
+
+    weights: np.ndarray
+    spread: float
+
+
+def least_squares(inputs: np.ndarray, outputs: np.ndarray, *, ridge: float) -> Fit:
+    """Fit ``inputs @ weights`` (``rows x features``) to ``outputs`` with a penalty in units of each feature."""
+    scale = np.maximum(np.abs(inputs).max(axis=0), 1e-12)
+    scaled = inputs / scale
+    penalty = ridge * len(outputs) * np.eye(scaled.shape[1])
+    penalty[0, 0] = 0.0
+    weights = np.linalg.solve(scaled.T @ scaled + penalty + 1e-12 * np.eye(len(penalty)), scaled.T @ outputs)
+    left = outputs - scaled @ weights
+    freedom = max(1, len(outputs) - np.linalg.matrix_rank(scaled))
+    return Fit(weights / scale, float(np.sqrt(np.square(left).sum() / freedom)))
+
+
+def relative_fit(inputs: np.ndarray, outputs: np.ndarray) -> Fit:
+    """Fit non-negative weights to relative errors of ``outputs``, which are > 0."""
+    spread = inputs.std(axis=0)
+    scale = np.where(spread > 1e-9, spread, 1.0)
+    penalty = np.sqrt(1e-4 * len(outputs)) * np.eye(inputs.shape[1])
+    penalty[0, 0] = 0.0
+    stacked = np.vstack([inputs / scale / outputs[:, None], penalty])
+    weights = nonnegative(stacked, np.concatenate([np.ones(len(outputs)), np.zeros(len(penalty))])) / scale
+    left = inputs @ weights / outputs - 1
+    freedom = max(1, len(outputs) - int((weights > 0).sum()))
+    return Fit(weights, float(np.sqrt(np.square(left).sum() / freedom)))
+
+
+def latency_fit(work: np.ndarray, ratios: np.ndarray, confirmed: np.ndarray) -> Fit:
+    """Fit ratios as they are once confirmed, where there are such.
+
+    In a search, between rows of other shapes, models are slower by a few percent than where nothing else is run, and
+    small ones more so than the reference: the factor between the two comes from the confirmed ones, which are compared
+    with a fit to the others, since those of them that were measured too fast are more likely to be confirmed.
+    """
+    if min(confirmed.sum(), (~confirmed).sum()) < FEWEST:
+        return relative_fit(work, ratios)
+    searched = relative_fit(work[~confirmed], ratios[~confirmed])
+    factor = float(np.median(ratios[confirmed] / (work[confirmed] @ searched.weights)))
+    return relative_fit(work, np.where(confirmed, ratios, factor * ratios))
+
+
+def nonnegative(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """Return the non-negative least-squares weights, by the active sets of Lawson and Hanson on the normal equations.
+
+    See Bro and de Jong (1997), "A fast non-negativity-constrained least squares algorithm".
+    """
+    square, product = inputs.T @ inputs, inputs.T @ outputs
+    weights, free = np.zeros(len(product)), np.zeros(len(product), dtype=bool)
+    enough = 1e-10 * max(1.0, float(np.abs(product).max(initial=0.0)))
+    for _ in range(_CHANGES_OF_SETS * len(weights)):
+        slope = np.where(free, -np.inf, product - square @ weights)
+        if not (slope > enough).any():
+            break
+        free[int(slope.argmax())] = True
+        while True:
+            wanted = np.zeros(len(weights))
+            wanted[free] = np.linalg.lstsq(square[np.ix_(free, free)], product[free], rcond=None)[0]
+            below = free & (wanted <= 0)
+            if not below.any():
+                weights = wanted
+                break
+            # As far towards it as all stay non-negative; what reaches zero is fixed there.
+            step = float((weights[below] / np.maximum(weights[below] - wanted[below], 1e-300)).min())
+            weights = weights + step * (wanted - weights)
+            free &= ~(below & (weights <= 1e-14))
+            weights[~free] = 0.0
+    return weights

@@ -1,0 +1,37 @@
+"""What must stay the same within a study, in words short enough to show a difference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from autocompress.binding import BoundSpace
+from autocompress.config import RunConfig
+from autocompress.records import LATENCY_PROTOCOL
+
+
+def identity_of(run: RunConfig, *, model: str, data: str, space: BoundSpace) -> dict[str, Any]:
+    """Return what a study is of: another model, task, space, target, guide or recovery needs another study."""
+    choices = space.space.model_dump_json()
+    return {
+        "model": model,
+        "data": data,
+        "space": f"{space.space.name} {hashlib.sha256(choices.encode()).hexdigest()[:12]}",
+        "target": run.target.model_dump(),
+        "objectives": run.told,
+        "latency": LATENCY_PROTOCOL,
+        "recovery": run.recovery.model_dump(),
+    }
+
+
+def difference(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """Say in what two identities differ, or return None; their schema is not compared."""
+    names = (name for name in sorted({*stored, *found} - {"schema"}) if stored.get(name) != found.get(name))
+    return "; ".join(f"{name}: {_brief(stored.get(name))} became {_brief(found.get(name))}" for name in names) or None
+
+
+def _brief(value: object) -> str:
+    text = json.dumps(value, sort_keys=True) if not isinstance(value, str) else value
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,80 @@
+"""The matrices that a planned model stores, counted from the plan and the sizes of the uncompressed model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autocompress.anatomy import ModelShape
+from autocompress.plan import CompressionPlan, LowRank, Quantize
+
+if TYPE_CHECKING:
+    from autocompress.model import EncoderModel
+
+
+@dataclass(frozen=True)
+class Product:
+    """One stored matrix of a planned model, ``outer x inner``.
+
+    Args:
+        kind: of its site.
+        outer: rows.
+        inner: columns.
+        bits: 32 where nothing is decided.
+        group: weights that share a scale, at 4 bits.
+        bias: whether it has one.
+        shares: whether it reads the same tensor as the one before it, as keys and values do.
+    """
+
+    kind: str
+    outer: int
+    inner: int
+    bits: int
+    group: int = 0
+    bias: bool = True
+    shares: bool = False
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Matrices of the uncompressed model outside its blocks, ``outer x inner`` each."""
+
+    tables: tuple[tuple[int, int], ...]
+    head: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, model: EncoderModel) -> Sizes:
+        """Read them off a model."""
+
+        def sizes(paths: Iterable[str]) -> tuple[tuple[int, int], ...]:
+            weights = (model.module.get_parameter(f"{path}.weight") for path in paths)
+            return tuple((w.shape[0], w.shape[1]) for w in weights)
+
+        return cls(sizes(model.layout.embeddings), sizes(model.layout.head))
+
+
+def products_of(plan: CompressionPlan, shape: ModelShape, sizes: Sizes) -> list[Product]:
+    """Return every matrix of the model that ``plan`` leads to from one of ``shape``."""
+    quantize, ranks = plan.of_type(Quantize), plan.of_type(LowRank)
+    found: list[Product] = []
+
+    def add(site: str, kind: str, pairs: Iterable[tuple[int, int]]) -> None:
+        decision = quantize.get(site)
+        bits, group = (32, 0) if decision is None else (decision.weight_bits, decision.group_size)
+        rank = ranks[site].rank if site in ranks else 0
+        for number, (outer, inner) in enumerate(pairs):
+            shares = kind == "attention" and number in (1, 2)
+            if rank:
+                found.append(Product(kind, rank, inner, bits, group, bias=False, shares=shares))
+            biased = kind != "embedding"
+            found.append(Product(kind, outer, rank or inner, bits, group, bias=biased, shares=shares and not rank))
+
+    add("embeddings", "embedding", sizes.tables)
+    for number, block in enumerate(shape.after(plan).blocks):
+        width = block.heads * block.head_size
+        attention = [(width, shape.hidden)] * 3 + [(shape.hidden, width)]
+        add(f"block.{number}.attention", "attention", attention)
+        add(f"block.{number}.ffn", "ffn", [(block.neurons, shape.hidden), (shape.hidden, block.neurons)])
+    add("head", "head", sizes.head)
+    return found

@@ -1,0 +1,76 @@
+"""Fits: weights are the best that are not negative, and latencies are those of confirmed points."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from autocompress.fits import FEWEST, latency_fit, nonnegative
+
+
+def problems() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    for rows, columns in ((12, 1), (20, 3), (30, 6), (15, 8)):
+        inputs = rng.normal(size=(rows, columns))
+        yield inputs, inputs @ rng.normal(size=columns) + 0.1 * rng.normal(size=rows)
+        yield np.abs(inputs), np.abs(inputs) @ np.abs(rng.normal(size=columns)) + 0.1 * rng.normal(size=rows)
+
+
+def residual(inputs: np.ndarray, outputs: np.ndarray, weights: np.ndarray) -> float:
+    return float(np.square(outputs - inputs @ weights).sum())
+
+
+def best_of_all_subsets(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """Return the non-negative least-squares weights: the best unconstrained fit of a subset that is not negative."""
+    count = inputs.shape[1]
+    best = np.zeros(count)
+    for size in range(1, count + 1):
+        for chosen in itertools.combinations(range(count), size):
+            fitted, *_ = np.linalg.lstsq(inputs[:, chosen], outputs, rcond=None)
+            weights = np.zeros(count)
+            weights[list(chosen)] = fitted
+            if (fitted >= 0).all() and residual(inputs, outputs, weights) < residual(inputs, outputs, best):
+                best = weights
+    return best
+
+
+def test_nonnegative_weights_are_the_best_of_all_subsets() -> None:
+    for inputs, outputs in problems():
+        found = nonnegative(inputs, outputs)
+        assert (found >= 0).all()
+        assert found == pytest.approx(best_of_all_subsets(inputs, outputs), abs=1e-5)
+
+
+def test_nonnegative_weights_are_scipys() -> None:
+    optimize = pytest.importorskip("scipy.optimize")
+    for inputs, outputs in problems():
+        expected, _ = optimize.nnls(inputs, outputs)
+        assert nonnegative(inputs, outputs) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_column_of_zeros_has_no_weight() -> None:
+    inputs = np.column_stack([np.zeros(10), np.arange(10.0)])
+    assert nonnegative(inputs, 2 * np.arange(10.0)) == pytest.approx([0, 2])
+
+
+def test_latencies_are_fitted_as_they_are_once_confirmed() -> None:
+    rng = np.random.default_rng(0)
+    work = np.column_stack([np.ones(120), rng.uniform(0, 1, 120)])
+    true = work @ np.array([0.1, 0.8])
+    confirmed = np.arange(120) % 4 == 0
+    searched = 1.1 * true * rng.lognormal(0, 0.05, 120)
+    # Confirmed are those that seemed fast in the search, which says nothing of what they are like once confirmed.
+    found = latency_fit(work, np.where(confirmed, true * rng.lognormal(0, 0.01, 120), searched), confirmed)
+    assert work @ found.weights == pytest.approx(true, rel=0.03)
+
+
+@pytest.mark.parametrize("count", [0, FEWEST - 1, 120])
+def test_without_enough_of_both_kinds_latencies_are_taken_as_they_are(count: int) -> None:
+    work = np.column_stack([np.ones(120), np.linspace(0, 1, 120)])
+    ratios = work @ np.array([0.1, 0.8])
+    found = latency_fit(work, ratios, np.arange(120) < count)
+    assert work @ found.weights == pytest.approx(ratios, rel=1e-3)
+    assert found.spread < 1e-3

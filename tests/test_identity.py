@@ -1,0 +1,47 @@
+"""The identity of a study: what may not change within it is told apart, in words that fit on a line."""
+
+from __future__ import annotations
+
+import pytest
+
+from autocompress.anatomy import BlockShape, ModelShape
+from autocompress.binding import bind
+from autocompress.config import RunConfig
+from autocompress.identity import difference, identity_of
+from autocompress.space import SearchSpace
+
+SHAPE = ModelShape(hidden=32, blocks=(BlockShape(heads=4, head_size=8, neurons=64),) * 2)
+
+
+def identity(space: str = "encoder-small", **sections: object) -> dict[str, object]:
+    run = RunConfig.from_mapping(sections)
+    return identity_of(run, model="m", data="d", space=bind(SearchSpace.load(space), SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"target": {"tokens": 17}}, ["target"]),
+        ({"objectives": ["accuracy", "latency"]}, ["objectives"]),
+        ({"search": {"guide": "loss"}}, ["objectives"]),
+        ({"recovery": {"epochs": 7}}, ["recovery"]),
+        ({"space": "encoder-bits"}, ["space"]),
+    ],
+)
+def test_what_belongs_to_a_study_is_told_apart(changed: dict[str, object], named: list[str]) -> None:
+    space = str(changed.pop("space", "encoder-small"))
+    said = difference(identity(), identity(space, **changed))
+    assert said is not None
+    assert [part.split(":")[0] for part in said.split("; ")] == named
+
+
+@pytest.mark.parametrize("changed", [{"search": {"trials": 7}}, {"search": {"seed": 3}}, {"name": "other"}])
+def test_what_may_change_is_not(changed: dict[str, object]) -> None:
+    assert difference(identity(), identity(**changed)) is None
+
+
+def test_a_difference_is_said_in_short() -> None:
+    assert difference({"schema": 1, "a": 1, "b": 2}, {"a": 1, "c": "x"}) == "b: 2 became null; c: null became x"
+    said = difference({"a": "x" * 1000}, {"a": "y" * 1000})
+    assert said is not None
+    assert len(said) < 300
