@@ -40,7 +40,7 @@ from autocompress.trial import CannotReachFront, Rivals, Trial
 LOGITS_FILE = "logits.npy"
 _ACCURACY_BATCH, _ACCURACY_STEP = 32, 8
 """Rows per call and multiple of tokens where a runtime's logits depend on neither."""
-_ROUNDS = 6
+_ROUNDS = 5
 """Moments at which a latency is taken that is confirmed."""
 _AT_ONCE = 64
 """Artefacts that are loaded together while their latencies are confirmed."""
