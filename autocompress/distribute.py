@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,9 +200,7 @@ class _Worker(tune.Trainable):
             return {"failure": f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"}
 
     def _opened(self) -> Workshop:
-        from autocompress.evaluate import Workshop
-
-        workshop = Workshop(self._run, self._artefacts)
+        workshop = _workshop(self._run, self._artefacts)
         workshop.ready()
         return workshop
 
@@ -215,10 +215,13 @@ class LocalRay:
     """A Ray instance of one search on this machine, which starts while the driver does other things.
 
     Args:
-        run: the resolved run file.
+        run: the resolved run file, as workers shall read it.
+        artefacts: folder for built candidates.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, artefacts: Path) -> None:
+        # Tune runs its workers in folders of their own.
+        self.run, self.artefacts = run, artefacts.absolute()
         threads, cores = run.target.threads, machine.cores()
         # Wall-clock timing needs the node to itself; CPU time at one thread does not.
         exclusive = threads > 1
@@ -275,22 +278,30 @@ class LocalRay:
                 logging_level=logging.ERROR,
                 object_store_memory=100 * 2**20,
             )
-            # The processes that come to import what workers need are there for the workers afterwards.
-            prepared = ray.remote(num_cpus=self.resources["cpu"])(_import_heavy_packages)
+            # The processes that come to open the workshop are there for the workers afterwards.
+            prepared = ray.remote(num_cpus=self.resources["cpu"])(_prepare)
             for _ in range(self.workers):
-                prepared.remote()
+                prepared.remote(self.run, self.artefacts)
         except Exception as error:  # told to whoever waits
             self._failure = error
 
 
-def _import_heavy_packages() -> None:
-    import autocompress.evaluate  # noqa: F401
+@functools.cache
+def _workshop(run: RunConfig, artefacts: Path) -> Workshop:
+    """Return the workshop of this process."""
+    from autocompress.evaluate import Workshop
+
+    return Workshop(run, artefacts)
+
+
+def _prepare(run: RunConfig, artefacts: Path) -> None:
+    """Load what a worker needs and what is there before the reference is measured."""
+    with suppress(AutocompressError):  # a worker that meets it tells it as the reason
+        _workshop(run, artefacts).read()
 
 
 def execute(
     study: Study,
-    run: RunConfig,
-    artefacts: Path,
     *,
     local: LocalRay,
     prepare: Callable[[CompressionPlan], None],
@@ -300,8 +311,6 @@ def execute(
 
     Args:
         study: open for writing.
-        run: the resolved run file, as workers shall read it.
-        artefacts: folder for built candidates.
         local: entered; it need not have started yet.
         prepare: called before a plan is handed out; makes what workers then find in the bank.
         told: called after each candidate was recorded.
@@ -310,9 +319,8 @@ def execute(
         StudyError: if Ray cannot be started.
     """
     local.wait()
-    workers = min(local.workers, study.remaining)
-    # Tune runs its workers in folders of their own.
-    config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(artefacts.absolute())}
+    run, workers = local.run, min(local.workers, study.remaining)
+    config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(local.artefacts)}
     desk = ray.remote(num_cpus=0)(_Desk).remote()
     searcher = _StudySearcher(study, desk, workers, prepare, told)
     with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:

@@ -87,7 +87,7 @@ def drive(run: RunConfig, folder: Path, *, progress: Progress, watch: Watch | No
             workshop = Workshop(run, folder / "artefacts", progress)
             space = workshop.space
         # It starts while the reference is measured. A study that is there already may be finished, and need no Ray.
-        local = None if (folder / "study.journal").exists() else stack.enter_context(_local_ray(run))
+        local = None if (folder / "study.journal").exists() else stack.enter_context(_local_ray(workshop))
         with clock("reference"):
             _ensure_environment(folder, workshop, progress)
         data = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
@@ -102,7 +102,7 @@ def drive(run: RunConfig, folder: Path, *, progress: Progress, watch: Watch | No
                 progress(f"{study.interrupted} interrupted candidates are evaluated again")
             write_aside(folder / "run.yaml", run.to_yaml())
             if study.remaining:
-                local = local or stack.enter_context(_local_ray(run))
+                local = local or stack.enter_context(_local_ray(workshop))
                 with clock("candidates"):
                     _evaluate(study, workshop, local, progress, watch)
             if local is not None:
@@ -125,11 +125,11 @@ def drive(run: RunConfig, folder: Path, *, progress: Progress, watch: Watch | No
     progress(f"{study.finished} candidates, {len(study.front())} on the front; {clock.seconds['all']:.0f} s")
 
 
-def _local_ray(run: RunConfig) -> LocalRay:
+def _local_ray(workshop: Workshop) -> LocalRay:
     # Ray is imported where it is needed: a finished search only rewrites its report.
     from autocompress.distribute import LocalRay
 
-    return LocalRay(run)
+    return LocalRay(_run_for_workers(workshop), workshop.artefacts)
 
 
 def _evaluate(study: Study, workshop: Workshop, local: LocalRay, progress: Progress, watch: Watch | None) -> None:
@@ -153,8 +153,7 @@ def _evaluate(study: Study, workshop: Workshop, local: LocalRay, progress: Progr
 
     from autocompress.distribute import execute
 
-    resolved = _run_for_workers(workshop)
-    execute(study, resolved, workshop.artefacts, local=local, prepare=workshop.prepare, told=told)
+    execute(study, local=local, prepare=workshop.prepare, told=told)
     if study.remaining:
         progress(f"{study.remaining} candidates are left: the space holds no others, or Ray was stopped")
 
