@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import json
 import logging
 import math
@@ -17,7 +16,6 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,7 +198,9 @@ class _Worker(tune.Trainable):
             return {"failure": f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"}
 
     def _opened(self) -> Workshop:
-        workshop = _workshop(self._run, self._artefacts)
+        from autocompress.evaluate import Workshop
+
+        workshop = Workshop(self._run, self._artefacts)
         workshop.ready()
         return workshop
 
@@ -278,26 +278,8 @@ class LocalRay:
                 logging_level=logging.ERROR,
                 object_store_memory=100 * 2**20,
             )
-            # The processes that come to open the workshop are there for the workers afterwards.
-            prepared = ray.remote(num_cpus=self.resources["cpu"])(_prepare)
-            for _ in range(self.workers):
-                prepared.remote(self.run, self.artefacts)
         except Exception as error:  # told to whoever waits
             self._failure = error
-
-
-@functools.cache
-def _workshop(run: RunConfig, artefacts: Path) -> Workshop:
-    """Return the workshop of this process."""
-    from autocompress.evaluate import Workshop
-
-    return Workshop(run, artefacts)
-
-
-def _prepare(run: RunConfig, artefacts: Path) -> None:
-    """Load what a worker needs and what is there before the reference is measured."""
-    with suppress(AutocompressError):  # a worker that meets it tells it as the reason
-        _workshop(run, artefacts).read()
 
 
 def execute(

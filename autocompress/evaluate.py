@@ -271,10 +271,6 @@ class Workshop(Bases):
         settings = {k: str(v) for k, v in self.runtime.settings(self.run.target).items()}
         return {**machine.fingerprint(), "target": self.run.target.model_dump(), "runtime_options": settings}
 
-    def read(self) -> None:
-        """Load the model and the rows, which a worker can have before there is a reference."""
-        _ = self.teacher, self.parts("search")
-
     def ready(self) -> None:
         """Load what every candidate needs, so that the first one is not charged for it."""
         self.reference_session.run(self.inputs(Artifact.open(self.reference_folder)))
