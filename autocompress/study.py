@@ -101,6 +101,7 @@ class Study:
             if (candidate := self._read(trial)) is not None
         }
         self.known = {c.plan.plan_id for c in self._candidates.values()}
+        """Ids of all plans that are or were evaluated."""
         self._learned = -1
         self._front_of_told: list[Candidate] = []
         self._front_at = -1

@@ -8,6 +8,7 @@ accuracy, size and latency; the reference point is the majority-class rate with 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from figures import Figures
 from autocompress import api, pareto
 from autocompress.config import RunConfig
 from autocompress.plan import Student
+from autocompress.records import Candidate
 
 DATA = ("demo/movies", "demo/tweets")
 SEARCHES = {
@@ -46,8 +48,22 @@ def searched(data: str, kind: str, seed: int, trials: int, folder: Path) -> dict
         "curve": pareto.volume_curve(candidates, study.reference, majority),
         "ladder": pareto.volume(uniform, study.reference, majority),
         "ladder without students": pareto.volume(untrained, study.reference, majority),
+        "bound": pareto.volume([ideal(candidates)], study.reference, majority),
         "reference point": [majority, study.reference.size_bytes, 1.0],
     }
+
+
+def ideal(candidates: list[Candidate]) -> Candidate:
+    """Return a point that is at once as accurate, as small and as fast as the best of all: no front covers more."""
+    scores = [c.score for c in candidates if c.measurement is not None]
+    best = dataclasses.replace(
+        scores[0],
+        accuracy=max(s.accuracy for s in scores),
+        size_bytes=min(s.size_bytes for s in scores),
+        latency_ratio=min(s.latency_ratio for s in scores),
+    )
+    known = next(c for c in candidates if c.measurement is not None)
+    return dataclasses.replace(known, measurement=best)
 
 
 def interval(values: list[float]) -> list[float] | None:
@@ -74,11 +90,13 @@ def conclude(figures: Figures, data: str, trials: int) -> None:
     reached = [
         next((n + 1 for n, v in enumerate(s["curve"]) if v >= r["curve"][-1]), trials) / trials for s, r in pairs
     ]
+    bounds = [s["bound"] / s["ladder"] for s, _ in pairs]
     what = f"{data}, {trials} evaluations, {len(pairs)} seeds"
     for name, values, target, holds in (
         ("hypervolume over random search's", over_random, ">= 1.15", np.mean(over_random) >= 1.15),
         ("hypervolume over the uniform ladder's", over_ladder, ">= 1.10", np.mean(over_ladder) >= 1.10),
-        ("hypervolume over that ladder's without students", over_untrained, "reported", True),
+        ("what no front can exceed, over the uniform ladder's", bounds, "reported", True),
+        ("hypervolume over that ladder's without students", over_untrained, ">= 1.10", np.mean(over_untrained) >= 1.10),
         ("evaluations until random's final value", reached, "<= 0.2", np.mean(reached) <= 0.2),
     ):
         unit = "share of all" if "until" in name else "times"

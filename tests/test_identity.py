@@ -8,6 +8,7 @@ from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import bind
 from autocompress.config import RunConfig
 from autocompress.identity import difference, identity_of
+from autocompress.records import LATENCY_PROTOCOL
 from autocompress.space import SearchSpace
 
 SHAPE = ModelShape(hidden=32, blocks=(BlockShape(heads=4, head_size=8, neurons=64),) * 2)
@@ -38,6 +39,11 @@ def test_what_belongs_to_a_study_is_told_apart(changed: dict[str, object], named
 @pytest.mark.parametrize("changed", [{"search": {"trials": 7}}, {"search": {"seed": 3}}, {"name": "other"}])
 def test_what_may_change_is_not(changed: dict[str, object]) -> None:
     assert difference(identity(), identity(**changed)) is None
+
+
+def test_latencies_that_were_taken_otherwise_make_another_study() -> None:
+    before = {name: value for name, value in identity().items() if name != "latency"}
+    assert difference(before, identity()) == f"latency: null became {LATENCY_PROTOCOL}"
 
 
 def test_a_difference_is_said_in_short() -> None:
