@@ -40,8 +40,8 @@ from autocompress.trial import CannotReachFront, Rivals, Trial
 LOGITS_FILE = "logits.npy"
 _ACCURACY_BATCH, _ACCURACY_STEP = 32, 8
 """Rows per call and multiple of tokens where a runtime's logits depend on neither."""
-_ROUNDS = 5
-"""Moments at which a latency is taken that is confirmed."""
+_TO_A_REFERENCE = 4
+"""Points whose blocks of runs are held against the same block of the reference while latencies are confirmed."""
 _AT_ONCE = 64
 """Artefacts that are loaded together while their latencies are confirmed."""
 
@@ -324,10 +324,13 @@ class Workshop(Bases):
             # Nothing else runs yet: a load takes one core for a good part of a second.
             with ThreadPoolExecutor(machine.cores()) as pool:
                 sessions = list(pool.map(lambda artifact: self.runtime.load(artifact, self.run.target), artefacts))
-            for turn in range(_ROUNDS):
-                progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {_ROUNDS}")
-                for n, session, artifact in zip(some, sessions, artefacts, strict=True):
-                    times[n].append(self.paired_times(session, artifact, max(1, pairs // _ROUNDS)))
+            inputs, clock = self.inputs(artefacts[0]), scoring.clock_of(self.run.target)
+            for turn in range(pairs):
+                progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {pairs}")
+                for place, n in enumerate(some):
+                    if place % _TO_A_REFERENCE == 0:
+                        reference = scoring.block(self.reference_session, inputs, clock)
+                    times[n].append([scoring.Pair(scoring.block(sessions[place], inputs, clock), reference)])
         found = []
         for (_, measured), parts in zip(points, times, strict=True):
             timed = scoring.summarize(parts, seed=self.run.seed)

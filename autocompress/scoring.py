@@ -242,19 +242,20 @@ def paired_times(
     found = []
     for number in range(pairs):
         if number % 2 == 0:
-            first = _block(candidate, inputs, clock)
-            found.append(Pair(first, _block(reference, inputs, clock)))
+            first = block(candidate, inputs, clock)
+            found.append(Pair(first, block(reference, inputs, clock)))
         else:
-            first = _block(reference, inputs, clock)
-            found.append(Pair(_block(candidate, inputs, clock), first))
-    times = np.concatenate([times for pair in found for times in (pair.candidate, pair.reference)])
-    if not (times > 0).all():
-        raise MeasurementError(f"latency: {int((times <= 0).sum())} of {times.size} runs took no measurable time")
+            first = block(reference, inputs, clock)
+            found.append(Pair(block(candidate, inputs, clock), first))
     return found
 
 
-def _block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> np.ndarray:
-    """Return the seconds of runs in a row, after such a row that is not timed."""
+def block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> np.ndarray:
+    """Return the seconds of runs in a row, after such a row that is not timed.
+
+    Raises:
+        MeasurementError: if a run took no measurable time.
+    """
     session.run(inputs)  # which may have to prepare itself for this shape
     times: list[float] = []
     for _ in ("not timed", "timed"):
@@ -263,7 +264,10 @@ def _block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[
             start = clock()
             session.run(inputs)
             times.append(clock() - start)
-    return np.array(times)
+    found = np.array(times)
+    if not (found > 0).all():
+        raise MeasurementError(f"latency: {int((found <= 0).sum())} of {found.size} runs took no measurable time")
+    return found
 
 
 def summarize(moments: Sequence[Sequence[Pair]], *, seed: int) -> Latency:
