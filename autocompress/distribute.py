@@ -1,4 +1,4 @@
-"""Ray executes: a Tune searcher over the study in the driver, a trial per worker. Nothing else imports ray.
+"""Ray executes: a trial of Tune per worker, which takes the study's plans from a desk. Nothing else imports ray.
 
 Ray's own Optuna searcher is not used: it loses trials on NaN objectives and after crashes. Here the driver alone
 writes the study; a worker receives a plan and returns a measurement or a reason, and may be killed at any moment.
@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import queue
 import tempfile
 import threading
 import warnings
@@ -45,6 +46,8 @@ LATENCY_SLOT = "latency_slot"
 """Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
 _AHEAD = 1
 """Jobs that wait at the desk beyond those that are worked on."""
+_PATIENCE_S = 5.0
+"""Time that an interrupted search waits for its study to be let alone."""
 _DIED = "the worker died or ended without a result in every attempt"
 
 
@@ -91,8 +94,12 @@ class _Desk:
         return job
 
 
-class _StudySearcher(Searcher):
-    """Lays the study's plans on the desk and tells the study what Tune's workers report."""
+class _Clerk(threading.Thread):
+    """Keeps the study while workers work: lays its plans on the desk and tells it what comes back.
+
+    It has a thread of its own, so that a worker whose result has come is sent on at once: its next job lies ready, and
+    proposing the one after takes longer than fetching it.
+    """
 
     def __init__(
         self,
@@ -102,54 +109,98 @@ class _StudySearcher(Searcher):
         prepare: Callable[[CompressionPlan], None],
         told: Callable[[Candidate], None],
     ) -> None:
-        super().__init__(metric=None, mode=None)
+        super().__init__(name="study", daemon=True)
         self._study = study
         self._desk = desk
         self._workers = workers
         self._prepare = prepare
         self._told = told
         self._running: dict[int, CompressionPlan] = {}
+        self._results: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
         self._ended = False
-        for _ in range(workers + _AHEAD):
-            self._hand_out()
+        self._left = threading.Event()
+        self._failure: Exception | None = None
+
+    def run(self) -> None:
+        """Work until `finish` or `leave` is called."""
+        try:
+            for _ in range(self._workers + _AHEAD):
+                self._hand_out()
+            while (result := self._results.get()) is not None:
+                # A worker that died after it had reported does its job once more.
+                if result[0] in self._running and not self._left.is_set():
+                    self._receive(*result)
+                    self._hand_out()
+            for number in [] if self._left.is_set() else list(self._running):
+                self._tell(number, _DIED)  # no worker is left to do it
+        except Exception as error:  # raised by `finish`, once the workers are at home
+            self._failure = error
+            self._send_home()
+
+    def take_result(self, number: int, outcome: dict[str, Any]) -> None:
+        """Take what a worker says of the job of that number."""
+        self._results.put((number, outcome))
+
+    def finish(self) -> None:
+        """Return when all that was taken is told; jobs that nobody did have failed then.
+
+        Raises:
+            Exception: whatever ended its work before.
+        """
+        self._results.put(None)
+        self.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def leave(self) -> None:
+        """Let the study alone from now on; what runs is found as interrupted by the next search."""
+        self._left.set()
+        self._results.put(None)
+        self.join(_PATIENCE_S)  # or longer, for a student that is being trained: nothing is written of it
 
     def _hand_out(self) -> None:
-        asked = None if self._ended else self._study.ask()
-        if asked is not None:
-            number, plan = asked
-            self._running[number] = plan
-            self._prepare(plan)
-            front = self._study.rivals() if self._study.run.search.stop_early else []
-            self._desk.put.remote(_Job(number, plan.to_json(), front))
-        elif not self._ended:
-            self._ended = True
-            for _ in range(self._workers):
-                self._desk.put.remote(None)
-
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Say nothing: a trial is a worker, and its jobs lie on the desk."""
-        return {"worker": trial_id}
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        # A worker that died after it had reported does its job once more.
-        if result["number"] not in self._running:
+        if self._left.is_set() or self._ended:
             return
-        found = json.loads(result["outcome"])
+        asked = self._study.ask()
+        if asked is None:
+            self._send_home()
+            return
+        number, plan = asked
+        self._running[number] = plan
+        self._prepare(plan)
+        front = self._study.rivals() if self._study.run.search.stop_early else []
+        self._desk.put.remote(_Job(number, plan.to_json(), front))
+
+    def _send_home(self) -> None:
+        self._ended = True
+        for _ in range(self._workers):
+            self._desk.put.remote(None)
+
+    def _receive(self, number: int, outcome: dict[str, Any]) -> None:
         kinds = {"measurement": Measurement, "stopped": Stopped}
-        [(kind, value)] = found.items()
-        self._tell(result["number"], value if kind == "failure" else kinds[kind](**value))
-        self._hand_out()
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Learn nothing: what the worker did was told one by one."""
-
-    def give_up(self) -> None:
-        """Tell the jobs that no worker is left to do as failed."""
-        for number in list(self._running):
-            self._tell(number, _DIED)
+        [(kind, value)] = outcome.items()
+        self._tell(number, value if kind == "failure" else kinds[kind](**value))
 
     def _tell(self, number: int, outcome: Measurement | Stopped | str) -> None:
         self._told(self._study.tell(number, self._running.pop(number), outcome))
+
+
+class _Results(Searcher):
+    """Passes on what Tune's workers report: a trial of Tune is a worker, and its jobs lie on the desk."""
+
+    def __init__(self, take: Callable[[int, dict[str, Any]], None]) -> None:
+        super().__init__(metric=None, mode=None)
+        self._take = take
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """Say nothing."""
+        return {"worker": trial_id}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._take(result["number"], json.loads(result["outcome"]))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Learn nothing: what the worker did was told one by one."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its settings for a restore that is never made; the study's lock and sessions stay here.
@@ -304,19 +355,28 @@ def execute(
     run, workers = local.run, min(local.workers, study.remaining)
     config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(local.artefacts)}
     desk = ray.remote(num_cpus=0)(_Desk).remote()
-    searcher = _StudySearcher(study, desk, workers, prepare, told)
-    with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:
-        tune.Tuner(
-            tune.with_resources(_Worker, local.resources),
-            param_space={**config, "desk": desk},
-            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=workers, max_concurrent_trials=workers),
-            run_config=tune.RunConfig(
-                name="search",
-                storage_path=scratch,
-                verbose=0,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                # Attempts are counted by candidate; this bounds a machine on which no worker can live.
-                failure_config=tune.FailureConfig(max_failures=(1 + run.search.max_retries) * study.run.search.trials),
-            ),
-        ).fit()
-    searcher.give_up()
+    clerk = _Clerk(study, desk, workers, prepare, told)
+    clerk.start()
+    try:
+        with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:
+            tune.Tuner(
+                tune.with_resources(_Worker, local.resources),
+                param_space={**config, "desk": desk},
+                tune_config=tune.TuneConfig(
+                    search_alg=_Results(clerk.take_result), num_samples=workers, max_concurrent_trials=workers
+                ),
+                run_config=tune.RunConfig(
+                    name="search",
+                    storage_path=scratch,
+                    verbose=0,
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                    # Attempts are counted by candidate; this bounds a machine on which no worker can live.
+                    failure_config=tune.FailureConfig(
+                        max_failures=(1 + run.search.max_retries) * study.run.search.trials
+                    ),
+                ),
+            ).fit()
+    except BaseException:
+        clerk.leave()
+        raise
+    clerk.finish()

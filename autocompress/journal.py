@@ -65,7 +65,8 @@ class _Records(BaseJournalBackend):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.touch()
+        if not path.exists():
+            path.touch()
         self._ready: list[_Record] = []
         """What the storage may not have applied yet, from number `_first` on."""
         self._first = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,14 @@ def test_deleted_studies_leave_records_as_they_are(tmp_path: Path) -> None:
     storage.delete_study(first)
     records = [json.loads(line) for line in (tmp_path / "study.journal").read_bytes().splitlines()]
     assert with_whole_trials(records) is records
+
+
+def test_reading_leaves_the_file_as_it_is(tmp_path: Path) -> None:
+    journal = tmp_path / "study.journal"
+    searched(journal)
+    os.utime(journal, (1e9, 1e9))
+    Journal(journal).get_all_studies()
+    assert journal.stat().st_mtime == 1e9
 
 
 def test_a_batch_is_written_whole_and_can_be_read_within(tmp_path: Path) -> None:

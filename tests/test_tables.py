@@ -156,6 +156,11 @@ def test_a_failure_on_one_line_cannot_drive_the_terminal() -> None:
     assert candidate_line(candidate, 12, 40, make_reference()) == "[ 12/40] trial 11  FAILED: [2Jbroken in two"
 
 
+def test_what_was_stopped_early_did_not_fail() -> None:
+    line = candidate_line(make_candidate(11, state="PRUNED", failure="3 hits in 15 rows"), 12, 40, make_reference())
+    assert line == "[ 12/40] trial 11  stopped early: 3 hits in 15 rows"
+
+
 def test_the_front_table_says_intervals_factors_and_the_plan() -> None:
     text = terminal(front_of([make_candidate(7, accuracy=0.85, size_bytes=18_000_000, ratio=0.5)]))
     assert "85.0 (82.7-87.1)" in text

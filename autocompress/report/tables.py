@@ -151,7 +151,8 @@ def candidate_line(candidate: Candidate, done: int, total: int, reference: Measu
     head = f"[{done:>{max(3, len(str(total)))}}/{total}] trial {candidate.number}"
     score = candidate.measurement
     if score is None:
-        return f"{head}  FAILED: {one_line(candidate.failure or 'no reason given')}"
+        how = "stopped early" if candidate.state == "PRUNED" else "FAILED"
+        return f"{head}  {how}: {one_line(candidate.failure or 'no reason given')}"
     parts = [
         head,
         f"{100 * score.accuracy:.1f} %",
