@@ -168,6 +168,8 @@ class _Clerk(threading.Thread):
         number, plan = asked
         self._running[number] = plan
         self._prepare(plan)
+        if self._left.is_set():  # while a student was trained
+            return
         front = self._study.rivals() if self._study.run.search.stop_early else []
         self._desk.put.remote(_Job(number, plan.to_json(), front))
 

@@ -48,9 +48,9 @@ def relative_fit(inputs: np.ndarray, outputs: np.ndarray) -> Fit:
 def latency_fit(work: np.ndarray, ratios: np.ndarray, confirmed: np.ndarray) -> Fit:
     """Fit ratios as they are once confirmed, where there are such.
 
-    In a search, between rows of other shapes, models are slower by a few percent than where nothing else is run, and
-    small ones more so than the reference: the factor between the two comes from the confirmed ones, which are compared
-    with a fit to the others, since those of them that were measured too fast are more likely to be confirmed.
+    In a search other workers compute beside, which small models and the reference do not bear alike: the factor between
+    the two comes from the confirmed ones, which are compared with a fit to the others, since those of them that were
+    measured too fast are more likely to be confirmed.
     """
     if min(confirmed.sum(), (~confirmed).sum()) < FEWEST:
         return relative_fit(work, ratios)
