@@ -7,6 +7,7 @@ writes the study; a worker receives a plan and returns a measurement or a reason
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -24,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-# Tune would take Ctrl-C for the end of the search; the driver has to hear of it.
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# Whoever calls Ray after its end, as Tune does when it is left, would start another one.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
@@ -49,6 +50,10 @@ _AHEAD = 1
 _PATIENCE_S = 5.0
 """Time that an interrupted search waits for its study to be let alone."""
 _DIED = "the worker died or ended without a result in every attempt"
+
+
+_Result = tuple[int, dict[str, Any]]
+"""A job's number and its measurement, or why there is none, by kind."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +109,16 @@ class _Clerk(threading.Thread):
     def __init__(
         self,
         study: Study,
-        desk: Any,
-        workers: int,
+        local: LocalRay,
         prepare: Callable[[CompressionPlan], None],
         told: Callable[[Candidate], None],
     ) -> None:
         super().__init__(name="study", daemon=True)
         self._study = study
-        self._desk = desk
-        self._workers = workers
+        self._local = local
         self._prepare = prepare
         self._told = told
         self._running: dict[int, CompressionPlan] = {}
-        self._results: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
         self._ended = False
         self._left = threading.Event()
         self._failure: Exception | None = None
@@ -124,9 +126,9 @@ class _Clerk(threading.Thread):
     def run(self) -> None:
         """Work until `finish` or `leave` is called."""
         try:
-            for _ in range(self._workers + _AHEAD):
+            for _ in range(self._local.workers + _AHEAD):
                 self._hand_out()
-            while (result := self._results.get()) is not None:
+            while (result := self._local.results.get()) is not None:
                 # A worker that died after it had reported does its job once more.
                 if result[0] in self._running and not self._left.is_set():
                     self._receive(*result)
@@ -137,17 +139,13 @@ class _Clerk(threading.Thread):
             self._failure = error
             self._send_home()
 
-    def take_result(self, number: int, outcome: dict[str, Any]) -> None:
-        """Take what a worker says of the job of that number."""
-        self._results.put((number, outcome))
-
     def finish(self) -> None:
         """Return when all that was taken is told; jobs that nobody did have failed then.
 
         Raises:
             Exception: whatever ended its work before.
         """
-        self._results.put(None)
+        self._local.results.put(None)
         self.join()
         if self._failure is not None:
             raise self._failure
@@ -155,7 +153,7 @@ class _Clerk(threading.Thread):
     def leave(self) -> None:
         """Let the study alone from now on; what runs is found as interrupted by the next search."""
         self._left.set()
-        self._results.put(None)
+        self._local.results.put(None)
         self.join(_PATIENCE_S)  # or longer, for a student that is being trained: nothing is written of it
 
     def _hand_out(self) -> None:
@@ -171,12 +169,12 @@ class _Clerk(threading.Thread):
         if self._left.is_set():  # while a student was trained
             return
         front = self._study.rivals() if self._study.run.search.stop_early else []
-        self._desk.put.remote(_Job(number, plan.to_json(), front))
+        self._local.put(_Job(number, plan.to_json(), front))
 
     def _send_home(self) -> None:
         self._ended = True
-        for _ in range(self._workers):
-            self._desk.put.remote(None)
+        for _ in range(self._local.workers):
+            self._local.put(None)
 
     def _receive(self, number: int, outcome: dict[str, Any]) -> None:
         kinds = {"measurement": Measurement, "stopped": Stopped}
@@ -190,22 +188,22 @@ class _Clerk(threading.Thread):
 class _Results(Searcher):
     """Passes on what Tune's workers report: a trial of Tune is a worker, and its jobs lie on the desk."""
 
-    def __init__(self, take: Callable[[int, dict[str, Any]], None]) -> None:
+    def __init__(self, results: queue.SimpleQueue[_Result | None]) -> None:
         super().__init__(metric=None, mode=None)
-        self._take = take
+        self._results = results
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """Say nothing."""
         return {"worker": trial_id}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._take(result["number"], json.loads(result["outcome"]))
+        self._results.put((result["number"], json.loads(result["outcome"])))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Learn nothing: what the worker did was told one by one."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its settings for a restore that is never made; the study's lock and sessions stay here.
+        # Tune pickles its settings for a restore that is never made; a queue cannot be.
         return {}
 
     def save(self, checkpoint_path: str) -> None:
@@ -215,6 +213,24 @@ class _Results(Searcher):
         """Restore nothing: a search is continued from the study."""
 
 
+class _Left(Exception):
+    """The search is left before its workers are done."""
+
+
+class _Leave(tune.Callback):
+    """Ends Tune where it stands once a search is left."""
+
+    def __init__(self, left: threading.Event) -> None:
+        self._left = left
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._left.is_set():
+            raise _Left
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as above
+
+
 class _Worker(tune.Trainable):
     """Evaluates one plan per step; the teacher, the rows and the reference stay loaded in between."""
 
@@ -222,9 +238,14 @@ class _Worker(tune.Trainable):
         self._run, self._artefacts = RunConfig.from_mapping(json.loads(config["run"])), Path(config["artefacts"])
         self._desk = config["desk"]
         self._workshop: Workshop | None = None
+        self._ready = False
         self._finished: int | None = None
 
     def step(self) -> dict[str, Any]:
+        if self._workshop is None:
+            # While the driver measures the reference. What fails here fails again with a job, and then has a reason.
+            with contextlib.suppress(Exception):
+                self._workshop = self._opened()
         job: _Job | None = ray.get(self._desk.take.remote(self.trial_id, self._finished))
         if job is None:
             return {"done": True}
@@ -240,6 +261,9 @@ class _Worker(tune.Trainable):
         try:
             # Not in setup: what fails there reaches the driver without its reason.
             self._workshop = self._workshop or self._opened()
+            if not self._ready:
+                self._workshop.ready()
+                self._ready = True
             found = self._workshop.attempt(CompressionPlan.from_json(job.plan), job.front)
             kind = "measurement" if isinstance(found, Measurement) else "stopped"
             return {kind: dataclasses.asdict(found)}
@@ -254,7 +278,7 @@ class _Worker(tune.Trainable):
         from autocompress.evaluate import Workshop
 
         workshop = Workshop(self._run, self._artefacts)
-        workshop.ready()
+        workshop.open()
         return workshop
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -265,7 +289,7 @@ class _Worker(tune.Trainable):
 
 
 class LocalRay:
-    """A Ray instance of one search on this machine, which starts while the driver does other things.
+    """A Ray instance of one search on this machine, whose workers start while the driver does other things.
 
     Args:
         run: the resolved run file, as workers shall read it.
@@ -280,11 +304,13 @@ class LocalRay:
         exclusive = threads > 1
         wanted = 1 if exclusive else run.search.workers or max(1, cores // threads)
         self.workers = max(1, min(wanted, run.search.trials))
-        self.resources: dict[str, float] = {"cpu": min(threads, cores), **({LATENCY_SLOT: 1} if exclusive else {})}
+        self.results: queue.SimpleQueue[_Result | None] = queue.SimpleQueue()
+        self._resources: dict[str, float] = {"cpu": min(threads, cores), **({LATENCY_SLOT: 1} if exclusive else {})}
         # More workers than cores were asked for by name: Ray is told so, or it would wait for cores that do not exist.
-        self._logical = max(cores, math.ceil(self.workers * self.resources["cpu"]))
+        self._logical = max(cores, math.ceil(self.workers * self._resources["cpu"]))
+        self._desk: Any = None
         self._failure: Exception | None = None
-        self._started, self._stopping = threading.Event(), threading.Event()
+        self._started, self._ended, self._stopping = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
 
     def __enter__(self) -> LocalRay:
@@ -295,44 +321,86 @@ class LocalRay:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def stop(self) -> None:
-        """End it, if it is not ended yet."""
-        self._stopping.set()
-        self._thread.join()
+    def put(self, job: _Job | None) -> None:
+        """Lay a job on the desk, or None, which sends the worker home that takes it."""
+        self._desk.put.remote(job)
 
-    def wait(self) -> None:
-        """Return when it is there.
+    def wait_for_start(self) -> None:
+        """Return when there is a desk.
 
         Raises:
             StudyError: if Ray cannot be started.
         """
         self._started.wait()
+        self._raise_failure()
+
+    def wait_for_workers(self) -> None:
+        """Return when all workers have gone home.
+
+        Raises:
+            StudyError: if Ray ended before.
+        """
+        self._ended.wait()
+        self._raise_failure()
+
+    def stop(self) -> None:
+        """End it, if it is not ended yet."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _raise_failure(self) -> None:
         if self._failure is not None:
             line = (str(self._failure).strip() or type(self._failure).__name__).splitlines()[0]
-            raise StudyError(f"search: Ray cannot be started ({line})") from self._failure
-        # A worker's death is retried and then told as the candidate's failure; Tune's own traceback of it is noise.
-        for name in ("ray", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+            raise StudyError(f"search: Ray cannot be started or ended early ({line})") from self._failure
 
     def _live(self) -> None:
-        # Ray's processes die with the thread that started them.
-        self._start()
+        # All in one thread: Ray's processes die with the one that started them.
+        try:
+            self._start()
+            self._started.set()
+            self._work()
+        except Exception as error:  # told to whoever waits
+            self._failure = error
         self._started.set()
+        self._ended.set()
         self._stopping.wait()
         ray.shutdown()
 
     def _start(self) -> None:
-        try:
-            ray.init(
-                num_cpus=self._logical,
-                resources={LATENCY_SLOT: 1},
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=100 * 2**20,
-            )
-        except Exception as error:  # told to whoever waits
-            self._failure = error
+        ray.init(
+            num_cpus=self._logical,
+            resources={LATENCY_SLOT: 1},
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=100 * 2**20,
+        )
+        # A worker's death is retried and then told as the candidate's failure; Tune's own traceback of it is noise.
+        for name in ("ray", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        self._desk = ray.remote(num_cpus=0)(_Desk).remote()
+
+    def _work(self) -> None:
+        """Run workers until all are sent home."""
+        search = self.run.search
+        config = {"run": json.dumps(self.run.model_dump(mode="json", by_alias=True)), "artefacts": str(self.artefacts)}
+        with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:
+            tune.Tuner(
+                tune.with_resources(_Worker, self._resources),
+                param_space={**config, "desk": self._desk},
+                tune_config=tune.TuneConfig(
+                    search_alg=_Results(self.results), num_samples=self.workers, max_concurrent_trials=self.workers
+                ),
+                run_config=tune.RunConfig(
+                    name="search",
+                    storage_path=scratch,
+                    verbose=0,
+                    callbacks=[_Leave(self._stopping)],
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                    # Attempts are counted by candidate; this bounds a machine on which no worker can live.
+                    failure_config=tune.FailureConfig(max_failures=(1 + search.max_retries) * search.trials),
+                ),
+            ).fit()
 
 
 def execute(
@@ -353,31 +421,11 @@ def execute(
     Raises:
         StudyError: if Ray cannot be started.
     """
-    local.wait()
-    run, workers = local.run, min(local.workers, study.remaining)
-    config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(local.artefacts)}
-    desk = ray.remote(num_cpus=0)(_Desk).remote()
-    clerk = _Clerk(study, desk, workers, prepare, told)
+    local.wait_for_start()
+    clerk = _Clerk(study, local, prepare, told)
     clerk.start()
     try:
-        with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:
-            tune.Tuner(
-                tune.with_resources(_Worker, local.resources),
-                param_space={**config, "desk": desk},
-                tune_config=tune.TuneConfig(
-                    search_alg=_Results(clerk.take_result), num_samples=workers, max_concurrent_trials=workers
-                ),
-                run_config=tune.RunConfig(
-                    name="search",
-                    storage_path=scratch,
-                    verbose=0,
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                    # Attempts are counted by candidate; this bounds a machine on which no worker can live.
-                    failure_config=tune.FailureConfig(
-                        max_failures=(1 + run.search.max_retries) * study.run.search.trials
-                    ),
-                ),
-            ).fit()
+        local.wait_for_workers()
     except BaseException:
         clerk.leave()
         raise

@@ -271,8 +271,13 @@ class Workshop(Bases):
         settings = {k: str(v) for k, v in self.runtime.settings(self.run.target).items()}
         return {**machine.fingerprint(), "target": self.run.target.model_dump(), "runtime_options": settings}
 
+    def open(self) -> None:
+        """Load what needs neither artefact nor bank; the driver may be at work on both."""
+        self.parts("search")
+        _ = self.teacher.shape
+
     def ready(self) -> None:
-        """Load what every candidate needs, so that the first one is not charged for it."""
+        """Load what is left of what every candidate needs, so that the first one is not charged for it."""
         self.reference_session.run(self.inputs(Artifact.open(self.reference_folder)))
         # The first build of a process imports the converter and its like.
         with torch_threads(self.run.target.threads), tempfile.TemporaryDirectory() as scratch:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_search import by_number, command, descendants, lines_until, read_csv, start_search
+from test_search import alive, by_number, command, descendants, lines_until, read_csv, start_search
 from test_study import plan_ids, states
 
 from autocompress.config import RunConfig
@@ -211,6 +211,20 @@ def test_a_desk_gives_a_job_again_to_a_worker_that_did_not_finish_it() -> None:
 
     found = asyncio.run(day())
     assert [job and (job.number, job.attempt) for job in found] == [(7, 1), (8, 1), (7, 2), (9, 1), None]
+
+
+def test_ray_ends_with_a_search_that_is_left_while_its_workers_start(
+    workplace: Callable[..., Path], tmp_path: Path
+) -> None:
+    from autocompress.distribute import LocalRay
+
+    run = RunConfig.from_file(workplace() / "run.yaml")
+    others = descendants(os.getpid())
+    with LocalRay(run, tmp_path / "artefacts") as local:
+        local.wait_for_start()
+        below = {pid for pid in descendants(os.getpid()) - others if alive(pid)}
+    assert below
+    assert not {pid for pid in below if alive(pid)}
 
 
 def test_a_model_of_not_a_number_is_refused_before_the_first_candidate(
