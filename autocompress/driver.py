@@ -6,6 +6,7 @@ The driver is the only process that writes the study. Whatever is interrupted he
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 import time
@@ -81,6 +82,14 @@ class SearchStatus:
 
 def drive(run: RunConfig, folder: Path, *, progress: Progress, watch: Watch | None = None) -> None:
     """Run or continue the search of ``run`` in ``folder`` to its end and write its results."""
+    try:
+        _drive(run, folder, progress, watch)
+    finally:
+        # Models hang on a few Python objects that refer to each other: too few for the collector to come by itself.
+        gc.collect()
+
+
+def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None) -> None:
     clock = Stopwatch()
     with ExitStack() as stack, clock("all"):
         with clock("start"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from test_study import SMALL, evaluate, run_of
 from autocompress import api
 from autocompress.config import RunConfig
 from autocompress.driver import BASELINES, SearchStatus, comparison_of, drive, write_results
+from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
 from autocompress.plan import MODEL_SITE, Recover
 from autocompress.records import Candidate
@@ -256,3 +258,14 @@ def test_running_again_changes_nothing(searched: Searched, run: RunConfig) -> No
     assert [file.read_bytes() for file in journals] == before
     assert statuses == []
     assert not [line for line in lines if "recovering" in line or "evaluating" in line or "measuring" in line]
+
+
+@pytest.mark.slow
+def test_a_search_that_is_over_holds_no_models(searched: Searched, run: RunConfig) -> None:
+    gc.disable()
+    try:
+        drive(run, searched.folder, progress=lambda _: None)
+        shops = [found for found in gc.get_objects() if type(found) is Workshop]
+        assert not [shop for shop in shops if shop.artefacts.is_relative_to(searched.folder)]
+    finally:
+        gc.enable()
