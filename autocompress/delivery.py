@@ -24,7 +24,7 @@ from autocompress.bases import Progress
 from autocompress.config import RunConfig, TargetConfig
 from autocompress.errors import ExportError
 from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
-from autocompress.plan import CompressionPlan
+from autocompress.plan import CompressionPlan, Quantize
 from autocompress.records import Candidate, Measurement
 from autocompress.report.card import model_card
 from autocompress.runtimes import Artifact, get_runtime
@@ -201,8 +201,14 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
             f"{folder / 'measurement.json'}: schema must be {MEASUREMENT_SCHEMA}, got {about.get('schema')!r}, of a "
             "version that took latencies otherwise: export the trial again"
         )
-    timed = time_against_stand_in(artifact, target, vocabulary, pairs)
     here = machine.fingerprint()
+    eight_bits = any(d.activation_bits == 8 for d in artifact.plan.of_type(Quantize).values())
+    if eight_bits and machine.adds_in_16_bits(here) and not machine.adds_in_16_bits(stored.fingerprint):
+        raise ExportError(
+            f"{folder}: was built on a CPU that adds 8-bit products in 32 bits; this one adds them in 16, which "
+            "overflow: the model computes something else here; search and export on a CPU of this kind"
+        )
+    timed = time_against_stand_in(artifact, target, vocabulary, pairs)
     return {
         "latency_ms": timed.p50_ms,
         "latency_p90_ms": timed.p90_ms,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -33,12 +34,16 @@ def cpu() -> dict[str, Any]:
     return {"name": name, "features": [flag for flag in _FLAGS if flag in flags], "cores": cores()}
 
 
-def adds_in_16_bits() -> bool:
-    """Say whether this CPU adds pairs of 8-bit products in 16 bits, which overflow.
+def adds_in_16_bits(about: Mapping[str, Any] | None = None) -> bool:
+    """Say whether a CPU adds pairs of 8-bit products in 16 bits, which overflow.
 
     So do x86 CPUs without VNNI (``vpmaddubsw``): two products of 255 and 127 do not fit, two of 255 and 64 do.
+
+    Args:
+        about: the fingerprint of a machine, by default this one's.
     """
-    return platform.machine() in ("x86_64", "AMD64") and _SUMS_IN_32_BITS.isdisjoint(cpu()["features"])
+    about = fingerprint() if about is None else about
+    return about["system"].endswith(("x86_64", "AMD64")) and _SUMS_IN_32_BITS.isdisjoint(about["cpu"]["features"])
 
 
 def cores() -> int:

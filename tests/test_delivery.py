@@ -15,7 +15,7 @@ from helpers_records import make_measurement
 from autocompress import delivery
 from autocompress.config import TargetConfig
 from autocompress.errors import ExportError
-from autocompress.plan import CompressionPlan
+from autocompress.plan import CompressionPlan, Quantize
 from autocompress.runtimes import Artifact
 
 
@@ -102,6 +102,28 @@ def test_latencies_of_another_protocol_are_not_compared(runtime: Runtime, export
     with pytest.raises(ExportError, match=r"schema must be 2, got 1, of a version .* export the trial again"):
         delivery.measure(exported, pairs=8)
     assert not runtime.loaded
+
+
+@pytest.mark.parametrize("features", [["avx2"], ["avx2", "avx_vnni"]])
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_eight_bits_from_a_cpu_with_vnni_are_refused_on_one_without(
+    runtime: Runtime, exported: Path, monkeypatch: pytest.MonkeyPatch, features: list[str], activation_bits: int
+) -> None:
+    plan = CompressionPlan((("head", Quantize(weight_bits=8, activation_bits=activation_bits)),))
+    Artifact(exported, "openvino", ("model.xml",), ("input_ids",), plan).save()
+
+    def fingerprint(features: list[str]) -> dict[str, Any]:
+        return {"cpu": {"features": features}, "system": "Linux x86_64", "id": "any"}
+
+    built = dataclasses.replace(make_measurement(), fingerprint=fingerprint(["avx2", "avx512_vnni"]))
+    change(exported, search=dataclasses.asdict(built))
+    monkeypatch.setattr(delivery.machine, "fingerprint", lambda: fingerprint(features))
+    if features == ["avx2"] and activation_bits == 8:
+        with pytest.raises(ExportError, match="computes something else here; search and export on a CPU of this kind"):
+            delivery.measure(exported, pairs=8)
+        assert not runtime.loaded
+    else:
+        assert delivery.measure(exported, pairs=8)["same_machine"]
 
 
 @pytest.mark.parametrize("lost", ["search", "target", "vocabulary"])
