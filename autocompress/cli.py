@@ -385,14 +385,15 @@ def export(
 def measure(
     folder: Annotated[Path, typer.Argument(help="A folder that export wrote.")],
     pairs: Annotated[
-        int, typer.Option("--pairs", min=5, max=10_000, help="Blocks of runs of model and reference in turn.")
-    ] = 160,
+        int | None,
+        typer.Option("--pairs", min=5, max=10_000, help="Blocks of runs of each, by default as many as export takes."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time an exported folder on this machine against its reference."""
     from autocompress import api
 
-    _print(api.measure(folder, pairs=pairs), as_json)
+    _print(api.measure(folder) if pairs is None else api.measure(folder, pairs=pairs), as_json)
 
 
 class Listing(StrEnum):
