@@ -121,6 +121,7 @@ class Workshop(Bases):
                     "base": base.base,
                     "kept": kept,
                     "runtime": f"{runtime.name} {runtime.version()}",
+                    "converted_with": {name: machine.versions()[name] for name in ("torch", "transformers")},
                     "code": code_version(sources),
                 },
                 lambda folder: runtime.convert(model, example, folder),
