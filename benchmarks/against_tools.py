@@ -29,13 +29,17 @@ def compared(figures: Figures, study: Study, points: list[dict[str, Any]]) -> No
     size = study.reference.size_bytes
     ours = [(c.score.accuracy, float(c.score.size_bytes), c.score.latency_ratio) for c in study.front().points]
     mine = pareto.hypervolume(losses(ours, majority, size), (1.0, 1.0, 1.0))
-    figures.add(f"{runtime}: our hypervolume", mine, "of 1")
+    figures.add(f"{runtime}: our hypervolume, {len(ours)} points", mine, "of 1")
+    spent = json.loads((study.folder / "timing.json").read_text(encoding="utf-8"))
+    figures.add(f"{runtime}: our search", spent["driver"]["all"], "seconds")
     here = [p for p in points if p["runtime"] == runtime and p.get("accuracy") is not None]
     best = 0.0
     for tool in sorted({p["tool"] for p in here}):
         rows = [(p["accuracy"], float(p["size_bytes"]), p["latency_ratio"]) for p in here if p["tool"] == tool]
         found = pareto.hypervolume(losses(rows, majority, size), (1.0, 1.0, 1.0))
         figures.add(f"{runtime}: hypervolume of {tool}, {len(rows)} points", found, "of 1")
+        made = sum(p["seconds"] for p in here if p["tool"] == tool)
+        figures.add(f"{runtime}: {tool}, making its points, our measuring of them not counted", made, "seconds")
         best = max(best, found)
         front = np.array(rows)[pareto.nondominated(losses(rows, majority, size))]
         kept = [
