@@ -26,6 +26,8 @@ _BEHIND = 3.0
 """Residual standard deviations that a prediction is given the benefit of before a plan is passed over."""
 _DESCRIBED = 8192
 """Plans whose description is kept: fits and proposals ask for the same ones again and again."""
+_LEARNED_FROM = 1000
+"""Measured candidates that fits are made of: more add little, and a large study's first ask would wait for them."""
 _LEAST_SPREAD = 0.02
 """Relative residual of a latency below which no fit is trusted: that of the measurement itself."""
 
@@ -72,6 +74,8 @@ class Predictor:
         measured = [c for c in candidates if c.measurement is not None and not c.plan.of_type(Recover)]
         if len(measured) < FEWEST:
             return
+        # The latest, and those timed anew, which show how the others' latencies are off.
+        measured = sorted(measured, key=lambda c: c.score.confirmed)[-_LEARNED_FROM:]
         known = [self._features(c.plan) for c in measured]
         self._students = list(dict.fromkeys(found.student for found in known))
         sizes = np.array([c.score.size_bytes for c in measured], dtype=float)

@@ -13,6 +13,7 @@ import pytest
 from helpers_plans import random_plans, ranks
 from helpers_records import make_candidate, make_measurement
 
+from autocompress import predict
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import bind
 from autocompress.config import RunConfig
@@ -157,6 +158,20 @@ def test_what_it_learned_holds_for_other_plans(learned: Predictor) -> None:
     costs = [learned.cost(c.plan) for c in others]
     exact = [told_costs(c)[0] for c in others]
     assert float(np.corrcoef(ranks(costs), ranks(exact))[0, 1]) > 0.9
+
+
+def test_fits_are_made_of_the_latest_and_of_those_timed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "_LEARNED_FROM", 40)
+    *old, anew = many(41)
+    anew = dataclasses.replace(anew, measurement=dataclasses.replace(anew.score, confirmed=True))
+    new = many(39, seed=1)
+    capped, exact = make_predictor(), make_predictor()
+    capped.learn([anew, *old, *new])
+    exact.learn([*new, anew])
+    for plan in random_plans(SPACE, 5, seed=3):
+        assert capped.expected(plan, TOLD) == exact.expected(plan, TOLD)
+    exact.learn(old)
+    assert capped.expected(plan, TOLD) != exact.expected(plan, TOLD)
 
 
 def test_latencies_stay_above_nothing(learned: Predictor) -> None:
