@@ -23,8 +23,16 @@ from autocompress.report.figures import front_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "results" / "minilm-movies-openvino"
-FIGURES = ROOT / "results" / "benchmarks" / "search-demo.json"
-BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+FIGURES = ROOT / "results" / "benchmarks"
+HEADER = ("| what | measured | 95 % interval | target | |", "|---|---|---|---|---|")
+DEMO = "search-demo"
+SEARCH = (
+    "search-cost",
+    "search-hypervolume",
+    "search-against-tools",
+    "search-rungs",
+    "search-engine-cost",
+)
 
 
 class _Named(CompressionPlan):
@@ -68,22 +76,56 @@ def picture(chromium: str) -> None:
         subprocess.run([chromium, *flags, f"--screenshot={RUN / 'front.png'}", page.as_uri()], check=True, timeout=120)
 
 
-def table() -> str:
-    """Return the figures as Markdown, with how to reproduce them."""
-    content = json.loads(FIGURES.read_text())
+def measured_on(content: dict[str, Any]) -> str:
+    """Say on what the figures of a benchmark were taken."""
     cpu, versions = content["fingerprint"]["cpu"], content["fingerprint"]["versions"]
-    measured_on = (
+    return (
         f"Measured on {cpu['cores']} cores of {cpu['name']} ({', '.join(cpu['features'])}) with OpenVINO "
-        f"{versions['openvino']}, ONNX Runtime {versions.get('onnxruntime', '-')} and torch {versions['torch']}; "
-        f"reproduce with `{content['command']}` ([figures as JSON](results/benchmarks/search-demo.json))."
+        f"{versions['openvino']}, ONNX Runtime {versions.get('onnxruntime', '-')} and torch {versions['torch']}"
     )
-    lines = [measured_on, "", "| what | measured | 95 % interval | target | |", "|---|---|---|---|---|"]
+
+
+def rows(content: dict[str, Any], *, with_target: bool = False) -> list[str]:
+    """Return a benchmark's figures as rows of a table; all of them, or those with a target."""
+    found = []
     for figure in content["figures"]:
+        if with_target and figure["target"] == "reported":
+            continue
         interval = f"{figure['interval'][0]:.4g} to {figure['interval'][1]:.4g}" if figure["interval"] else ""
         mark = "" if figure["target"] == "reported" else ("holds" if figure["holds"] else "**falls short**")
         value = f"{figure['value']:.4g} {figure['unit']}"
-        lines.append(f"| {figure['name']} | {value} | {interval} | {figure['target']} | {mark} |")
-    return "\n".join(lines)
+        found.append(f"| {figure['name']} | {value} | {interval} | {figure['target']} | {mark} |")
+    return found
+
+
+def contents(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def demo_table() -> str:
+    """Return the demo's figures as Markdown, with how to reproduce them."""
+    content = contents(DEMO)
+    said = f"{measured_on(content)}; reproduce with `{content['command']}` ([as JSON](results/benchmarks/{DEMO}.json))."
+    return "\n".join(
+        [said, "", "| what | measured | 95 % interval | target | |", "|---|---|---|---|---|", *rows(content)]
+    )
+
+
+def search_table() -> str:
+    """Return the figures of the search that have a target, benchmark by benchmark."""
+    lines = [*HEADER]
+    for name in SEARCH:
+        content = contents(name)
+        lines.append(f"| **`{content['command']}`** ([as JSON](results/benchmarks/{name}.json)) | | | | |")
+        lines += rows(content, with_target=True)
+    return "\n".join([f"{measured_on(contents(SEARCH[0]))}.", "", *lines])
+
+
+def put(text: str, name: str, part: str) -> str:
+    """Return ``text`` with ``part`` between the marks of that name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    return f"{text.split(begin)[0]}{begin}\n{part}\n{end}{text.split(end)[1]}"
 
 
 def main() -> None:
@@ -93,8 +135,7 @@ def main() -> None:
     picture(options.chromium)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+    readme.write_text(put(put(text, "figures", demo_table()), "search", search_table()), encoding="utf-8")
 
 
 if __name__ == "__main__":
