@@ -24,7 +24,7 @@ from autocompress.bases import Progress
 from autocompress.config import RunConfig, TargetConfig
 from autocompress.errors import ExportError
 from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
-from autocompress.plan import CompressionPlan, Quantize
+from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 from autocompress.report.card import model_card
 from autocompress.runtimes import Artifact, get_runtime
@@ -202,8 +202,8 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
             "version that took latencies otherwise: export the trial again"
         )
     here = machine.fingerprint()
-    eight_bits = any(d.activation_bits == 8 for d in artifact.plan.of_type(Quantize).values())
-    if eight_bits and machine.adds_in_16_bits(here) and not machine.adds_in_16_bits(stored.fingerprint):
+    overflows = machine.adds_in_16_bits(here) and not machine.adds_in_16_bits(stored.fingerprint)
+    if overflows and artifact.plan.integer_arithmetic:
         raise ExportError(
             f"{folder}: was built on a CPU that adds 8-bit products in 32 bits; this one adds them in 16, which "
             "overflow: the model computes something else here; search and export on a CPU of this kind"

@@ -240,6 +240,11 @@ class CompressionPlan:
         """Return the decisions of one type by site name."""
         return {site: decision for site, decision in self.decisions if isinstance(decision, kind)}
 
+    @property
+    def integer_arithmetic(self) -> bool:
+        """Whether any site multiplies 8-bit weights by 8-bit activations."""
+        return any(decision.activation_bits == 8 for decision in self.of_type(Quantize).values())
+
     def structural(self) -> CompressionPlan:
         """Return the part that changes the torch module, without what the runtime does."""
         return CompressionPlan(tuple((s, d) for s, d in self.decisions if d.structural))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from autocompress import machine
 from autocompress.config import RunConfig
 from autocompress.records import Candidate, Measurement
 from autocompress.report.tables import one_line
@@ -45,6 +46,8 @@ def model_card(
         ("Seed", str(run.seed)),
         ("Trial, plan", f"{candidate.number}, {candidate.plan.plan_id}"),
     ]
+    if candidate.plan.integer_arithmetic and not machine.adds_in_16_bits(measured.fingerprint):
+        rows.append(("Not for", "x86 CPUs without VNNI, where sums of 8-bit products overflow and predictions change"))
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     plan = json.dumps(json.loads(candidate.plan.to_json()), indent=1)
     return (

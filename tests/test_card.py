@@ -1,0 +1,75 @@
+"""The model card: its numbers are those that it was given, its table holds whatever text comes, its plan is JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import pytest
+import yaml
+from helpers_records import make_candidate, make_measurement
+
+from autocompress.config import RunConfig
+from autocompress.plan import CompressionPlan, Quantize
+from autocompress.report.card import model_card
+from autocompress.scoring import Accuracy
+
+PLAN = CompressionPlan((("head", Quantize(weight_bits=8, activation_bits=8)),))
+TEST = Accuracy(value=0.83, low=0.81, high=0.85, loss=0.5, rows=700, predictions="")
+
+
+MACHINE: dict[str, Any] = {"system": "Linux x86_64", "cpu": {"name": "Some CPU", "features": ["avx2", "avx512_vnni"]}}
+
+
+def card(*, name: str = "reviews", plan: CompressionPlan = PLAN, **fingerprint: object) -> str:
+    score = make_measurement(accuracy=0.85, size_bytes=12_340_000, ratio=0.25)
+    measured = dataclasses.replace(score, fingerprint={**MACHINE, **fingerprint})
+    run = RunConfig.from_mapping({"name": name, "model": {"id": "some/model"}, "data": {"source": "demo/movies"}})
+    return model_card(make_candidate(7, plan=plan), run, "openvino", measured, TEST, 0.991)
+
+
+def rows(text: str) -> dict[str, str]:
+    found = re.findall(r"^\| ([^|]+) \| (.*) \|$", text, flags=re.MULTILINE)
+    return dict(found)
+
+
+def test_its_numbers_are_those_that_it_was_given() -> None:
+    found = rows(card(versions={"openvino": "1", "torch": "2"}))
+    assert found["Accuracy, search split"].startswith("85.00 % [")
+    assert found["Accuracy, held-out test split"] == "83.00 % [81.00, 85.00], 700 rows"
+    assert found["Selection optimism"].startswith("+2.00 points")
+    assert found["Size"] == "12.34 MB"
+    assert found["Latency over the uncompressed model's"] == "0.250 [0.245, 0.255]"
+    assert found["Measured on"] == "Some CPU"
+    assert found["Versions"] == "openvino 1, torch 2"
+    assert found["Same predictions as the study's candidate"] == "99.1 % of the search rows"
+    assert found["Trial, plan"] == f"7, {PLAN.plan_id}"
+
+
+@pytest.mark.parametrize("features", [["avx2"], ["avx2", "avx512_vnni"]])
+@pytest.mark.parametrize("plan", [PLAN, CompressionPlan()])
+def test_it_says_where_eight_bits_compute_something_else(plan: CompressionPlan, features: list[str]) -> None:
+    found = rows(card(plan=plan, cpu={"name": "any", "features": features}))
+    assert ("Not for" in found) == (plan is PLAN and "avx512_vnni" in features)
+
+
+def test_its_front_matter_names_the_model_that_it_comes_from() -> None:
+    _, front_matter, _ = card().split("---\n", 2)
+    assert yaml.safe_load(front_matter)["base_model"] == "some/model"
+
+
+def test_its_plan_can_be_read_back() -> None:
+    [plan] = re.findall(r"```json\n(.*)\n```", card(), flags=re.DOTALL)
+    assert CompressionPlan.from_json(plan) == PLAN
+    assert json.loads(plan)
+
+
+@pytest.mark.parametrize("cpu", ["a | b", "<script>", "two\nlines"])
+def test_text_from_outside_stays_in_its_cell(cpu: str) -> None:
+    plain, found = card(), card(cpu={**MACHINE["cpu"], "name": cpu})
+    assert len(found.splitlines()) == len(plain.splitlines())
+    assert "<script>" not in found
+    [line] = [line for line in found.splitlines() if line.startswith("| Measured on |")]
+    assert len(re.findall(r"(?<!\\)\|", line)) == 3
