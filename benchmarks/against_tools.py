@@ -31,7 +31,8 @@ def compared(figures: Figures, study: Study, points: list[dict[str, Any]]) -> No
     mine = pareto.hypervolume(losses(ours, majority, size), (1.0, 1.0, 1.0))
     figures.add(f"{runtime}: our hypervolume, {len(ours)} points", mine, "of 1")
     spent = json.loads((study.folder / "timing.json").read_text(encoding="utf-8"))
-    figures.add(f"{runtime}: our search", spent["driver"]["all"], "seconds")
+    trained = "" if "distilled" in spent["bank"] else ", its students in the bank before"
+    figures.add(f"{runtime}: our search{trained}", spent["driver"]["all"], "seconds")
     here = [p for p in points if p["runtime"] == runtime and p.get("accuracy") is not None]
     best = 0.0
     for tool in sorted({p["tool"] for p in here}):
