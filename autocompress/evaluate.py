@@ -38,8 +38,8 @@ from autocompress.transforms.prune import Importance, keep_blocks
 from autocompress.trial import CannotReachFront, Rivals, Trial
 
 LOGITS_FILE = "logits.npy"
-_ACCURACY_BATCH, _ACCURACY_STEP = 32, 8
-"""Rows per call and multiple of tokens where a runtime's logits depend on neither."""
+_ACCURACY_BATCH, _ACCURACY_STEP = 16, 4
+"""Rows per call and multiple of tokens where a runtime's logits depend on neither: little padding and few shapes."""
 _TO_A_REFERENCE = 4
 """Points whose blocks of runs are held against the same block of the reference while latencies are confirmed."""
 _AT_ONCE = 64

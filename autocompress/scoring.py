@@ -29,7 +29,7 @@ _BLOCK_S = 0.016
 BOOTSTRAP_DRAWS = 2000
 WRONG_STOPS = 1e-3
 """Chance that an accuracy pass is ended for a candidate that would have reached the front."""
-LOOKS = (1 / 8, 1 / 4, 1 / 2)
+LOOKS = (1 / 4, 1 / 2)
 """Shares of the rows after which that is decided in one pass."""
 _Z95 = 1.959963984540054
 
