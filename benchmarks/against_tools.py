@@ -28,6 +28,7 @@ def compared(figures: Figures, study: Study, points: list[dict[str, Any]]) -> No
     runtime, majority = study.run.target.runtime, study.majority or 0.0
     size = study.reference.size_bytes
     ours = [(c.score.accuracy, float(c.score.size_bytes), c.score.latency_ratio) for c in study.front().points]
+    figures.more[f"{runtime}: our front, accuracy, bytes and ratio"] = ours
     mine = pareto.hypervolume(losses(ours, majority, size), (1.0, 1.0, 1.0))
     figures.add(f"{runtime}: our hypervolume, {len(ours)} points", mine, "of 1")
     spent = json.loads((study.folder / "timing.json").read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""Write the measured figures into README.md and draw the front's picture, from what the benchmarks wrote.
+"""Write the measured figures into README.md and draw its pictures, from what the benchmarks wrote.
 
-``python benchmarks/readme.py [--chromium /usr/bin/chromium]``. The picture is a screenshot of the front's figure in
-headless Chromium; no figure in README is typed by hand.
+``python benchmarks/readme.py [--chromium /usr/bin/chromium]``. Pictures are screenshots of plotly's figures
+in headless Chromium; no figure in README is typed by hand.
 """
 
 from __future__ import annotations
@@ -14,22 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from autocompress.config import RunConfig
 from autocompress.pareto import Front
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
-from autocompress.report.figures import front_figure
+from autocompress.report.figures import dress, front_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "results" / "minilm-movies-openvino"
 FIGURES = ROOT / "results" / "benchmarks"
+TOOLS = "search-against-tools"
+RUNTIMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+TOOL_NAMES = {"nncf": "NNCF", "onnxruntime": "ONNX Runtime's quantisation", "olive": "Olive's search"}
+COLOURS = {
+    "autocompress": "#1f77b4",
+    "NNCF": "#e08a1e",
+    "ONNX Runtime's quantisation": "#d1495b",
+    "Olive's search": "#7a5195",
+}
 HEADER = ("| what | measured | 95 % interval | target | |", "|---|---|---|---|---|")
 DEMO = "search-demo"
 SEARCH = (
     "search-cost",
     "search-hypervolume",
-    "search-against-tools",
+    TOOLS,
     "search-rungs",
     "search-engine-cost",
 )
@@ -67,13 +78,62 @@ def picture(chromium: str) -> None:
     front = Front.of(every, reference, run.objectives)
     figure = front_figure(front, [c for c in every if c not in front.points])
     figure.update_layout(width=1100, height=640)
+    shoot(figure, RUN / "front.png", chromium)
+
+
+def shoot(figure: go.Figure, file: Path, chromium: str) -> None:
+    """Write a figure as PNG."""
+    width, height = figure.layout.width + 20, figure.layout.height + 20
     with tempfile.TemporaryDirectory() as scratch:
-        page = Path(scratch) / "front.html"
+        page = Path(scratch) / "figure.html"
         figure.write_html(page, include_plotlyjs=True, config={"displayModeBar": False})
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
         flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={scratch}/profile"]
-        flags += ["--window-size=1120,660", "--hide-scrollbars", "--virtual-time-budget=8000"]
-        subprocess.run([chromium, *flags, f"--screenshot={RUN / 'front.png'}", page.as_uri()], check=True, timeout=120)
+        flags += [f"--window-size={width},{height}", "--hide-scrollbars", "--virtual-time-budget=8000"]
+        subprocess.run([chromium, *flags, f"--screenshot={file}", page.as_uri()], check=True, timeout=120)
+
+
+def tools_picture(chromium: str) -> None:
+    """Draw ``against-tools.png``: our fronts and the points of other tools, accuracy over speed."""
+    more = contents(TOOLS)["more"]
+    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=list(RUNTIMES.values()))
+    largest = max(point["size_bytes"] for point in more["points"])
+    for column, runtime in enumerate(RUNTIMES, start=1):
+        points = [p for p in more["points"] if p["runtime"] == runtime]
+        groups = {
+            TOOL_NAMES[tool]: [
+                (p["accuracy"], p["size_bytes"], p["latency_ratio"]) for p in points if p["tool"] == tool
+            ]
+            for tool in sorted({p["tool"] for p in points})
+        }
+        groups["autocompress"] = more[f"{runtime}: our front, accuracy, bytes and ratio"]
+        for name, group in groups.items():
+            figure.add_trace(
+                go.Scatter(
+                    name=name,
+                    legendgroup=name,
+                    showlegend=column == 1 or name not in {trace.name for trace in figure.data},
+                    x=[1 / ratio for _, _, ratio in group],
+                    y=[100 * accuracy for accuracy, _, _ in group],
+                    mode="markers",
+                    marker={
+                        "size": [size for _, size, _ in group],
+                        "sizemode": "area",
+                        "sizeref": 2 * largest / 26**2,
+                        "sizemin": 3,
+                        "color": COLOURS[name],
+                        "opacity": 0.8,
+                        "line": {"width": 1, "color": "#33363b"},
+                    },
+                ),
+                row=1,
+                col=column,
+            )
+    dress(figure, height=520)
+    figure.update_layout(width=1100)
+    figure.update_xaxes(title="times faster than the uncompressed model, marker area is size", type="log")
+    figure.update_yaxes(title="accuracy, %", range=[78, 89], col=1)
+    shoot(figure, FIGURES / "against-tools.png", chromium)
 
 
 def measured_on(content: dict[str, Any]) -> str:
@@ -133,6 +193,7 @@ def main() -> None:
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     options = parser.parse_args()
     picture(options.chromium)
+    tools_picture(options.chromium)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     readme.write_text(put(put(text, "figures", demo_table()), "search", search_table()), encoding="utf-8")
