@@ -305,8 +305,8 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
             "size": "bytes of the artefact's model files",
             "latency": f"{run.search.latency_pairs} pairs of blocks of runs, of candidate and reference in turn, each "
             "block after as many runs that are not timed, at moments between the rows "
-            f"({run.search.confirm_pairs} in rounds over all points for points of the front), inputs of "
-            f"{run.target.batch_size} x {run.target.tokens} tokens, "
+            f"({run.search.confirm_pairs} in rounds over all points for points of the front, loaded anew in between), "
+            f"inputs of {run.target.batch_size} x {run.target.tokens} tokens, "
             + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")
             + ", median of the pairs' ratios with its 95 % bootstrap interval over moments and pairs",
         },

@@ -42,8 +42,10 @@ _ACCURACY_BATCH, _ACCURACY_STEP = 16, 4
 """Rows per call and multiple of tokens where a runtime's logits depend on neither: little padding and few shapes."""
 _TO_A_REFERENCE = 4
 """Points whose blocks of runs are held against the same block of the reference while latencies are confirmed."""
-_AT_ONCE = 64
+_AT_ONCE = 32
 """Artefacts that are loaded together while their latencies are confirmed."""
+_ROUNDS_A_LOAD = 3
+"""Rounds after which they are loaded anew: how fast a model is depends a little on where its memory came to lie."""
 
 
 class Workshop(Bases):
@@ -318,30 +320,37 @@ class Workshop(Bases):
     def confirmed(
         self, points: Sequence[tuple[CompressionPlan, Measurement]], *, pairs: int, progress: Progress = silent
     ) -> list[Measurement]:
-        """Return ``points`` with their latencies taken anew, in rounds over all of them.
+        """Return ``points`` with their latencies taken anew, in rounds over all of them and over several loads.
 
         A machine is slower for seconds at a time, and small models suffer more than the reference: what is timed at
         several moments is not at the mercy of one.
         """
         times: list[list[list[scoring.Pair]]] = [[] for _ in points]
+        reference = Artifact.open(self.reference_folder)
+        inputs, clock = self.inputs(reference), scoring.clock_of(self.run.target)
         for first in range(0, len(points), _AT_ONCE):
             some = range(first, min(first + _AT_ONCE, len(points)))
             artefacts = [Artifact.open(self.artefacts / points[n][0].plan_id) for n in some]
-            # Nothing else runs yet: a load takes one core for a good part of a second.
-            with ThreadPoolExecutor(machine.cores()) as pool:
-                sessions = list(pool.map(lambda artifact: self.runtime.load(artifact, self.run.target), artefacts))
-            inputs, clock = self.inputs(artefacts[0]), scoring.clock_of(self.run.target)
             for turn in range(pairs):
+                if turn % _ROUNDS_A_LOAD == 0:
+                    loaded_reference, *sessions = self._loaded([reference, *artefacts])
+                    for n in some:
+                        times[n].append([])
                 progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {pairs}")
                 for place, n in enumerate(some):
                     if place % _TO_A_REFERENCE == 0:
-                        reference = scoring.block(self.reference_session, inputs, clock)
-                    times[n].append([scoring.Pair(scoring.block(sessions[place], inputs, clock), reference)])
+                        beside = scoring.block(loaded_reference, inputs, clock)
+                    times[n][-1].append(scoring.Pair(scoring.block(sessions[place], inputs, clock), beside))
         found = []
         for (_, measured), parts in zip(points, times, strict=True):
             timed = scoring.summarize(parts, seed=self.run.seed)
             found.append(dataclasses.replace(measured, **timed.fields(), confirmed=True).check())
         return found
+
+    def _loaded(self, artefacts: Sequence[Artifact]) -> list[Session]:
+        # Nothing else runs yet: a load takes one core for a good part of a second.
+        with ThreadPoolExecutor(machine.cores()) as pool:
+            return list(pool.map(lambda artifact: self.runtime.load(artifact, self.run.target), artefacts))
 
 
 def kept_logits(folder: Path) -> np.ndarray:

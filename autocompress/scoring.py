@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -256,11 +255,11 @@ def block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[]
     Raises:
         MeasurementError: if a run took no measurable time.
     """
-    session.run(inputs)  # which may have to prepare itself for this shape
     times: list[float] = []
     for _ in ("not timed", "timed"):
         times = []
-        while len(times) < _FEWEST_RUNS or (len(times) < _MOST_RUNS and len(times) * median(times) < _BLOCK_S):
+        # By the shortest: the first run may have to prepare itself for this shape.
+        while len(times) < _FEWEST_RUNS or (len(times) < _MOST_RUNS and len(times) * min(times) < _BLOCK_S):
             start = clock()
             session.run(inputs)
             times.append(clock() - start)

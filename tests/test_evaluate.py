@@ -187,6 +187,22 @@ def test_a_confirmed_latency_changes_nothing_else(shop: Workshop, measured: Meas
     assert found.latency_ms != measured.latency_ms
 
 
+def test_confirmed_latencies_come_from_several_loads(
+    shop: Workshop, measured: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.evaluate(PLAN)
+    loaded: list[str] = []
+    load = shop.runtime.load
+
+    def noted(artifact: Artifact, target: Any) -> Any:
+        loaded.append(artifact.folder.name)
+        return load(artifact, target)
+
+    monkeypatch.setattr(shop.runtime, "load", noted)
+    shop.confirmed([(PLAN, measured), (PLAN, measured)], pairs=7)
+    assert sorted(loaded) == sorted(3 * ["reference", PLAN.plan_id, PLAN.plan_id])
+
+
 class TestStitched:
     """That what is stitched from pieces is the model which the plan makes, and that pieces are made once."""
 

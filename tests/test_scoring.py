@@ -362,7 +362,7 @@ class TestLatency:
     def test_blocks_alternate_and_each_follows_runs_that_do_not_count(self) -> None:
         calls: list[str] = []
         self.measure(lambda _: 0.001, lambda _: 0.001, pairs=3, calls=calls)
-        block = 1 + 2 * scoring._MOST_RUNS
+        block = 2 * scoring._MOST_RUNS
         names = ["candidate", "reference", "reference", "candidate", "candidate", "reference"]
         assert calls == [name for name in names for _ in range(block)]
 
@@ -370,7 +370,7 @@ class TestLatency:
         calls: list[str] = []
         self.measure(lambda _: 0.006, lambda _: 3.0, pairs=1, calls=calls)
         # The third run of 6 ms ends the 16 ms; two there are always.
-        assert calls == ["candidate"] * (1 + 2 * 3) + ["reference"] * (1 + 2 * 2)
+        assert calls == ["candidate"] * 2 * 3 + ["reference"] * 2 * 2
 
     def test_runs_that_warm_up_do_not_count(self) -> None:
         def seconds(n: int) -> float:
