@@ -246,6 +246,7 @@ class _Worker(tune.Trainable):
             # While the driver measures the reference. What fails here fails again with a job, and then has a reason.
             with contextlib.suppress(Exception):
                 self._workshop = self._opened()
+                self._get_ready(self._workshop)
         job: _Job | None = ray.get(self._desk.take.remote(self.trial_id, self._finished))
         if job is None:
             return {"done": True}
@@ -261,9 +262,7 @@ class _Worker(tune.Trainable):
         try:
             # Not in setup: what fails there reaches the driver without its reason.
             self._workshop = self._workshop or self._opened()
-            if not self._ready:
-                self._workshop.ready()
-                self._ready = True
+            self._get_ready(self._workshop)
             found = self._workshop.attempt(CompressionPlan.from_json(job.plan), job.front)
             kind = "measurement" if isinstance(found, Measurement) else "stopped"
             return {kind: dataclasses.asdict(found)}
@@ -280,6 +279,11 @@ class _Worker(tune.Trainable):
         workshop = Workshop(self._run, self._artefacts)
         workshop.open()
         return workshop
+
+    def _get_ready(self, workshop: Workshop) -> None:
+        if not self._ready:
+            workshop.ready()
+            self._ready = True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save nothing: a step is whole, and a killed worker's job starts again."""
