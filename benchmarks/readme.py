@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import tempfile
 from pathlib import Path
@@ -130,8 +131,13 @@ def tools_picture(chromium: str) -> None:
                 col=column,
             )
     dress(figure, height=520)
-    figure.update_layout(width=1100)
-    figure.update_xaxes(title="times faster than the uncompressed model, marker area is size", type="log")
+    figure.update_layout(width=1100, margin={"t": 80}, legend={"y": 1.08})
+    figure.update_xaxes(
+        title="times faster than the uncompressed model, marker area is size",
+        type="log",
+        range=[math.log10(0.45), math.log10(60)],
+        tickvals=[0.5, 1, 2, 5, 10, 20, 50],
+    )
     figure.update_yaxes(title="accuracy, %", range=[78, 89], col=1)
     shoot(figure, FIGURES / "against-tools.png", chromium)
 
