@@ -1,4 +1,4 @@
-"""Ray executes: a trial of Tune per worker, which takes the study's plans from a desk. Nothing else imports ray.
+"""Ray executes: a trial of Tune per worker, which takes the study's plans from a `Desk`. Nothing else imports ray.
 
 Ray's own Optuna searcher is not used: it loses trials on NaN objectives and after crashes. Here the driver alone
 writes the study; a worker receives a plan and returns a measurement or a reason, and may be killed at any moment.
@@ -6,19 +6,16 @@ writes the study; a worker receives a plan and returns a measurement or a reason
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
-import queue
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +28,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray import tune
-from ray.tune.search import Searcher
 
 from autocompress import machine
 from autocompress.config import RunConfig
+from autocompress.desk import Desk, Job, Result
 from autocompress.errors import AutocompressError, StudyError
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement, Stopped
@@ -50,53 +47,6 @@ _AHEAD = 1
 _PATIENCE_S = 5.0
 """Time that an interrupted search waits for its study to be let alone."""
 _DIED = "the worker died or ended without a result in every attempt"
-
-
-_Result = tuple[int, dict[str, Any]]
-"""A job's number and its measurement, or why there is none, by kind."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A plan to evaluate.
-
-    Args:
-        number: of its trial in the study.
-        plan: as JSON.
-        front: costs that it has to reach.
-        attempt: how often it was given to a worker, this time included.
-    """
-
-    number: int
-    plan: str
-    front: list[list[float]]
-    attempt: int = 0
-
-
-class _Desk:
-    """Where workers take their jobs: the next one is there before the driver has heard of the last one's result.
-
-    One trial of Tune is one worker for the whole search, since ending a trial of Tune and beginning another takes
-    time in which a worker is idle. A worker that died is begun again as the same trial, comes here, and is given the
-    job that it had.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: asyncio.Queue[_Job | None] = asyncio.Queue()
-        self._given: dict[str, _Job] = {}
-
-    async def put(self, job: _Job | None) -> None:
-        """Lay down a job, or None, which ends the worker that takes it."""
-        await self._jobs.put(job)
-
-    async def take(self, worker: str, finished: int | None) -> _Job | None:
-        """Return the next job of ``worker``, whose process last finished the job of that number, or none yet."""
-        job = self._given.pop(worker, None)
-        if job is None or job.number == finished:
-            job = await self._jobs.get()
-        if job is not None:
-            job = self._given[worker] = dataclasses.replace(job, attempt=job.attempt + 1)
-        return job
 
 
 class _Clerk(threading.Thread):
@@ -128,11 +78,9 @@ class _Clerk(threading.Thread):
         try:
             for _ in range(self._local.workers + _AHEAD):
                 self._hand_out()
-            while (result := self._local.results.get()) is not None:
-                # A worker that died after it had reported does its job once more.
-                if result[0] in self._running and not self._left.is_set():
-                    self._receive(*result)
-                    self._hand_out()
+            while not self._left.is_set() and (result := self._local.next_result()) is not None:
+                self._receive(*result)
+                self._hand_out()
             for number in [] if self._left.is_set() else list(self._running):
                 self._tell(number, _DIED)  # no worker is left to do it
         except Exception as error:  # raised by `finish`, once the workers are at home
@@ -145,7 +93,7 @@ class _Clerk(threading.Thread):
         Raises:
             Exception: whatever ended its work before.
         """
-        self._local.results.put(None)
+        self._local.end_results()
         self.join()
         if self._failure is not None:
             raise self._failure
@@ -153,7 +101,7 @@ class _Clerk(threading.Thread):
     def leave(self) -> None:
         """Let the study alone from now on; what runs is found as interrupted by the next search."""
         self._left.set()
-        self._local.results.put(None)
+        self._local.end_results()
         self.join(_PATIENCE_S)  # or longer, for a student that is being trained: nothing is written of it
 
     def _hand_out(self) -> None:
@@ -169,12 +117,11 @@ class _Clerk(threading.Thread):
         if self._left.is_set():  # while a student was trained
             return
         front = self._study.rivals() if self._study.run.search.stop_early else []
-        self._local.put(_Job(number, plan.to_json(), front))
+        self._local.put(Job(number, plan.to_json(), front))
 
     def _send_home(self) -> None:
         self._ended = True
-        for _ in range(self._local.workers):
-            self._local.put(None)
+        self._local.close()
 
     def _receive(self, number: int, outcome: dict[str, Any]) -> None:
         kinds = {"measurement": Measurement, "stopped": Stopped}
@@ -183,34 +130,6 @@ class _Clerk(threading.Thread):
 
     def _tell(self, number: int, outcome: Measurement | Stopped | str) -> None:
         self._told(self._study.tell(number, self._running.pop(number), outcome))
-
-
-class _Results(Searcher):
-    """Passes on what Tune's workers report: a trial of Tune is a worker, and its jobs lie on the desk."""
-
-    def __init__(self, results: queue.SimpleQueue[_Result | None]) -> None:
-        super().__init__(metric=None, mode=None)
-        self._results = results
-
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Say nothing."""
-        return {"worker": trial_id}
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._results.put((result["number"], json.loads(result["outcome"])))
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Learn nothing: what the worker did was told one by one."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its settings for a restore that is never made; a queue cannot be.
-        return {}
-
-    def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the study is the only truth."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing: a search is continued from the study."""
 
 
 class _Left(Exception):
@@ -228,36 +147,30 @@ class _Leave(tune.Callback):
             raise _Left
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # as above
+        return {}  # Tune pickles its settings for a restore that is never made; an event cannot be
 
 
 class _Worker(tune.Trainable):
-    """Evaluates one plan per step; the teacher, the rows and the reference stay loaded in between."""
+    """Evaluates plans until none is left, all in one step; the teacher, the rows and the reference stay loaded."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self._run, self._artefacts = RunConfig.from_mapping(json.loads(config["run"])), Path(config["artefacts"])
         self._desk = config["desk"]
         self._workshop: Workshop | None = None
         self._ready = False
-        self._finished: int | None = None
 
     def step(self) -> dict[str, Any]:
-        if self._workshop is None:
-            # While the driver measures the reference. What fails here fails again with a job, and then has a reason.
-            with contextlib.suppress(Exception):
-                self._workshop = self._opened()
-                self._get_ready(self._workshop)
-        job: _Job | None = ray.get(self._desk.take.remote(self.trial_id, self._finished))
-        if job is None:
-            return {"done": True}
-        if job.attempt > 1 + self._run.search.max_retries:
-            outcome: dict[str, Any] = {"failure": _DIED}
-        else:
-            outcome = self.outcome(job)
-        self._finished = job.number
-        return {"done": False, "number": job.number, "outcome": json.dumps(outcome)}
+        # While the driver measures the reference. What fails here fails again with a job, and then has a reason.
+        with contextlib.suppress(Exception):
+            self._workshop = self._opened()
+            self._get_ready(self._workshop)
+        result: Result | None = None
+        while (job := ray.get(self._desk.exchange.remote(self.trial_id, result))) is not None:
+            died = job.attempt > 1 + self._run.search.max_retries
+            result = job.number, {"failure": _DIED} if died else self.outcome(job)
+        return {"done": True}
 
-    def outcome(self, job: _Job) -> dict[str, Any]:
+    def outcome(self, job: Job) -> dict[str, Any]:
         """Evaluate a job's plan; returns its measurement, or why there is none, by kind."""
         try:
             # Not in setup: what fails there reaches the driver without its reason.
@@ -286,7 +199,7 @@ class _Worker(tune.Trainable):
             self._ready = True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Save nothing: a step is whole, and a killed worker's job starts again."""
+        """Save nothing: a killed worker's job starts again."""
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Load nothing."""
@@ -308,7 +221,6 @@ class LocalRay:
         exclusive = threads > 1
         wanted = 1 if exclusive else run.search.workers or max(1, cores // threads)
         self.workers = max(1, min(wanted, run.search.trials))
-        self.results: queue.SimpleQueue[_Result | None] = queue.SimpleQueue()
         self._resources: dict[str, float] = {"cpu": min(threads, cores), **({LATENCY_SLOT: 1} if exclusive else {})}
         # More workers than cores were asked for by name: Ray is told so, or it would wait for cores that do not exist.
         self._logical = max(cores, math.ceil(self.workers * self._resources["cpu"]))
@@ -325,9 +237,22 @@ class LocalRay:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def put(self, job: _Job | None) -> None:
-        """Lay a job on the desk, or None, which sends the worker home that takes it."""
+    def put(self, job: Job) -> None:
+        """Lay a job on the desk."""
         self._desk.put.remote(job)
+
+    def next_result(self) -> Result | None:
+        """Wait for a worker's result; None after `end_results`."""
+        found: Result | None = ray.get(self._desk.result.remote())
+        return found
+
+    def close(self) -> None:
+        """Send the workers home once no job is left."""
+        self._desk.close.remote()
+
+    def end_results(self) -> None:
+        """Let nobody wait for further results."""
+        self._desk.end.remote()
 
     def wait_for_start(self) -> None:
         """Return when there is a desk.
@@ -382,7 +307,7 @@ class LocalRay:
         # A worker's death is retried and then told as the candidate's failure; Tune's own traceback of it is noise.
         for name in ("ray", "ray.tune"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._desk = ray.remote(num_cpus=0)(_Desk).remote()
+        self._desk = ray.remote(num_cpus=0)(Desk).remote()
 
     def _work(self) -> None:
         """Run workers until all are sent home."""
@@ -392,9 +317,7 @@ class LocalRay:
             tune.Tuner(
                 tune.with_resources(_Worker, self._resources),
                 param_space={**config, "desk": self._desk},
-                tune_config=tune.TuneConfig(
-                    search_alg=_Results(self.results), num_samples=self.workers, max_concurrent_trials=self.workers
-                ),
+                tune_config=tune.TuneConfig(num_samples=self.workers, max_concurrent_trials=self.workers),
                 run_config=tune.RunConfig(
                     name="search",
                     storage_path=scratch,

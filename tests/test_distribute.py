@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import os
@@ -21,6 +20,7 @@ from test_search import alive, by_number, command, descendants, lines_until, rea
 from test_study import plan_ids, states
 
 from autocompress.config import RunConfig
+from autocompress.desk import Job
 from autocompress.evaluate import Workshop
 from autocompress.plan import MODEL_SITE, CompressionPlan, Student
 from autocompress.records import Candidate, Stopped
@@ -160,10 +160,8 @@ def worker(workplace: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> A
     return _Worker({**config, "desk": None})
 
 
-def job(plan: str = CompressionPlan().to_json(), front: list[list[float]] | None = None) -> Any:
-    from autocompress.distribute import _Job
-
-    return _Job(0, plan, front or [], attempt=1)
+def job(plan: str = CompressionPlan().to_json(), front: list[list[float]] | None = None) -> Job:
+    return Job(0, plan, front or [], attempt=1)
 
 
 def test_what_fails_while_a_worker_gets_ready_is_said(worker: Any) -> None:
@@ -193,24 +191,6 @@ def test_a_worker_gives_up_what_cannot_reach_the_front(worker: Any, monkeypatch:
     assert worker.outcome(job()) == {"stopped": dataclasses.asdict(given_up)}
     worker.outcome(job(front=[[-0.9, 1.0, 0.1]]))
     assert asked == [(CompressionPlan().plan_id, []), (CompressionPlan().plan_id, [[-0.9, 1.0, 0.1]])]
-
-
-def test_a_desk_gives_a_job_again_to_a_worker_that_did_not_finish_it() -> None:
-    from autocompress.distribute import _Desk, _Job
-
-    async def day() -> list[Any]:
-        desk = _Desk()
-        for number in (7, 8, 9):
-            await desk.put(_Job(number, "{}", []))
-        await desk.put(None)
-        taken = [await desk.take("a", None), await desk.take("b", None)]
-        taken.append(await desk.take("a", None))  # a new process of the same worker
-        taken.append(await desk.take("b", 8))
-        taken.append(await desk.take("a", 7))
-        return taken
-
-    found = asyncio.run(day())
-    assert [job and (job.number, job.attempt) for job in found] == [(7, 1), (8, 1), (7, 2), (9, 1), None]
 
 
 def test_ray_ends_with_a_search_that_is_left_while_its_workers_start(

@@ -1,0 +1,89 @@
+"""What lies between the driver and its workers: jobs that nobody does yet, those that somebody has, and results."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+Result = tuple[int, dict[str, Any]]
+"""A job's number and its measurement, or why there is none, by kind."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan to evaluate.
+
+    Args:
+        number: of its trial in the study.
+        plan: as JSON.
+        front: costs that it has to reach.
+        attempt: how often it was given to a worker, this time included.
+    """
+
+    number: int
+    plan: str
+    front: list[list[float]]
+    attempt: int = 0
+
+
+class Desk:
+    """Where workers hand in results and take their next jobs, which lie there before the driver has heard of anything.
+
+    One trial of Tune is one worker for the whole search, since ending a trial of Tune and beginning another takes
+    time in which a worker is idle. A worker that died is begun again as the same trial, comes here, and is given the
+    job that it had.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+        self._given: dict[str, list[Job]] = {}
+        self._results: deque[Result] = deque()
+        self._closed = self._ended = False
+        self._changed = asyncio.Condition()
+
+    async def put(self, job: Job) -> None:
+        """Lay down a job."""
+        async with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        """Send workers home once no job is left."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def end(self) -> None:
+        """Let nobody wait for further results."""
+        async with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    async def exchange(self, worker: str, result: Result | None) -> Job | None:
+        """Take the result of the last job of ``worker``, if its process has one; return the next one, or None at last.
+
+        What it was given and did not finish comes first. A call from a process that died may still wait here: what it
+        is given is its worker's all the same.
+        """
+        given = self._given.setdefault(worker, [])
+        async with self._changed:
+            if result is not None:
+                self._results.append(result)
+                given[:] = [job for job in given if job.number != result[0]]
+                self._changed.notify_all()
+            await self._changed.wait_for(lambda: given or self._jobs or self._closed)
+            if not given:
+                if not self._jobs:
+                    return None
+                given.append(self._jobs.popleft())
+            given[0] = dataclasses.replace(given[0], attempt=given[0].attempt + 1)
+            return given[0]
+
+    async def result(self) -> Result | None:
+        """Return the next result, or None once it has ended and none is left."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._results or self._ended)
+            return self._results.popleft() if self._results else None

@@ -1,0 +1,43 @@
+"""The desk: jobs go out once, and again to a worker that died; results come in the order of their handing in."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from autocompress.desk import Desk, Job
+
+
+def test_a_desk_gives_a_job_again_to_a_worker_that_did_not_finish_it() -> None:
+    async def day() -> tuple[list[Any], list[Any]]:
+        desk = Desk()
+        for number in (7, 8, 9):
+            await desk.put(Job(number, "{}", []))
+        await desk.close()
+        taken = [await desk.exchange("a", None), await desk.exchange("b", None)]
+        taken.append(await desk.exchange("a", None))  # a new process of the same worker
+        taken.append(await desk.exchange("b", (8, {"failure": "it broke"})))
+        taken.append(await desk.exchange("a", (7, {"failure": "it broke, too"})))
+        taken.append(await desk.exchange("b", (9, {"failure": "and this"})))
+        await desk.end()
+        return taken, [await desk.result() for _ in range(4)]
+
+    taken, results = asyncio.run(day())
+    assert [job and (job.number, job.attempt) for job in taken] == [(7, 1), (8, 1), (7, 2), (9, 1), None, None]
+    assert [found and found[0] for found in results] == [8, 7, 9, None]
+
+
+def test_a_desk_loses_nothing_to_a_worker_that_died_while_it_waited() -> None:
+    async def day() -> list[Any]:
+        desk = Desk()
+        dead = asyncio.create_task(desk.exchange("a", None))
+        await asyncio.sleep(0)
+        again = asyncio.create_task(desk.exchange("a", None))
+        await asyncio.sleep(0)
+        await desk.put(Job(7, "{}", []))
+        await asyncio.wait([dead, again])
+        await desk.close()
+        found = again.result()
+        return [found and found.number, await desk.exchange("a", (7, {})), await desk.exchange("b", None)]
+
+    assert asyncio.run(asyncio.wait_for(day(), 10)) == [7, None, None]
