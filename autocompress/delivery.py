@@ -202,8 +202,8 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
             "version that took latencies otherwise: export the trial again"
         )
     here = machine.fingerprint()
-    overflows = machine.adds_in_16_bits(here) and not machine.adds_in_16_bits(stored.fingerprint)
-    if overflows and artifact.plan.integer_arithmetic:
+    eight_bits = artifact.plan.integer_arithmetic
+    if eight_bits and machine.adds_in_16_bits(here) and not machine.adds_in_16_bits(stored.fingerprint):
         raise ExportError(
             f"{folder}: was built on a CPU that adds 8-bit products in 32 bits; this one adds them in 16, which "
             "overflow: the model computes something else here; search and export on a CPU of this kind"
