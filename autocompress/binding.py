@@ -7,9 +7,10 @@ that they cannot disagree.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from autocompress.anatomy import ModelShape, Site
@@ -25,7 +26,7 @@ from autocompress.plan import (
     Quantize,
     Student,
 )
-from autocompress.space import Axis, BitsAxis, KeepAxis, RankAxis, Rule, SearchSpace, Value
+from autocompress.space import BitsAxis, KeepAxis, RankAxis, SearchSpace, Value
 
 Chooser = Callable[[str, Sequence[Value]], Value]
 Effect = dict[tuple[str, type[Decision]], Decision | None]
@@ -219,12 +220,13 @@ class BoundSpace:
                 lambda c: {(MODEL_SITE, DropBlocks): _drop(self.drop_order, base, int(c))},
             )
         for axis_name in _KINDS:
+            # Of this axis no rule decides what another one reads: heads and neurons, then ranks, then bits.
+            shape = self.shape.after(decisions)
+            ranks = {site: d.rank for site, d in decisions if isinstance(d, LowRank)}
             for rule in self.space.rules:
                 if (axis := rule.axes().get(axis_name)) is not None:
-                    shape = self.shape.after(decisions)
-                    for group, sites in enumerate(_groups(rule, axis_name, axis, shape)):
+                    for group, sites in enumerate(_groups(rule.match, axis_name, axis.tie, shape)):
                         label = rule.name or sites[0].kind
-                        ranks = {site: d.rank for site, d in decisions if isinstance(d, LowRank)}
                         ask(f"{label}.{axis_name}.{group}", axis.choices, _effect(axis_name, sites, ranks))
         return CompressionPlan(tuple(decisions))
 
@@ -352,17 +354,18 @@ def _drop(order: DropOrder, base: str, count: int) -> DropBlocks | None:
     return DropBlocks(blocks=tuple(sorted(order(base)[:count]))) if count else None
 
 
-def _groups(rule: Rule, axis_name: str, axis: Axis, shape: ModelShape) -> Iterator[list[Site]]:
+@lru_cache(maxsize=1024)
+def _groups(pattern: str, axis_name: str, tie: str | int, shape: ModelShape) -> Sequence[Sequence[Site]]:
+    """Return the sites that a rule's pattern matches, those together that an axis decides as one."""
     matched = [
         site
         for name, site in shape.sites().items()
-        if site.kind in _KINDS[axis_name] and fnmatch.fnmatchcase(name, rule.match)
+        if site.kind in _KINDS[axis_name] and fnmatch.fnmatchcase(name, pattern)
     ]
-    wanted = {"all": 1, "none": len(matched)}.get(str(axis.tie), axis.tie)
+    wanted = {"all": 1, "none": len(matched)}.get(str(tie), tie)
     count = min(int(wanted), len(matched))
-    for group in range(count):
-        start, end = group * len(matched) // count, (group + 1) * len(matched) // count
-        yield matched[start:end]
+    ends = [group * len(matched) // count for group in range(count + 1)]
+    return [matched[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _check_counts(where: str, axis_name: str, axis: KeepAxis | BitsAxis | RankAxis, site: Site) -> None:

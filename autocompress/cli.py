@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from autocompress import __version__
+from autocompress import __version__, garbage
 from autocompress.errors import AutocompressError, ConfigError
 
 app = typer.Typer(
@@ -452,6 +452,7 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Run the command line: 0 done, 1 our error in one line, 2 usage, 130 interrupted."""
+    garbage.collect_rarely()
     try:
         app()
     except AutocompressError as error:

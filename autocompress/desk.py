@@ -41,8 +41,19 @@ class Desk:
         self._jobs: deque[Job] = deque()
         self._given: dict[str, list[Job]] = {}
         self._results: deque[Result] = deque()
-        self._closed = self._ended = False
+        self._open = self._closed = self._ended = False
         self._changed = asyncio.Condition()
+
+    async def open(self) -> None:
+        """Let workers load what the driver has made ready."""
+        async with self._changed:
+            self._open = True
+            self._changed.notify_all()
+
+    async def opened(self) -> None:
+        """Wait for that."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._open)
 
     async def put(self, job: Job) -> None:
         """Lay down a job."""

@@ -29,16 +29,16 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 from ray import tune
 
-from autocompress import machine
+from autocompress import garbage, machine
 from autocompress.config import RunConfig
 from autocompress.desk import Desk, Job, Result
 from autocompress.errors import AutocompressError, StudyError
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement, Stopped
-from autocompress.study import Study
 
 if TYPE_CHECKING:
     from autocompress.evaluate import Workshop
+    from autocompress.study import Study
 
 LATENCY_SLOT = "latency_slot"
 """Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
@@ -154,6 +154,7 @@ class _Worker(tune.Trainable):
     """Evaluates plans until none is left, all in one step; the teacher, the rows and the reference stay loaded."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        garbage.collect_rarely()
         self._run, self._artefacts = RunConfig.from_mapping(json.loads(config["run"])), Path(config["artefacts"])
         self._desk = config["desk"]
         self._workshop: Workshop | None = None
@@ -162,6 +163,9 @@ class _Worker(tune.Trainable):
     def step(self) -> dict[str, Any]:
         # While the driver measures the reference. What fails here fails again with a job, and then has a reason.
         with contextlib.suppress(Exception):
+            import autocompress.evaluate  # noqa: F401 - seconds, in which the driver loads the model
+
+            ray.get(self._desk.opened.remote())
             self._workshop = self._opened()
             self._get_ready(self._workshop)
         result: Result | None = None
@@ -254,14 +258,15 @@ class LocalRay:
         """Let nobody wait for further results."""
         self._desk.end.remote()
 
-    def wait_for_start(self) -> None:
-        """Return when there is a desk.
+    def open(self) -> None:
+        """Let workers load the model, which is there by now; returns when Ray has started.
 
         Raises:
             StudyError: if Ray cannot be started.
         """
         self._started.wait()
         self._raise_failure()
+        self._desk.open.remote()
 
     def wait_for_workers(self) -> None:
         """Return when all workers have gone home.
@@ -348,7 +353,7 @@ def execute(
     Raises:
         StudyError: if Ray cannot be started.
     """
-    local.wait_for_start()
+    local.open()
     clerk = _Clerk(study, local, prepare, told)
     clerk.start()
     try:

@@ -94,9 +94,11 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
     with ExitStack() as stack, clock("all"):
         with clock("start"):
             workshop = Workshop(run, folder / "artefacts", progress)
+            # It starts while the model is loaded. A study that is there already may be finished, and need no Ray.
+            local = None if (folder / "study.journal").exists() else stack.enter_context(_local_ray(workshop))
             space = workshop.space
-        # It starts while the reference is measured. A study that is there already may be finished, and need no Ray.
-        local = None if (folder / "study.journal").exists() else stack.enter_context(_local_ray(workshop))
+            if local is not None:
+                local.open()
         with clock("reference"):
             _ensure_environment(folder, workshop, progress)
         data = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"

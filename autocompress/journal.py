@@ -7,7 +7,6 @@ is another: a trial has dozens of records, and Optuna waits for the disk after e
 from __future__ import annotations
 
 import fcntl
-import gc
 import itertools
 import json
 import os
@@ -187,18 +186,6 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Switch the garbage collector off: a long journal makes millions of objects and no cycles among them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def hold(folder: Path) -> int:

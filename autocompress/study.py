@@ -22,8 +22,9 @@ from optuna.trial import TrialState
 from autocompress.binding import BoundSpace
 from autocompress.config import ConstraintsConfig, RunConfig
 from autocompress.errors import ConfigError, MeasurementError, StudyError
+from autocompress.garbage import without_collection
 from autocompress.identity import difference
-from autocompress.journal import Journal, hold, repair_tail, without_collection
+from autocompress.journal import Journal, hold, repair_tail
 from autocompress.pareto import Front, costs, nondominated
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor

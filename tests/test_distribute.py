@@ -201,7 +201,7 @@ def test_ray_ends_with_a_search_that_is_left_while_its_workers_start(
     run = RunConfig.from_file(workplace() / "run.yaml")
     others = descendants(os.getpid())
     with LocalRay(run, tmp_path / "artefacts") as local:
-        local.wait_for_start()
+        local.open()
         below = {pid for pid in descendants(os.getpid()) - others if alive(pid)}
     assert below
     assert not {pid for pid in below if alive(pid)}

@@ -162,6 +162,9 @@ def test_logits_that_are_not_finite_fail_at_the_first_part(shop: Workshop, monke
         def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
             return np.full((len(inputs["input_ids"]), 2), np.nan, dtype=np.float32)
 
+        def close(self) -> None:
+            pass
+
     monkeypatch.setattr(shop.runtime, "load", lambda *_: Broken())
     first = len(shop.parts("search")[0][0].labels)
     with pytest.raises(MeasurementError, match=f"logits: {first} of {first} rows are not finite"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.journal import Journal, repair_tail, with_whole_trials, without_collection
+from autocompress.journal import Journal, repair_tail, with_whole_trials
 
 
 def as_optuna_reads(path: Path) -> JournalStorage:
@@ -160,13 +159,3 @@ def test_what_another_program_writes_in_between_is_read(tmp_path: Path) -> None:
     assert storage.get_study_user_attrs(study) == {"note": "from a dashboard"}
     assert storage.get_trial(trial).user_attrs == {"plan": 1}
     assert trials_of(as_optuna_reads(journal)) == trials_of(storage)
-
-
-def test_the_collector_is_back_after_an_error() -> None:
-    assert gc.isenabled()
-    try:
-        with without_collection():
-            assert not gc.isenabled()
-            raise ValueError
-    except ValueError:
-        assert gc.isenabled()

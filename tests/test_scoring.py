@@ -49,6 +49,9 @@ class Timed(Session):
         self.calls.append(self.name)
         return np.zeros((1, 2), dtype=np.float32)
 
+    def close(self) -> None:
+        """Hold nothing."""
+
 
 class Scripted(Session):
     """Returns logits that are a function of a row's tokens."""
@@ -61,6 +64,9 @@ class Scripted(Session):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         self.sizes.append(len(ids))
         return np.array([self.of(i, m) for i, m in zip(ids, mask, strict=True)], dtype=np.float32)
+
+    def close(self) -> None:
+        """Hold nothing."""
 
 
 class TestWilson:

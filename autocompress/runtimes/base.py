@@ -118,6 +118,10 @@ class Session(ABC):
     def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return logits (``batch x classes``, float32) for int64 arrays of ``batch x tokens`` by input name."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Free what it holds; it cannot run any more."""
+
 
 class Runtime(ABC):
     """Builds and runs artefacts of one format."""

@@ -60,6 +60,9 @@ class ONNXSession(Session):
     def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.asarray(self._session.run(None, {name: inputs[name] for name in self._names})[0], dtype=np.float32)
 
+    def close(self) -> None:
+        self._session = None
+
 
 class ONNXRuntime(Runtime):
     """Builds and runs ONNX files."""

@@ -79,6 +79,9 @@ class OpenVINOSession(Session):
         result = self._request.infer([inputs[name] for name in self._names], share_inputs=True)
         return np.array(result[0], dtype=np.float32)
 
+    def close(self) -> None:
+        self._request = None
+
 
 class OpenVINORuntime(Runtime):
     """Builds and runs OpenVINO IRs."""

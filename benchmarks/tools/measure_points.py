@@ -45,6 +45,10 @@ class Foreign(Session):
             return self._inner.run(inputs)
         return self._inner.run({**inputs, "token_type_ids": np.zeros_like(inputs["input_ids"])})
 
+    def close(self) -> None:
+        """Close what it is around."""
+        self._inner.close()
+
 
 def describe(folder: Path) -> Artifact:
     """Write ``artefact.json`` beside the files of a point: every file but the descriptions is the model's.
