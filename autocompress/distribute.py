@@ -277,9 +277,13 @@ class LocalRay:
         self._ended.wait()
         self._raise_failure()
 
-    def stop(self) -> None:
-        """End it, if it is not ended yet."""
+    def dismiss(self) -> None:
+        """Let it end."""
         self._stopping.set()
+
+    def stop(self) -> None:
+        """End it, if it is not ended yet; returns when nothing of it runs any more."""
+        self.dismiss()
         self._thread.join()
 
     def _raise_failure(self) -> None:

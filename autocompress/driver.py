@@ -117,11 +117,13 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 with clock("candidates"):
                     _evaluate(study, workshop, local, progress, watch)
             if local is not None:
-                local.stop()  # latencies are confirmed with nothing else running
+                local.dismiss()
             with clock("recovery"):
                 _recover(study, workshop, progress)
             with clock("confirmation"):
-                _confirm(study, workshop, progress)
+                _confirm(study, workshop, local, progress)
+            if local is not None:
+                local.stop()  # a baseline has a Ray of its own
             _write_predictions(study)
             with clock("baselines"):
                 for name in run.baselines:
@@ -213,7 +215,7 @@ def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
         wanted -= 1
 
 
-def _confirm(study: Study, workshop: Workshop, progress: Progress) -> None:
+def _confirm(study: Study, workshop: Workshop, local: LocalRay | None, progress: Progress) -> None:
     """Time the front's points anew, one after the other; points that this pushes off the front stay in the study."""
     pairs = study.run.search.confirm_pairs
     while pairs and (waiting := [c for c in study.front().points if not c.score.confirmed]):
@@ -222,9 +224,9 @@ def _confirm(study: Study, workshop: Workshop, progress: Progress) -> None:
             # Its artefact is gone if a latency that did not hold had pushed it off the front.
             kept = (workshop.artefacts / candidate.plan.plan_id).is_dir()
             points.append((candidate.plan, candidate.score if kept else workshop.evaluate(candidate.plan)))
-        for candidate, measured in zip(
-            waiting, workshop.confirmed(points, pairs=pairs, progress=progress), strict=True
-        ):
+        quiet = local.stop if local is not None else None  # it ends while they are loaded
+        confirmed = workshop.confirmed(points, pairs=pairs, quiet=quiet, progress=progress)
+        for candidate, measured in zip(waiting, confirmed, strict=True):
             study.confirm(candidate.number, measured)
     if study.run.search.keep_artefacts == "front":
         front = {c.plan.plan_id for c in study.front().points} | {"reference"}

@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -321,12 +321,23 @@ class Workshop(Bases):
                 raise
 
     def confirmed(
-        self, points: Sequence[tuple[CompressionPlan, Measurement]], *, pairs: int, progress: Progress = silent
+        self,
+        points: Sequence[tuple[CompressionPlan, Measurement]],
+        *,
+        pairs: int,
+        quiet: Callable[[], None] | None = None,
+        progress: Progress = silent,
     ) -> list[Measurement]:
         """Return ``points`` with their latencies taken anew, in rounds over all of them and over several loads.
 
         A machine is slower for seconds at a time, and small models suffer more than the reference: what is timed at
         several moments is not at the mercy of one.
+
+        Args:
+            points: plans with what was measured of them; their artefacts are there.
+            pairs: rounds over all of them.
+            quiet: called before anything is timed; returns when nothing else runs.
+            progress: told each round.
         """
         times: list[list[list[scoring.Pair]]] = [[] for _ in points]
         reference = Artifact.open(self.reference_folder)
@@ -337,6 +348,8 @@ class Workshop(Bases):
             for turn in range(pairs):
                 if turn % _ROUNDS_A_LOAD == 0:
                     loaded_reference, *sessions = self._loaded([reference, *artefacts])
+                    if quiet is not None:
+                        quiet()
                     for n in some:
                         times[n].append([])
                 progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {pairs}")

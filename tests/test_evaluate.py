@@ -200,8 +200,10 @@ def test_confirmed_latencies_come_from_several_loads(
         return load(artifact, target)
 
     monkeypatch.setattr(shop.runtime, "load", noted)
-    shop.confirmed([(PLAN, measured), (PLAN, measured)], pairs=7)
-    assert sorted(loaded) == sorted(3 * ["reference", PLAN.plan_id, PLAN.plan_id])
+    shop.confirmed([(PLAN, measured), (PLAN, measured)], pairs=7, quiet=lambda: loaded.append("quiet"))
+    once = sorted(["reference", PLAN.plan_id, PLAN.plan_id])
+    assert [sorted(loaded[n : n + 3]) for n in (0, 4, 8)] == [once] * 3
+    assert loaded[3::4] == ["quiet"] * 3, "before anything is timed"
 
 
 class TestStitched:
