@@ -230,7 +230,8 @@ class LocalRay:
         self._logical = max(cores, math.ceil(self.workers * self._resources["cpu"]))
         self._desk: Any = None
         self._failure: Exception | None = None
-        self._started, self._ended, self._stopping = threading.Event(), threading.Event(), threading.Event()
+        self._started, self._open = threading.Event(), threading.Event()
+        self._ended, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
 
     def __enter__(self) -> LocalRay:
@@ -259,14 +260,23 @@ class LocalRay:
         self._desk.end.remote()
 
     def open(self) -> None:
-        """Let workers load the model, which is there by now; returns when Ray has started.
+        """Let workers load the model, which is there by now; Ray need not have started yet."""
+        self._open.set()
+        if self._started.is_set():
+            self._open_desk()
+
+    def _open_desk(self) -> None:
+        if self._desk is not None and self._open.is_set():
+            self._desk.open.remote()
+
+    def wait_for_start(self) -> None:
+        """Return when there is a desk.
 
         Raises:
             StudyError: if Ray cannot be started.
         """
         self._started.wait()
         self._raise_failure()
-        self._desk.open.remote()
 
     def wait_for_workers(self) -> None:
         """Return when all workers have gone home.
@@ -296,6 +306,7 @@ class LocalRay:
         try:
             self._start()
             self._started.set()
+            self._open_desk()  # here or in `open`, whichever comes last
             self._work()
         except Exception as error:  # told to whoever waits
             self._failure = error
@@ -358,6 +369,7 @@ def execute(
         StudyError: if Ray cannot be started.
     """
     local.open()
+    local.wait_for_start()
     clerk = _Clerk(study, local, prepare, told)
     clerk.start()
     try:

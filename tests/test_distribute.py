@@ -202,6 +202,7 @@ def test_ray_ends_with_a_search_that_is_left_while_its_workers_start(
     others = descendants(os.getpid())
     with LocalRay(run, tmp_path / "artefacts") as local:
         local.open()
+        local.wait_for_start()
         below = {pid for pid in descendants(os.getpid()) - others if alive(pid)}
     assert below
     assert not {pid for pid in below if alive(pid)}
