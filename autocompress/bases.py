@@ -28,6 +28,7 @@ from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.task import Batch, Split
 from autocompress.transforms import apply_plan
+from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
 from autocompress.transforms.prune import Importance, importance, keep_blocks, keep_heads, keep_neurons
 from autocompress.transforms.quantize import Activations, observe
 
@@ -167,6 +168,23 @@ class Bases:
             tuple(found[f"heads.{n}"] for n in depth),
             tuple(found[f"neurons.{n}"] for n in depth),
             tuple(found["drop_order"].tolist()),
+            lambda block, role: self._moments(base, block, role),
+        )
+
+    def _moments(self, base: EncoderModel, block: int, role: str) -> Moments:
+        """Return the moments of what a layer of ``base`` reads; all of them are taken when one is first asked for."""
+
+        def make(folder: Path) -> None:
+            self.progress(f"running {len(self.calibration)} calibration rows to fit layers by")
+            with torch_threads(machine.cores()):
+                save_moments(take_moments(base, self.calibration_batches()), folder)
+
+        # Read one by one: those of all layers fill a hundred megabytes.
+        return self.bank.load(
+            "moments",
+            self._key(base=base.base, code=code_version(("transforms/moments.py",))),
+            make,
+            lambda folder: read_moments(folder, block, role),
         )
 
     @cached_property
@@ -259,8 +277,10 @@ class Bases:
         return self._sensitivities[base.base]
 
     def prepare(self, plan: CompressionPlan) -> None:
-        """Make what training it takes to build ``plan``, so that workers find it in the bank."""
-        self.base(plan.of_type(Student).get(MODEL_SITE))
+        """Make what takes long to make and many plans share, so that workers find it in the bank."""
+        _, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
+        if scores.moments is not None:
+            scores.moments(0, "output")
 
     def structured(self, plan: CompressionPlan) -> EncoderModel:
         """Return the torch model that the structural decisions of ``plan`` lead to, distilled if it says so."""

@@ -26,7 +26,9 @@ from autocompress.errors import ModelError
 
 DEMO_MODEL = "demo/minilm"
 OFFLINE_SECONDS = 4.0
-_ROLES = ("query", "key", "value", "output", "ffn_in", "ffn_out")
+ROLES = {"attention": ("query", "key", "value", "output"), "ffn": ("ffn_in", "ffn_out")}
+"""Roles of the linear layers of a block, by the kind of their site, in the order of their use."""
+_ROLES = (*ROLES["attention"], *ROLES["ffn"])
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,7 @@ class Layout:
         if site == "head":
             return self.head
         _, number, kind = site.split(".")
-        roles = _ROLES[:4] if kind == "attention" else _ROLES[4:]
-        return tuple(self.path(int(number), role) for role in roles)
+        return tuple(self.path(int(number), role) for role in ROLES[kind])
 
     def path(self, block: int, role: str) -> str:
         return f"{self.blocks}.{block}.{self.roles[role]}"

@@ -21,11 +21,12 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from autocompress import machine
-from autocompress.model import EncoderModel
+from autocompress.model import ROLES, EncoderModel
 from autocompress.plan import Decision, PruneHeads, PruneNeurons, Quantize
 from autocompress.transforms import HANDLERS
-from autocompress.transforms.prune import Importance
-from autocompress.transforms.quantize import ActivationRange, Activations, Packed, packed
+from autocompress.transforms.moments import Moments, same_in_the_mean
+from autocompress.transforms.prune import Importance, columns_of
+from autocompress.transforms.quantize import ActivationRange, Activations, Packed, compensated, packed
 
 _FILE = "piece.safetensors"
 
@@ -52,7 +53,10 @@ Piece = tuple[Layer, ...]
 """The layers of a site, in the order of `Layout.linears`."""
 
 
-_SOURCES = ("pieces.py", *(f"transforms/{name}.py" for name in ("__init__", "prune", "factorize", "quantize")))
+_SOURCES = (
+    "pieces.py",
+    *(f"transforms/{name}.py" for name in ("__init__", "moments", "prune", "factorize", "quantize")),
+)
 
 
 @functools.cache
@@ -91,7 +95,20 @@ def make_piece(
     columns = _columns(model, site, decisions, scores)
     own = {path: [name for name, _ in linear_modules(model, path)] for path in model.layout.linears(site)}
     with _carried_out(model, site, decisions, scores):
-        return tuple(_layer(model, path, names, quantize, columns, activations) for path, names in own.items())
+        read = _read_at(model, site, scores)
+        return tuple(
+            _layer(model, path, names, quantize, columns, activations, read.get(path)) for path, names in own.items()
+        )
+
+
+def _read_at(model: EncoderModel, site: str, scores: Importance | None) -> dict[str, Moments]:
+    """Return the moments of what the site's layers read, as far as they are known, by path."""
+    if scores is None or not site.startswith("block."):
+        return {}
+    _, number, kind = site.split(".")
+    block, shape = int(number), model.shape.blocks[int(number)]
+    known = {model.layout.path(block, role): scores.read_by(block, role, shape) for role in ROLES[kind]}
+    return {path: moments for path, moments in known.items() if moments is not None}
 
 
 def _layer(
@@ -101,6 +118,7 @@ def _layer(
     quantize: Quantize | None,
     columns: Sequence[int] | None,
     activations: Activations,
+    moments: Moments | None,
 ) -> Layer:
     """Return the layer at ``path``, whose products were called ``names`` when ``activations`` were observed."""
     integers = quantize is not None and quantize.activation_bits == 8
@@ -115,33 +133,63 @@ def _layer(
                 assert columns is not None, "only pruning narrows an input"
                 read = read[:, columns]
         weight = _array(module.weight)
-        bias = None if module.bias is None else _array(module.bias)
-        factors.append(Factor(packed(weight, quantize), bias, activations.span(read) if integers else None))
+        stored, bias = _stored(module, quantize, moments)
+        factors.append(Factor(stored, bias, activations.span(read) if integers else None))
+        moments = None if moments is None else moments.through(module.weight.detach())
     return tuple(factors)
 
 
-def stand_ins(model: EncoderModel, site: str, decision: Decision, scores: Importance | None) -> dict[str, np.ndarray]:
-    """Return, by path, weights of the original shape that act as the site's layers do after ``decision``.
+def _stored(layer: nn.Linear, quantize: Quantize | None, moments: Moments | None) -> tuple[Packed, np.ndarray | None]:
+    """Return weight and bias of a layer as they are stored, given the moments of its input where they are known."""
+    weight, bias = _array(layer.weight), None if layer.bias is None else _array(layer.bias)
+    if quantize is None or quantize.weight_bits != 4 or moments is None:
+        return packed(weight, quantize), bias
+    found = compensated(weight, quantize.group_size, moments.gram(centred=bias is not None).numpy())
+    kept = same_in_the_mean(layer, torch.from_numpy(found.restored()), moments.mean, moments.mean)
+    return found, None if kept is None else _array(kept)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A layer of the original shape that acts as another one does.
+
+    Args:
+        weight: ``out x in``.
+        bias: ``out``, or None where it is the original's.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray | None = None
+
+
+def stand_ins(model: EncoderModel, site: str, decision: Decision, scores: Importance | None) -> dict[str, StandIn]:
+    """Return, by path, layers of the original shape that act as the site's layers do after ``decision``.
 
     Only for judging decisions before anything is built: a score comes from a built artefact. What is pruned is zero in
     the layer that reads it.
     """
-    columns = _columns(model, site, [decision], scores)
-    if columns is not None:
-        path = model.layout.linears(site)[-1]
-        weight = _array(model.module.get_parameter(f"{path}.weight"))
-        kept = np.zeros_like(weight)
-        kept[:, columns] = weight[:, columns]
-        return {path: kept}
+    if isinstance(decision, Quantize) and site == "embeddings":
+        tables = {p: _array(model.module.get_parameter(f"{p}.weight")) for p in model.layout.linears(site)}
+        return {p: StandIn(packed(table, decision, looked_up=True).restored()) for p, table in tables.items()}
     if isinstance(decision, Quantize):
-        weights = {p: _array(model.module.get_parameter(f"{p}.weight")) for p in model.layout.linears(site)}
-        looked_up = site == "embeddings"
-        return {p: packed(weight, decision, looked_up=looked_up).restored() for p, weight in weights.items()}
+        read = _read_at(model, site, scores)
+        layers = {p: layer for path in model.layout.linears(site) for p, layer in linear_modules(model, path)}
+        stored = {path: _stored(layer, decision, read.get(path)) for path, layer in layers.items()}
+        return {path: StandIn(weight.restored(), bias) for path, (weight, bias) in stored.items()}
+    columns = _columns(model, site, [decision], scores)
+    paths = model.layout.linears(site)
+    full = _array(model.module.get_parameter(f"{paths[-1]}.weight"))
     with _carried_out(model, site, [decision], scores):
+        if columns is not None:
+            [(_, layer)] = linear_modules(model, paths[-1])
+            kept = np.zeros_like(full)
+            kept[:, columns] = _array(layer.weight)
+            return {paths[-1]: StandIn(kept, None if layer.bias is None else _array(layer.bias))}
         found = {}
-        for path in model.layout.linears(site):
-            first, second = (_array(layer.weight) for _, layer in linear_modules(model, path))
-            found[path] = second @ first
+        for path in paths:
+            (_, first), (_, second) = linear_modules(model, path)
+            bias = None if second.bias is None else _array(second.bias)
+            found[path] = StandIn(_array(second.weight) @ _array(first.weight), bias)
         return found
 
 
@@ -199,8 +247,7 @@ def _columns(
             block = int(site.split(".")[1])
             if isinstance(decision, PruneNeurons):
                 return scores.best_neurons(block, decision.keep)
-            size = model.shape.blocks[block].head_size
-            return [h * size + i for h in scores.best_heads(block, decision.keep) for i in range(size)]
+            return columns_of(scores.best_heads(block, decision.keep), model.shape.blocks[block].head_size)
     return None
 
 

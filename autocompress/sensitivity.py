@@ -13,7 +13,7 @@ from torch.nn import functional
 from autocompress.anatomy import ModelShape
 from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
-from autocompress.pieces import stand_ins
+from autocompress.pieces import StandIn, stand_ins
 from autocompress.plan import Decision, LowRank, PruneHeads, PruneNeurons, Quantize
 from autocompress.task import Batch
 from autocompress.transforms.prune import Importance
@@ -53,17 +53,14 @@ class Sensitivity:
             for decision in decisions:
                 axis, level = level_of(model.shape, site, decision)
                 try:
-                    weights = stand_ins(model, site, decision, scores)
+                    layers = stand_ins(model, site, decision, scores)
                 except PlanError:
                     # Such as groups that do not fill a narrower table: a candidate that decides so fails by itself.
                     continue
-                changes = {
-                    path: torch.from_numpy(weight) - model.module.get_parameter(f"{path}.weight").detach()
-                    for path, weight in weights.items()
-                }
+                changes = {path: _change(model, path, layer) for path, layer in layers.items()}
                 total = 0.0
                 for flow in flows:
-                    moved = sum(flow[path].moved(change) for path, change in changes.items())
+                    moved = sum(flow[path].moved(*change) for path, change in changes.items())
                     total += 0.5 * float(torch.as_tensor(moved).square().sum())
                 curves.setdefault((site, axis), []).append((level, total / rows))
         return cls({key: tuple(sorted(points)) for key, points in curves.items()})
@@ -96,11 +93,19 @@ class _Flow:
     read: torch.Tensor
     slope: torch.Tensor
 
-    def moved(self, change: torch.Tensor) -> torch.Tensor:
-        """Return, for each row, the first-order move of the signed log-probability when weights change so."""
+    def moved(self, change: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        """Return, for each row, the first-order move of the signed log-probability when weight and bias change so."""
         looked_up = self.read.dtype == torch.int64
-        returned = change[self.read] if looked_up else functional.linear(self.read, change)
+        returned = change[self.read] if looked_up else functional.linear(self.read, change, shift)
         return (returned * self.slope).flatten(1).sum(dim=1)
+
+
+def _change(model: EncoderModel, path: str, layer: StandIn) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return how weight and bias at ``path`` change if ``layer`` takes their place."""
+    change = torch.from_numpy(layer.weight) - model.module.get_parameter(f"{path}.weight").detach()
+    if layer.bias is None:
+        return change, None
+    return change, torch.from_numpy(layer.bias) - model.module.get_parameter(f"{path}.bias").detach()
 
 
 def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator) -> dict[str, _Flow]:

@@ -56,8 +56,8 @@ class Given:
         if decision.structural:
             apply_plan(changed, CompressionPlan(((site, decision),)), self.scores)
         else:
-            for path, weight in stand_ins(self.model, site, decision, self.scores).items():
-                changed.module.get_parameter(f"{path}.weight").data.copy_(torch.from_numpy(weight))
+            for path, layer in stand_ins(self.model, site, decision, self.scores).items():
+                changed.module.get_parameter(f"{path}.weight").data.copy_(torch.from_numpy(layer.weight))
         before, after = self.log_p(self.model), self.log_p(changed)
         return float((before.exp() * (before - after)).sum(dim=1).mean())
 

@@ -97,9 +97,7 @@ def apply_plan(model: EncoderModel, plan: CompressionPlan, scores: Importance) -
     for drop in own.of_type(DropBlocks).values():
         kept = [n for n in range(len(model.shape.blocks)) if n not in drop.blocks]
         keep_blocks(model, kept)
-        scores = Importance(
-            tuple(scores.heads[n] for n in kept), tuple(scores.neurons[n] for n in kept), tuple(range(len(kept)))
-        )
+        scores = scores.of_blocks(kept)
     for kind, handler in HANDLERS.items():
         for name, decision in own.of_type(kind).items():
             handler.apply(model, model.shape.sites()[name], decision, scores)

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from autocompress.anatomy import Site
+from autocompress.anatomy import BlockShape, Site
 from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
 from autocompress.plan import PruneHeads, PruneNeurons
 from autocompress.task import Batch
+from autocompress.transforms.moments import AS_READ_BY, Moments, OfBlocks, refitted
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -34,17 +35,46 @@ class Importance:
         heads: one tensor a block, ``heads``.
         neurons: one tensor a block, ``neurons``.
         drop_order: block numbers, least important first.
+        moments: of what the layers read, by which those that lose inputs are fitted anew; without them what is left
+            stays as it is.
     """
 
     heads: tuple[torch.Tensor, ...]
     neurons: tuple[torch.Tensor, ...]
     drop_order: tuple[int, ...]
+    moments: OfBlocks | None = None
 
     def best_heads(self, block: int, keep: int) -> list[int]:
         return _best(self.heads[block], keep)
 
     def best_neurons(self, block: int, keep: int) -> list[int]:
         return _best(self.neurons[block], keep)
+
+    def read_by(self, block: int, role: str, pruned: BlockShape) -> Moments | None:
+        """Return the moments of what a layer reads in a block that was pruned to a shape, or None if not known."""
+        if self.moments is None:
+            return None
+        found = self.moments(block, AS_READ_BY.get(role, role))
+        if role == "output" and pruned.heads < len(self.heads[block]):
+            return found.kept(torch.tensor(columns_of(self.best_heads(block, pruned.heads), pruned.head_size)))
+        if role == "ffn_out" and pruned.neurons < len(self.neurons[block]):
+            return found.kept(torch.tensor(self.best_neurons(block, pruned.neurons)))
+        return found
+
+    def of_blocks(self, kept: Sequence[int]) -> Importance:
+        """Return the scores of a model of these blocks only."""
+        moments = self.moments
+        return Importance(
+            tuple(self.heads[n] for n in kept),
+            tuple(self.neurons[n] for n in kept),
+            tuple(range(len(kept))),
+            None if moments is None else lambda block, role: moments(kept[block], role),
+        )
+
+
+def columns_of(heads: Sequence[int], size: int) -> list[int]:
+    """Return the channels of some attention heads of ``size`` channels each."""
+    return [head * size + channel for head in heads for channel in range(size)]
 
 
 def _best(scores: torch.Tensor, keep: int) -> list[int]:
@@ -172,21 +202,20 @@ def _log_probabilities(model: EncoderModel, batch: Batch, autocast: Autocast) ->
         return functional.log_softmax(model.module(**batch.inputs()).logits.float(), dim=-1)
 
 
-def keep_heads(model: EncoderModel, block: int, heads: Sequence[int]) -> None:
-    """Shrink query, key, value and output of ``block`` to the given heads."""
-    size = model.shape.blocks[block].head_size
-    index = torch.tensor([h * size + i for h in heads for i in range(size)])
+def keep_heads(model: EncoderModel, block: int, heads: Sequence[int], moments: OfBlocks | None = None) -> None:
+    """Shrink query, key, value and output of ``block`` to the given heads; with ``moments`` the output is refitted."""
+    index = torch.tensor(columns_of(heads, model.shape.blocks[block].head_size))
     for role in ("query", "key", "value"):
         model.replace(model.layout.path(block, role), _rows(model.linear(block, role), index))
-    model.replace(model.layout.path(block, "output"), _columns(model.linear(block, "output"), index))
+    _narrow(model, block, "output", index, moments)
     model.shape = model.shape.pruned(block, heads=len(heads))
 
 
-def keep_neurons(model: EncoderModel, block: int, neurons: Sequence[int]) -> None:
-    """Shrink the FFN of ``block`` to the given neurons."""
+def keep_neurons(model: EncoderModel, block: int, neurons: Sequence[int], moments: OfBlocks | None = None) -> None:
+    """Shrink the FFN of ``block`` to the given neurons; with ``moments`` its second layer is refitted."""
     index = torch.tensor(list(neurons))
     model.replace(model.layout.path(block, "ffn_in"), _rows(model.linear(block, "ffn_in"), index))
-    model.replace(model.layout.path(block, "ffn_out"), _columns(model.linear(block, "ffn_out"), index))
+    _narrow(model, block, "ffn_out", index, moments)
     model.shape = model.shape.pruned(block, neurons=len(neurons))
 
 
@@ -202,8 +231,13 @@ def _rows(layer: nn.Linear, index: torch.Tensor) -> nn.Linear:
     return linear(layer.weight.detach()[index], None if layer.bias is None else layer.bias.detach()[index])
 
 
-def _columns(layer: nn.Linear, index: torch.Tensor) -> nn.Linear:
-    return linear(layer.weight.detach()[:, index], None if layer.bias is None else layer.bias.detach())
+def _narrow(model: EncoderModel, block: int, role: str, index: torch.Tensor, moments: OfBlocks | None) -> None:
+    layer = model.linear(block, role)
+    bias: torch.Tensor | None = layer.bias
+    weight = layer.weight.detach()[:, index]
+    if moments is not None:
+        weight, bias = refitted(layer, moments(block, role), index)
+    model.replace(model.layout.path(block, role), linear(weight, None if bias is None else bias.detach()))
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
@@ -223,7 +257,7 @@ class HeadPruning:
 
     def apply(self, model: EncoderModel, site: Site, decision: PruneHeads, scores: Importance) -> None:
         block = int(site.name.split(".")[1])
-        keep_heads(model, block, scores.best_heads(block, decision.keep))
+        keep_heads(model, block, scores.best_heads(block, decision.keep), scores.moments)
 
 
 class NeuronPruning:
@@ -234,7 +268,7 @@ class NeuronPruning:
 
     def apply(self, model: EncoderModel, site: Site, decision: PruneNeurons, scores: Importance) -> None:
         block = int(site.name.split(".")[1])
-        keep_neurons(model, block, scores.best_neurons(block, decision.keep))
+        keep_neurons(model, block, scores.best_neurons(block, decision.keep), scores.moments)
 
 
 def _check_keep(site: Site, keep: int, kind: str, unit: str) -> None:

@@ -1,7 +1,8 @@
 """The arithmetic of quantisation, shared by the runtimes.
 
 Weights are symmetric: per output channel at 8 bits, per group along the input at 4 bits, where the scale of each group
-is the one of a few that leaves the smallest squared error. Where the CPU's integer products overflow, weights at 8 bits
+is the one of a few that leaves the smallest squared error. Where it is known what a layer reads, weights at 4 bits make
+up for each other's rounding (GPTQ). Where the CPU's integer products overflow, weights at 8 bits
 use 7 of them. Activations at 8 bits use one asymmetric range per layer input, the mean over calibration rows of each
 row's smallest and largest value.
 """
@@ -121,6 +122,40 @@ def per_group(weight: np.ndarray, group_size: int) -> Packed:
             best_error = np.where(better, error, best_error)
     assert best_values is not None and best_scales is not None
     return Packed(4, best_values.astype(np.int8), best_scales.astype(np.float32))
+
+
+def compensated(weight: np.ndarray, group_size: int, gram: np.ndarray) -> Packed:
+    """Quantise like `per_group`, the inputs of a row one after the other, so that later ones make up for earlier ones.
+
+    What rounding one of them changes in the output is taken out of those that are not rounded yet as well as their
+    correlations allow: Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+    Transformers", algorithm 1, with groups for blocks.
+
+    Args:
+        weight: ``out x in``.
+        group_size: divides ``in``.
+        gram: ``in x in``, float64, second moments of the input; positive definite.
+    """
+    rows, width = weight.shape
+    # The upper factor of the inverse: its row n tells how those after n make up for n.
+    upper = np.linalg.cholesky(np.linalg.inv(gram)).T
+    left = weight.astype(np.float64)
+    values = np.empty((rows, width // group_size, group_size), dtype=np.int8)
+    scales = np.empty((rows, width // group_size, 1), dtype=np.float32)
+    for group, start in enumerate(range(0, width, group_size)):
+        end = start + group_size
+        # As it is stored: rounding the scale is an error that can be made up for, too.
+        step = per_group(left[:, start:end], group_size).scales.astype(np.float16)[:, 0, 0]  # type: ignore[union-attr]
+        scales[:, group, 0] = step
+        errors = np.empty((rows, group_size))
+        for column in range(start, end):
+            rounded = np.clip(np.rint(left[:, column] / step), -8, 7)
+            values[:, group, column - start] = rounded
+            error = (left[:, column] - rounded * step) / upper[column, column]
+            left[:, column + 1 : end] -= np.outer(error, upper[column, column + 1 : end])
+            errors[:, column - start] = error
+        left[:, end:] -= errors @ upper[start:end, end:]
+    return Packed(4, values, scales)
 
 
 @dataclass(frozen=True)

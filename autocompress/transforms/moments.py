@@ -1,0 +1,154 @@
+"""First and second moments of what linear layers read, by which weights are fitted anew.
+
+A layer that gets other weights returns something else on calibration rows; how much, in squares, depends on the rows
+through the mean and the second moments of its input alone. They are taken once for each model, and then tell in closed
+form how the weights that are left do best: after pruning (Kwon et al. 2022, "A Fast Post-Training Pruning Framework for
+Transformers", section 4.3, and He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 4) and
+at a given rank (`factorize.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from autocompress.model import EncoderModel
+from autocompress.task import Batch
+
+_ROLES = ("query", "output", "ffn_in", "ffn_out")
+AS_READ_BY = {"key": "query", "value": "query"}
+"""Roles that read what another one reads, under whose name the moments are kept."""
+_DAMPING = 0.01
+"""Part of the mean variance that is added to each variance: channels can be constant, or more than the tokens."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of a layer's input over the tokens of calibration rows, padding left out.
+
+    Args:
+        mean: ``channels``, float32.
+        second: ``channels x channels``, float32: the mean outer product.
+    """
+
+    mean: torch.Tensor
+    second: torch.Tensor
+
+    def kept(self, columns: torch.Tensor) -> Moments:
+        """Return those of some channels."""
+        return Moments(self.mean[columns], self.second[columns][:, columns])
+
+    def through(self, weight: torch.Tensor) -> Moments:
+        """Return those of what a layer of ``weight`` (``out x channels``) and no bias returns."""
+        return Moments(weight @ self.mean, weight @ self.second @ weight.T)
+
+    def gram(self, *, centred: bool) -> torch.Tensor:
+        """Return the covariance, where a bias takes up the mean, or the second moments as they are.
+
+        Returns:
+            ``channels x channels``, float64, damped so that it can be inverted.
+        """
+        found = self.second.double()
+        if centred:
+            found = found - torch.outer(self.mean.double(), self.mean.double())
+        damping = _DAMPING * found.diagonal().mean().clamp_min(1e-12)
+        return found + damping * torch.eye(len(found), dtype=found.dtype)
+
+
+OfBlocks = Callable[[int, str], Moments]
+"""Returns the moments of what a block's layer of a role reads."""
+
+
+def refitted(layer: nn.Linear, moments: Moments, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the weight and bias of ``layer`` for some of its input channels that come closest to the whole layer.
+
+    Args:
+        layer: with all channels.
+        moments: of all channels.
+        columns: the channels that are left.
+
+    Returns:
+        ``out x columns`` and ``out`` (or None), with the least mean squared change of what the layer returns.
+    """
+    gram = moments.gram(centred=layer.bias is not None)
+    # W' = W G[:, k] G[k, k]^-1, transposed.
+    fitted = torch.linalg.solve(gram[columns][:, columns], gram[columns] @ layer.weight.detach().double().T).T
+    return fitted.to(layer.weight.dtype), same_in_the_mean(layer, fitted, moments.mean, moments.mean[columns])
+
+
+def same_in_the_mean(
+    layer: nn.Linear, fitted: torch.Tensor, mean: torch.Tensor, left: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the bias with which weights that stand for those of ``layer`` return the same in the mean.
+
+    Args:
+        layer: as it was.
+        fitted: ``out x left``, the other weights.
+        mean: of what the layer read.
+        left: of what the other weights read.
+    """
+    bias: torch.Tensor | None = layer.bias
+    if bias is None:
+        return None
+    moved = layer.weight.detach().double() @ mean.double() - fitted.double() @ left.double()
+    return (bias.detach().double() + moved).to(bias.dtype)
+
+
+def take_moments(model: EncoderModel, batches: Sequence[Batch]) -> list[dict[str, Moments]]:
+    """Run ``batches`` and return, block by block, the moments by role; the model is left unchanged."""
+    sums: dict[tuple[int, str], list[torch.Tensor]] = {}
+    mask = torch.zeros(0)
+
+    def note(key: tuple[int, str]) -> object:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            value = inputs[0]
+            tokens = (value[mask] if value.shape[:2] == mask.shape else value).flatten(0, -2).float()
+            found = [tokens.sum(dim=0).double(), (tokens.T @ tokens).double()]
+            if key in sums:
+                found = [a + b for a, b in zip(sums[key], found, strict=True)]
+            sums[key] = found
+
+        return hook
+
+    blocks = range(len(model.shape.blocks))
+    handles = [
+        model.linear(number, role).register_forward_pre_hook(note((number, role)))  # type: ignore[arg-type]
+        for number in blocks
+        for role in _ROLES
+    ]
+    count = 0
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                mask = batch.attention_mask.bool()
+                count += int(mask.sum())
+                model.module(**batch.inputs())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        {role: Moments(*((total / max(1, count)).float() for total in sums[number, role])) for role in _ROLES}
+        for number in blocks
+    ]
+
+
+def save_moments(found: Sequence[dict[str, Moments]], folder: Path) -> None:
+    """Write moments into ``folder``."""
+    tensors = {}
+    for number, by_role in enumerate(found):
+        for role, moments in by_role.items():
+            tensors[f"{number}.{role}.mean"] = moments.mean
+            tensors[f"{number}.{role}.second"] = moments.second.contiguous()
+    save_file(tensors, folder / "moments.safetensors")
+
+
+def read_moments(folder: Path, block: int, role: str) -> Moments:
+    """Read of what `save_moments` wrote those of one layer's input."""
+    with safe_open(folder / "moments.safetensors", framework="pt") as opened:
+        return Moments(*(opened.get_tensor(f"{block}.{role}.{name}") for name in ("mean", "second")))

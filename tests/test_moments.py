@@ -1,0 +1,180 @@
+"""Moments of what layers read, and that what is fitted by them comes closer to the whole layer than what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, LABELS, make_model, make_tokenizer
+from torch import nn
+
+from autocompress import task
+from autocompress.config import DataConfig
+from autocompress.model import EncoderModel, understand
+from autocompress.plan import CompressionPlan, Decision, DropBlocks, LowRank, PruneHeads, PruneNeurons
+from autocompress.transforms import apply_plan
+from autocompress.transforms.factorize import factorized
+from autocompress.transforms.moments import Moments, read_moments, refitted, save_moments, take_moments
+from autocompress.transforms.prune import Importance, importance
+from autocompress.transforms.quantize import compensated, per_group
+
+TOKENS, WIDTH, OUT = 400, 24, 10
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["bias", "no bias"])
+def layer(request: pytest.FixtureRequest) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(WIDTH, OUT, bias=request.param)
+
+
+@pytest.fixture(scope="module")
+def read() -> torch.Tensor:
+    """Correlated inputs with a mean, ``tokens x channels``."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(WIDTH, WIDTH, generator=generator) * torch.logspace(0, -2, WIDTH)[:, None]
+    return torch.randn(TOKENS, WIDTH, generator=generator) @ mixing + torch.randn(WIDTH, generator=generator)
+
+
+def moments_of(read: torch.Tensor) -> Moments:
+    return Moments(read.mean(dim=0), read.T @ read / len(read))
+
+
+def error(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    return float((wanted - found).square().mean())
+
+
+def test_a_refitted_layer_is_the_least_squares_solution(
+    layer: nn.Linear, read: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = torch.arange(0, WIDTH, 2)
+    weight, bias = refitted(layer, moments_of(read), columns)
+    assert (bias is None) == (layer.bias is None)
+    wanted, left = layer(read).detach(), read[:, columns]
+    ones = torch.ones(len(read), 1)
+    inputs = left if bias is None else torch.hstack([left, ones])
+    best = inputs @ torch.linalg.lstsq(inputs, wanted).solution
+    found = nn.functional.linear(left, weight, bias)
+    cut = nn.functional.linear(left, layer.weight[:, columns], layer.bias).detach()
+    assert error(wanted, found) < 0.5 * error(wanted, cut)
+    assert error(wanted, best) < error(wanted, found), "the damping keeps it from being the best one"
+    monkeypatch.setattr("autocompress.transforms.moments._DAMPING", 1e-7)
+    undamped = nn.functional.linear(left, *refitted(layer, moments_of(read), columns))
+    assert error(wanted, undamped) == pytest.approx(error(wanted, best), rel=1e-2)
+
+
+def test_all_channels_are_fitted_as_they_are(layer: nn.Linear, read: torch.Tensor) -> None:
+    weight, bias = refitted(layer, moments_of(read), torch.arange(WIDTH))
+    assert torch.allclose(weight, layer.weight, atol=1e-5)
+    if bias is not None:
+        assert torch.allclose(bias, layer.bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [2, 5, 9])
+def test_factors_fitted_to_the_input_return_what_is_nearer(layer: nn.Linear, read: torch.Tensor, rank: int) -> None:
+    wanted = layer(read).detach()
+    plain, fitted = factorized(layer, rank), factorized(layer, rank, moments_of(read))
+    assert [f.weight.shape for f in fitted] == [p.weight.shape for p in plain]
+    assert error(wanted, fitted(read).detach()) < error(wanted, plain(read).detach())
+
+
+def test_rounding_errors_are_made_up_for(layer: nn.Linear, read: torch.Tensor) -> None:
+    weight = layer.weight.detach().numpy()
+    wanted = read @ layer.weight.detach().T
+    plain, fitted = per_group(weight, 8), compensated(weight, 8, moments_of(read).gram(centred=False).numpy())
+    assert fitted.values.min() >= -8
+    assert fitted.values.max() <= 7
+    assert fitted.values.shape == plain.values.shape
+    assert np.array_equal(fitted.scales, fitted.scales.astype(np.float16)), "as they are stored"  # type: ignore[union-attr]
+    before, after = (error(wanted, read @ torch.from_numpy(p.restored()).T) for p in (plain, fitted))
+    assert after < 0.7 * before
+
+
+def test_without_correlations_there_is_nothing_to_make_up_for() -> None:
+    weight = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
+    found, plain = compensated(weight, 8, np.eye(16)), per_group(weight, 8)
+    assert np.array_equal(found.values, plain.values)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> EncoderModel:
+    return understand(make_model(request.param, labels=LABELS), base="test")
+
+
+@pytest.fixture(scope="module")
+def batches(model: EncoderModel, tiny_csv: Path) -> list[task.Batch]:
+    family = model.module.config.model_type  # type: ignore[union-attr]
+    rows = task.load(DataConfig(source=str(tiny_csv), search_rows=60)).tokenized(make_tokenizer(str(family)), 16)
+    return list(rows["train"].head(24).in_order_of_length(8))
+
+
+def test_moments_leave_out_padding_and_do_not_depend_on_the_batches(
+    model: EncoderModel, batches: list[task.Batch], tmp_path: Path
+) -> None:
+    found = take_moments(model, batches)
+    inputs: list[torch.Tensor] = []
+    handle = model.linear(1, "ffn_out").register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        for batch in batches:
+            for row in range(len(batch.labels)):
+                length = int(batch.attention_mask[row].sum())
+                alone = {name: tensor[row : row + 1, :length] for name, tensor in batch.inputs().items()}
+                model.module(**alone)
+    handle.remove()
+    tokens = torch.cat([value.reshape(-1, value.shape[-1]) for value in inputs])
+    assert torch.allclose(found[1]["ffn_out"].mean, tokens.mean(dim=0), atol=1e-5)
+    assert torch.allclose(found[1]["ffn_out"].second, tokens.T @ tokens / len(tokens), atol=1e-4)
+    save_moments(found, tmp_path)
+    assert torch.equal(read_moments(tmp_path, 1, "ffn_out").second, found[1]["ffn_out"].second)
+    assert torch.equal(read_moments(tmp_path, 0, "query").mean, found[0]["query"].mean)
+
+
+@pytest.mark.parametrize(
+    ("site", "decision"),
+    [
+        ("block.1.attention", PruneHeads(keep=2)),
+        ("block.1.ffn", PruneNeurons(keep=24)),
+        ("block.1.attention", LowRank(rank=8)),
+        ("block.1.ffn", LowRank(rank=8)),
+    ],
+)
+def test_a_fitted_model_stays_nearer(
+    model: EncoderModel, batches: list[task.Batch], site: str, decision: Decision
+) -> None:
+    """Of the block that is changed, on the rows that it is fitted to."""
+    scores = importance(model, batches)
+    moments = take_moments(model, batches)
+    known = Importance(scores.heads, scores.neurons, scores.drop_order, lambda block, role: moments[block][role])
+    outputs = []
+    for given in (None, scores, known):
+        changed = model.clone()
+        if given is not None:
+            apply_plan(changed, CompressionPlan(((site, decision),)), given)
+        role = "output" if site.endswith("attention") else "ffn_out"
+        last = changed.module.get_submodule(changed.layout.path(1, role))
+        kept: list[torch.Tensor] = []
+        handle = last.register_forward_hook(lambda _, __, found, into=kept: into.append(found))
+        with torch.no_grad():
+            for batch in batches:
+                changed.module(**batch.inputs())
+        handle.remove()
+        outputs.append(
+            torch.cat([k[b.attention_mask.bool()] for k, b in zip(kept, batches, strict=True)]).flatten(0, -2)
+        )
+    full, plain, fitted = outputs
+    assert error(full, fitted) < error(full, plain)
+
+
+def test_moments_follow_their_block_where_others_are_dropped(model: EncoderModel, batches: list[task.Batch]) -> None:
+    scores, asked = importance(model, batches), []
+
+    def moments(block: int, role: str) -> Moments:
+        asked.append((block, role))
+        width = model.linear(block, role).in_features
+        return Moments(torch.zeros(width), torch.eye(width))
+
+    known = Importance(scores.heads, scores.neurons, scores.drop_order, moments)
+    plan = CompressionPlan((("model", DropBlocks(blocks=(0,))), ("block.1.ffn", PruneNeurons(keep=8))))
+    apply_plan(model.clone(), plan, known)
+    assert asked == [(2, "ffn_out")]
