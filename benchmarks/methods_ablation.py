@@ -1,0 +1,156 @@
+"""Hold each compression method against its plain counterpart: ``results/benchmarks/methods-ablation.json``.
+
+``python benchmarks/methods_ablation.py`` builds uniform plans of the fine-tuned demo model twice, with a method and
+without, so that both have the same size and latency, and compares their accuracy through the artefact: on the search
+rows, by which it is decided what is the default, and on the held-out test rows, with a paired bootstrap interval.
+Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from figures import Figures
+
+from autocompress import scoring
+from autocompress.config import RunConfig
+from autocompress.evaluate import Workshop
+from autocompress.model import EncoderModel
+from autocompress.plan import CompressionPlan, Decision, LowRank, PruneHeads, PruneNeurons, Quantize
+from autocompress.transforms.prune import Importance
+
+DATA = ("demo/movies", "demo/tweets")
+DRAWS = 10_000
+W8A8, W4 = Quantize(weight_bits=8, activation_bits=8), Quantize(weight_bits=4, group_size=64)
+
+Change = Callable[[EncoderModel, Importance], Importance]
+
+
+def fisher(_: EncoderModel, scores: Importance) -> Importance:
+    """Return Fisher scores; layers stay as they are."""
+    return dataclasses.replace(scores, moments=None)
+
+
+def magnitude(base: EncoderModel, _: Importance) -> Importance:
+    """Return the L2 norms of what reads each head and neuron."""
+    blocks = range(len(base.shape.blocks))
+    read = [base.linear(n, "output").weight.detach() for n in blocks]
+    heads = [w.reshape(len(w), base.shape.blocks[n].heads, -1).norm(dim=(0, 2)) for n, w in enumerate(read)]
+    neurons = [base.linear(n, "ffn_out").weight.detach().norm(dim=0) for n in blocks]
+    return Importance(tuple(heads), tuple(neurons), tuple(reversed(blocks)))
+
+
+def refitted(_: EncoderModel, scores: Importance) -> Importance:
+    """Return Fisher scores with the moments that layers are fitted by."""
+    return scores
+
+
+VARIANTS: dict[str, Change] = {"magnitude": magnitude, "fisher": fisher, "refitted": refitted}
+
+
+class Varied(Workshop):
+    """A workshop that judges and fits parts of the model in another way."""
+
+    change: Change
+
+    def _importance(self, base: EncoderModel) -> Importance:
+        return self.change(base, super()._importance(base))
+
+
+def uniform(
+    shape_of: Workshop, *, attention: Callable[[int], list[Decision]], ffn: Callable[[int], list[Decision]]
+) -> CompressionPlan:
+    """Return the plan that decides the same in each block; tables and head have 8 bits."""
+    decisions: list[tuple[str, Decision]] = [("embeddings", Quantize(weight_bits=8)), ("head", W8A8)]
+    for name, site in shape_of.teacher.shape.sites().items():
+        if site.kind in ("attention", "ffn"):
+            decisions += [(name, d) for d in (attention if site.kind == "attention" else ffn)(site.parts)]
+    return CompressionPlan(tuple(decisions))
+
+
+def comparisons(shop: Workshop) -> dict[str, tuple[str, str, CompressionPlan]]:
+    """Return, by what they are called: a variant, its counterpart, and the plan that both carry out."""
+    found: dict[str, tuple[str, str, CompressionPlan]] = {}
+    hidden = shop.teacher.shape.hidden
+    neurons = shop.teacher.shape.blocks[0].neurons
+    for share in (0.75, 0.5, 0.25):
+        plans = {
+            "heads": uniform(
+                shop, attention=lambda n, s=share: [PruneHeads(keep=round(s * n)), W8A8], ffn=lambda _: [W8A8]
+            ),
+            "neurons": uniform(
+                shop, attention=lambda _: [W8A8], ffn=lambda n, s=share: [PruneNeurons(keep=round(s * n)), W8A8]
+            ),
+        }
+        for kind, plan in plans.items():
+            found[f"{share:.0%} of {kind}: Fisher over magnitude"] = ("fisher", "magnitude", plan)
+            found[f"{share:.0%} of {kind}: refitted over cut"] = ("refitted", "fisher", plan)
+    for share in (0.75, 0.5):
+        square, wide = (32 * int(share * r / 32) for r in (hidden / 2, hidden * neurons / (hidden + neurons)))
+        plan = uniform(
+            shop,
+            attention=lambda _, r=square: [LowRank(rank=r), W8A8],
+            ffn=lambda _, r=wide: [LowRank(rank=r), W8A8],
+        )
+        found[f"rank {share:.2f}: activation-aware over plain SVD"] = ("refitted", "fisher", plan)
+    plan = uniform(shop, attention=lambda _: [W4], ffn=lambda _: [W4])
+    found["4 bits: GPTQ over rounding to the nearest"] = ("refitted", "fisher", plan)
+    return found
+
+
+def hits(shop: Workshop, plan: CompressionPlan, split: str) -> np.ndarray:
+    """Return which rows of a split the plan's artefact gets right, ``rows``, bool."""
+    artifact = shop.build(plan, shop.artefacts / plan.plan_id)
+    session = shop.runtime.load(artifact, shop.run.target)
+    logits = scoring.logits_of(session, shop.splits[split], shop.batches(split))
+    session.close()
+    return np.asarray(logits.argmax(axis=1) == np.array(shop.splits[split].labels))
+
+
+def interval(first: np.ndarray, second: np.ndarray) -> list[float]:
+    """Return the 95 % interval of the difference of two accuracies on the same rows, by a paired bootstrap."""
+    gained = first.astype(float) - second
+    drawn = np.random.default_rng(0).integers(0, len(gained), (DRAWS, len(gained)))
+    return [float(q) for q in np.quantile(gained[drawn].mean(axis=1), (0.025, 0.975))]
+
+
+def compare(figures: Figures, data: str, scratch: Path) -> None:
+    """Compare all variants on one data set."""
+    run = RunConfig.from_file("demo", overrides=[f"data.source={data}"])
+    trained = Workshop(run, scratch / "unused", print)
+    model = str(trained.teacher_folder)
+    shops: dict[str, Varied] = {}
+    for name, change in VARIANTS.items():
+        # A bank of its own: pieces are kept by what is decided, not by how it is judged.
+        settings = [f"data.source={data}", f"model.id={model}", f"storage.bank={scratch / 'bank' / name}"]
+        shops[name] = Varied(RunConfig.from_file("demo", overrides=settings), scratch / name)
+        shops[name].change = change
+    for what, (variant, plain, plan) in comparisons(trained).items():
+        for split in ("search", "test"):
+            first, second = (hits(shops[name], plan, split) for name in (variant, plain))
+            name = f"{data}, {what}, {split} rows"
+            figures.add(name, float(first.mean() - second.mean()), "share", interval=interval(first, second))
+            figures.more[name] = [float(first.mean()), float(second.mean())]
+        figures.write()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    figures = Figures("methods-ablation", "python benchmarks/methods_ablation.py")
+    figures.read()
+    for data in options.data:
+        with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
+            compare(figures, data, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()
