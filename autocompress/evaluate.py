@@ -42,9 +42,9 @@ _ACCURACY_BATCH, _ACCURACY_STEP = 16, 4
 """Rows per call and multiple of tokens where a runtime's logits depend on neither: little padding and few shapes."""
 _TO_A_REFERENCE = 4
 """Points whose blocks of runs are held against the same block of the reference while latencies are confirmed."""
-_AT_ONCE = 32
+_AT_ONCE_BYTES = 1_000_000_000
 """Artefacts that are loaded together while their latencies are confirmed."""
-_ROUNDS_A_LOAD = 3
+_ROUNDS_A_LOAD = 5
 """Rounds after which they are loaded anew: how fast a model is depends a little on where its memory came to lie."""
 
 
@@ -330,8 +330,8 @@ class Workshop(Bases):
     ) -> list[Measurement]:
         """Return ``points`` with their latencies taken anew, in rounds over all of them and over several loads.
 
-        A machine is slower for seconds at a time, and small models suffer more than the reference: what is timed at
-        several moments is not at the mercy of one.
+        A machine is slower for seconds at a time, and models of different sizes suffer differently: what is timed at
+        several moments, seconds apart, is not at the mercy of one.
 
         Args:
             points: plans with what was measured of them; their artefacts are there.
@@ -342,20 +342,22 @@ class Workshop(Bases):
         times: list[list[list[scoring.Pair]]] = [[] for _ in points]
         reference = Artifact.open(self.reference_folder)
         inputs, clock = self.inputs(reference), scoring.clock_of(self.run.target)
-        for first in range(0, len(points), _AT_ONCE):
-            some = range(first, min(first + _AT_ONCE, len(points)))
-            artefacts = [Artifact.open(self.artefacts / points[n][0].plan_id) for n in some]
+        artefacts = [Artifact.open(self.artefacts / plan.plan_id) for plan, _ in points]
+        for some in _together(artefacts):
+            held = [reference, *(artefacts[n] for n in some)]
+            sessions: dict[int, Session] = {}
             for turn in range(pairs):
-                if turn % _ROUNDS_A_LOAD == 0:
-                    loaded_reference, *sessions = self._loaded([reference, *artefacts])
-                    if quiet is not None:
-                        quiet()
-                    for n in some:
-                        times[n].append([])
+                # A part of them before each round, so that rounds lie apart.
+                due = [place for place in range(len(held)) if turn == 0 or (turn - 1 - place) % _ROUNDS_A_LOAD == 0]
+                sessions.update(zip(due, self._loaded([held[place] for place in due]), strict=True))
+                if turn == 0 and quiet is not None:
+                    quiet()
                 progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {pairs}")
-                for place, n in enumerate(some):
-                    if place % _TO_A_REFERENCE == 0:
-                        beside = scoring.block(loaded_reference, inputs, clock)
+                for place, n in enumerate(some, start=1):
+                    if place % _TO_A_REFERENCE == 1:
+                        beside = scoring.block(sessions[0], inputs, clock)
+                    if place in due:
+                        times[n].append([])
                     times[n][-1].append(scoring.Pair(scoring.block(sessions[place], inputs, clock), beside))
         found = []
         for (_, measured), parts in zip(points, times, strict=True):
@@ -367,6 +369,18 @@ class Workshop(Bases):
         # Nothing else runs yet: a load takes one core for a good part of a second.
         with ThreadPoolExecutor(machine.cores()) as pool:
             return list(pool.map(lambda artifact: self.runtime.load(artifact, self.run.target), artefacts))
+
+
+def _together(artefacts: Sequence[Artifact]) -> Iterator[range]:
+    """Yield which artefacts are loaded at once: as many in a row as `_AT_ONCE_BYTES` holds, one at least."""
+    first, size_bytes = 0, 0
+    for n, artifact in enumerate(artefacts):
+        if n > first and size_bytes + artifact.size_bytes > _AT_ONCE_BYTES:
+            yield range(first, n)
+            first, size_bytes = n, 0
+        size_bytes += artifact.size_bytes
+    if artefacts:
+        yield range(first, len(artefacts))
 
 
 def kept_logits(folder: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autocompress import scoring
+from autocompress import evaluate, scoring
 from autocompress.config import RunConfig
 from autocompress.errors import MeasurementError
 from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
@@ -201,9 +201,23 @@ def test_confirmed_latencies_come_from_several_loads(
 
     monkeypatch.setattr(shop.runtime, "load", noted)
     shop.confirmed([(PLAN, measured), (PLAN, measured)], pairs=7, quiet=lambda: loaded.append("quiet"))
-    once = sorted(["reference", PLAN.plan_id, PLAN.plan_id])
-    assert [sorted(loaded[n : n + 3]) for n in (0, 4, 8)] == [once] * 3
-    assert loaded[3::4] == ["quiet"] * 3, "before anything is timed"
+    point = PLAN.plan_id
+    assert sorted(loaded[:3]) == sorted(["reference", point, point])
+    assert loaded[3:] == ["quiet", "reference", point, point, "reference"], "one after the other, between rounds"
+
+
+def test_artefacts_that_fill_the_memory_are_confirmed_in_parts(
+    shop: Workshop, measured: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size_bytes = shop.evaluate(PLAN).size_bytes
+    for room, parts in ((3 * size_bytes, ["1 to 3"]), (2 * size_bytes, ["1 to 2", "3 to 3"]), (1, ["1", "2", "3"])):
+        said: list[str] = []
+        monkeypatch.setattr(evaluate, "_AT_ONCE_BYTES", room)
+        found = shop.confirmed([(PLAN, measured)] * 3, pairs=2, progress=said.append)
+        assert len(found) == 3
+        assert all(m.confirmed for m in found)
+        assert len(said) == 2 * len(parts)
+        assert all(f"points {part}" in line for part, line in zip(parts, said[::2], strict=True))
 
 
 class TestStitched:
