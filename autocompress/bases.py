@@ -175,7 +175,7 @@ class Bases:
         """Return the moments of what a layer of ``base`` reads; all of them are taken when one is first asked for."""
 
         def make(folder: Path) -> None:
-            self.progress(f"running {len(self.calibration)} calibration rows to fit layers by")
+            self.progress(f"running {len(self.calibration)} calibration rows to fit weights by")
             with torch_threads(machine.cores()):
                 save_moments(take_moments(base, self.calibration_batches()), folder)
 

@@ -145,7 +145,7 @@ def _stored(layer: nn.Linear, quantize: Quantize | None, moments: Moments | None
     if quantize is None or quantize.weight_bits != 4 or moments is None:
         return packed(weight, quantize), bias
     found = compensated(weight, quantize.group_size, moments.gram(centred=bias is not None).numpy())
-    kept = same_in_the_mean(layer, torch.from_numpy(found.restored()), moments.mean, moments.mean)
+    kept = same_in_the_mean(layer, torch.from_numpy(found.restored()), moments)
     return found, None if kept is None else _array(kept)
 
 

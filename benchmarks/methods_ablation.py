@@ -46,12 +46,12 @@ def magnitude(base: EncoderModel, _: Importance) -> Importance:
     return Importance(tuple(heads), tuple(neurons), tuple(reversed(blocks)))
 
 
-def refitted(_: EncoderModel, scores: Importance) -> Importance:
+def fitted(_: EncoderModel, scores: Importance) -> Importance:
     """Return Fisher scores with the moments that layers are fitted by."""
     return scores
 
 
-VARIANTS: dict[str, Change] = {"magnitude": magnitude, "fisher": fisher, "refitted": refitted}
+VARIANTS: dict[str, Change] = {"magnitude": magnitude, "fisher": fisher, "fitted": fitted}
 
 
 class Varied(Workshop):
@@ -90,7 +90,6 @@ def comparisons(shop: Workshop) -> dict[str, tuple[str, str, CompressionPlan]]:
         }
         for kind, plan in plans.items():
             found[f"{share:.0%} of {kind}: Fisher over magnitude"] = ("fisher", "magnitude", plan)
-            found[f"{share:.0%} of {kind}: refitted over cut"] = ("refitted", "fisher", plan)
     for share in (0.75, 0.5):
         square, wide = (32 * int(share * r / 32) for r in (hidden / 2, hidden * neurons / (hidden + neurons)))
         plan = uniform(
@@ -98,9 +97,9 @@ def comparisons(shop: Workshop) -> dict[str, tuple[str, str, CompressionPlan]]:
             attention=lambda _, r=square: [LowRank(rank=r), W8A8],
             ffn=lambda _, r=wide: [LowRank(rank=r), W8A8],
         )
-        found[f"rank {share:.2f}: activation-aware over plain SVD"] = ("refitted", "fisher", plan)
+        found[f"rank {share:.2f}: activation-aware over plain SVD"] = ("fitted", "fisher", plan)
     plan = uniform(shop, attention=lambda _: [W4], ffn=lambda _: [W4])
-    found["4 bits: GPTQ over rounding to the nearest"] = ("refitted", "fisher", plan)
+    found["4 bits: GPTQ over rounding to the nearest"] = ("fitted", "fisher", plan)
     return found
 
 

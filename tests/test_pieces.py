@@ -177,8 +177,8 @@ def test_four_bits_return_what_is_nearer_on_calibration_rows(given: Callable[[st
                 continue
             read = np.concatenate(rows_of(one, path)).astype(np.float64)
             layer = one.model.module.get_submodule(path)
-            wanted = read @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
             columns = one.scores.best_neurons(1, 32) if len(decisions) > 1 else slice(None)
+            wanted = read[:, columns] @ layer.weight.detach().numpy()[:, columns].T + layer.bias.detach().numpy()
             errors = []
             for kind in (plain, one):
                 factor = kind.piece(site, decisions)[-1][0]

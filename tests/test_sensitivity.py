@@ -29,7 +29,6 @@ from autocompress.plan import (
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.transforms import apply_plan
-from autocompress.transforms.moments import take_moments
 from autocompress.transforms.prune import Importance, importance
 
 W16, W4 = Quantize(weight_bits=16), Quantize(weight_bits=4, group_size=8)

@@ -58,7 +58,7 @@ def factorized(layer: nn.Linear, rank: int, read: Moments | None = None) -> nn.S
         root = torch.linalg.cholesky(read.gram(centred=layer.bias is not None))
         outer, inner = _truncated(weight @ root, rank)
         inner = torch.linalg.solve_triangular(root, inner, upper=False, left=False)
-        bias = same_in_the_mean(layer, outer @ inner, read.mean, read.mean)
+        bias = same_in_the_mean(layer, outer @ inner, read)
     bias = None if bias is None else bias.detach()
     return nn.Sequential(linear(inner.to(layer.weight.dtype), None), linear(outer.to(layer.weight.dtype), bias))
 

@@ -1,10 +1,8 @@
-"""First and second moments of what linear layers read, by which weights are fitted anew.
+"""First and second moments of what linear layers read, by which weights are fitted.
 
 A layer that gets other weights returns something else on calibration rows; how much, in squares, depends on the rows
-through the mean and the second moments of its input alone. They are taken once for each model, and then tell in closed
-form how the weights that are left do best: after pruning (Kwon et al. 2022, "A Fast Post-Training Pruning Framework for
-Transformers", section 4.3, and He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 4) and
-at a given rank (`factorize.py`).
+through the mean and the second moments of its input alone. They are taken once for each model, and tell in closed form
+which factors of a given rank (`factorize.py`) and which 4-bit weights (`quantize.py`) change the least.
 """
 
 from __future__ import annotations
@@ -65,38 +63,12 @@ OfBlocks = Callable[[int, str], Moments]
 """Returns the moments of what a block's layer of a role reads."""
 
 
-def refitted(layer: nn.Linear, moments: Moments, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the weight and bias of ``layer`` for some of its input channels that come closest to the whole layer.
-
-    Args:
-        layer: with all channels.
-        moments: of all channels.
-        columns: the channels that are left.
-
-    Returns:
-        ``out x columns`` and ``out`` (or None), with the least mean squared change of what the layer returns.
-    """
-    gram = moments.gram(centred=layer.bias is not None)
-    # W' = W G[:, k] G[k, k]^-1, transposed.
-    fitted = torch.linalg.solve(gram[columns][:, columns], gram[columns] @ layer.weight.detach().double().T).T
-    return fitted.to(layer.weight.dtype), same_in_the_mean(layer, fitted, moments.mean, moments.mean[columns])
-
-
-def same_in_the_mean(
-    layer: nn.Linear, fitted: torch.Tensor, mean: torch.Tensor, left: torch.Tensor
-) -> torch.Tensor | None:
-    """Return the bias with which weights that stand for those of ``layer`` return the same in the mean.
-
-    Args:
-        layer: as it was.
-        fitted: ``out x left``, the other weights.
-        mean: of what the layer read.
-        left: of what the other weights read.
-    """
+def same_in_the_mean(layer: nn.Linear, fitted: torch.Tensor, moments: Moments) -> torch.Tensor | None:
+    """Return the bias with which other weights, ``out x in``, return the same in the mean as ``layer`` (None: none)."""
     bias: torch.Tensor | None = layer.bias
     if bias is None:
         return None
-    moved = layer.weight.detach().double() @ mean.double() - fitted.double() @ left.double()
+    moved = (layer.weight.detach().double() - fitted.double()) @ moments.mean.double()
     return (bias.detach().double() + moved).to(bias.dtype)
 
 

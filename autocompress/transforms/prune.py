@@ -22,7 +22,7 @@ from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
 from autocompress.plan import PruneHeads, PruneNeurons
 from autocompress.task import Batch
-from autocompress.transforms.moments import AS_READ_BY, Moments, OfBlocks, refitted
+from autocompress.transforms.moments import AS_READ_BY, Moments, OfBlocks
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -35,8 +35,8 @@ class Importance:
         heads: one tensor a block, ``heads``.
         neurons: one tensor a block, ``neurons``.
         drop_order: block numbers, least important first.
-        moments: of what the layers read, by which those that lose inputs are fitted anew; without them what is left
-            stays as it is.
+        moments: of what the layers read, by which factors and 4-bit weights are fitted; without them, these come
+            nearest to the weights as such.
     """
 
     heads: tuple[torch.Tensor, ...]
@@ -202,20 +202,20 @@ def _log_probabilities(model: EncoderModel, batch: Batch, autocast: Autocast) ->
         return functional.log_softmax(model.module(**batch.inputs()).logits.float(), dim=-1)
 
 
-def keep_heads(model: EncoderModel, block: int, heads: Sequence[int], moments: OfBlocks | None = None) -> None:
-    """Shrink query, key, value and output of ``block`` to the given heads; with ``moments`` the output is refitted."""
+def keep_heads(model: EncoderModel, block: int, heads: Sequence[int]) -> None:
+    """Shrink query, key, value and output of ``block`` to the given heads."""
     index = torch.tensor(columns_of(heads, model.shape.blocks[block].head_size))
     for role in ("query", "key", "value"):
         model.replace(model.layout.path(block, role), _rows(model.linear(block, role), index))
-    _narrow(model, block, "output", index, moments)
+    model.replace(model.layout.path(block, "output"), _columns(model.linear(block, "output"), index))
     model.shape = model.shape.pruned(block, heads=len(heads))
 
 
-def keep_neurons(model: EncoderModel, block: int, neurons: Sequence[int], moments: OfBlocks | None = None) -> None:
-    """Shrink the FFN of ``block`` to the given neurons; with ``moments`` its second layer is refitted."""
+def keep_neurons(model: EncoderModel, block: int, neurons: Sequence[int]) -> None:
+    """Shrink the FFN of ``block`` to the given neurons."""
     index = torch.tensor(list(neurons))
     model.replace(model.layout.path(block, "ffn_in"), _rows(model.linear(block, "ffn_in"), index))
-    _narrow(model, block, "ffn_out", index, moments)
+    model.replace(model.layout.path(block, "ffn_out"), _columns(model.linear(block, "ffn_out"), index))
     model.shape = model.shape.pruned(block, neurons=len(neurons))
 
 
@@ -231,13 +231,8 @@ def _rows(layer: nn.Linear, index: torch.Tensor) -> nn.Linear:
     return linear(layer.weight.detach()[index], None if layer.bias is None else layer.bias.detach()[index])
 
 
-def _narrow(model: EncoderModel, block: int, role: str, index: torch.Tensor, moments: OfBlocks | None) -> None:
-    layer = model.linear(block, role)
-    bias: torch.Tensor | None = layer.bias
-    weight = layer.weight.detach()[:, index]
-    if moments is not None:
-        weight, bias = refitted(layer, moments(block, role), index)
-    model.replace(model.layout.path(block, role), linear(weight, None if bias is None else bias.detach()))
+def _columns(layer: nn.Linear, index: torch.Tensor) -> nn.Linear:
+    return linear(layer.weight.detach()[:, index], None if layer.bias is None else layer.bias.detach())
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
@@ -257,7 +252,7 @@ class HeadPruning:
 
     def apply(self, model: EncoderModel, site: Site, decision: PruneHeads, scores: Importance) -> None:
         block = int(site.name.split(".")[1])
-        keep_heads(model, block, scores.best_heads(block, decision.keep), scores.moments)
+        keep_heads(model, block, scores.best_heads(block, decision.keep))
 
 
 class NeuronPruning:
@@ -268,7 +263,7 @@ class NeuronPruning:
 
     def apply(self, model: EncoderModel, site: Site, decision: PruneNeurons, scores: Importance) -> None:
         block = int(site.name.split(".")[1])
-        keep_neurons(model, block, scores.best_neurons(block, decision.keep), scores.moments)
+        keep_neurons(model, block, scores.best_neurons(block, decision.keep))
 
 
 def _check_keep(site: Site, keep: int, kind: str, unit: str) -> None:
