@@ -81,10 +81,11 @@ def take_moments(model: EncoderModel, batches: Sequence[Batch]) -> list[dict[str
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             value = inputs[0]
             tokens = (value[mask] if value.shape[:2] == mask.shape else value).flatten(0, -2).float()
-            found = [tokens.sum(dim=0).double(), (tokens.T @ tokens).double()]
-            if key in sums:
-                found = [a + b for a, b in zip(sums[key], found, strict=True)]
-            sums[key] = found
+            found = tokens.sum(dim=0), tokens.T @ tokens
+            if key not in sums:
+                sums[key] = [torch.zeros_like(value, dtype=torch.float64) for value in found]
+            for total, value in zip(sums[key], found, strict=True):
+                total += value
 
         return hook
 
