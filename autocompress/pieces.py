@@ -95,15 +95,20 @@ def make_piece(
     columns = _columns(model, site, decisions, scores)
     own = {path: [name for name, _ in linear_modules(model, path)] for path in model.layout.linears(site)}
     with _carried_out(model, site, decisions, scores):
-        read = _read_at(model, site, scores)
+        read = _read_at(model, site, quantize, scores)
         return tuple(
             _layer(model, path, names, quantize, columns, activations, read.get(path)) for path, names in own.items()
         )
 
 
-def _read_at(model: EncoderModel, site: str, scores: Importance | None) -> dict[str, Moments]:
-    """Return the moments of what the site's layers read, as far as they are known, by path."""
-    if scores is None or not site.startswith("block."):
+def _read_at(
+    model: EncoderModel, site: str, quantize: Quantize | None, scores: Importance | None
+) -> dict[str, Moments]:
+    """Return the moments of what the site's layers read, by path, where they are known and weights are fitted by them.
+
+    At 8 bits rounding errors are too small for that.
+    """
+    if scores is None or quantize is None or quantize.weight_bits != 4 or not site.startswith("block."):
         return {}
     _, number, kind = site.split(".")
     block, shape = int(number), model.shape.blocks[int(number)]
@@ -142,7 +147,7 @@ def _layer(
 def _stored(layer: nn.Linear, quantize: Quantize | None, moments: Moments | None) -> tuple[Packed, np.ndarray | None]:
     """Return weight and bias of a layer as they are stored, given the moments of its input where they are known."""
     weight, bias = _array(layer.weight), None if layer.bias is None else _array(layer.bias)
-    if quantize is None or quantize.weight_bits != 4 or moments is None:
+    if quantize is None or moments is None:
         return packed(weight, quantize), bias
     found = compensated(weight, quantize.group_size, moments.gram(centred=bias is not None).numpy())
     kept = same_in_the_mean(layer, torch.from_numpy(found.restored()), moments)
@@ -172,21 +177,20 @@ def stand_ins(model: EncoderModel, site: str, decision: Decision, scores: Import
         tables = {p: _array(model.module.get_parameter(f"{p}.weight")) for p in model.layout.linears(site)}
         return {p: StandIn(packed(table, decision, looked_up=True).restored()) for p, table in tables.items()}
     if isinstance(decision, Quantize):
-        read = _read_at(model, site, scores)
+        read = _read_at(model, site, decision, scores)
         layers = {p: layer for path in model.layout.linears(site) for p, layer in linear_modules(model, path)}
         stored = {path: _stored(layer, decision, read.get(path)) for path, layer in layers.items()}
         return {path: StandIn(weight.restored(), bias) for path, (weight, bias) in stored.items()}
     columns = _columns(model, site, [decision], scores)
-    paths = model.layout.linears(site)
-    full = _array(model.module.get_parameter(f"{paths[-1]}.weight"))
+    if columns is not None:
+        path = model.layout.linears(site)[-1]
+        weight = _array(model.module.get_parameter(f"{path}.weight"))
+        kept = np.zeros_like(weight)
+        kept[:, columns] = weight[:, columns]
+        return {path: StandIn(kept)}
     with _carried_out(model, site, [decision], scores):
-        if columns is not None:
-            [(_, layer)] = linear_modules(model, paths[-1])
-            kept = np.zeros_like(full)
-            kept[:, columns] = _array(layer.weight)
-            return {paths[-1]: StandIn(kept, None if layer.bias is None else _array(layer.bias))}
         found = {}
-        for path in paths:
+        for path in model.layout.linears(site):
             (_, first), (_, second) = linear_modules(model, path)
             bias = None if second.bias is None else _array(second.bias)
             found[path] = StandIn(_array(second.weight) @ _array(first.weight), bias)

@@ -38,6 +38,7 @@ COLOURS = {
 }
 HEADER = ("| what | measured | 95 % interval | target | |", "|---|---|---|---|---|")
 DEMO = "search-demo"
+METHODS = "methods-ablation"
 SEARCH = (
     "search-cost",
     "search-hypervolume",
@@ -188,6 +189,28 @@ def search_table() -> str:
     return "\n".join([f"{measured_on(contents(SEARCH[0]))}.", "", *lines])
 
 
+def methods_table() -> str:
+    """Return what each compression method gains over its plain counterpart, a data set beside the other."""
+    content = contents(METHODS)
+    figures = {figure["name"]: figure for figure in content["figures"]}
+    parts = [name.split(", ", 2) for name in figures if name.endswith(": accuracy gained")]
+    data = list(dict.fromkeys(part[0] for part in parts))
+    methods = list(dict.fromkeys(part[1] for part in parts))
+    lines = [f"| uniform over all blocks | {' | '.join(f'{name}: accuracy gained | divergence' for name in data)} |"]
+    lines.append(f"|---|{'---|---|' * len(data)}")
+    for method in methods:
+        cells = []
+        for name in data:
+            gained = figures[f"{name}, {method}, test rows: accuracy gained"]
+            low, high = (100 * end for end in gained["interval"])
+            left = figures[f"{name}, {method}, test rows: divergence from the full model"]["value"]
+            cells.append(f"{100 * gained['value']:+.1f} points [{low:+.1f}, {high:+.1f}] | {left:.2f} times")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    said = f"{measured_on(content)}, without any training, on the held-out test rows with paired bootstrap intervals"
+    how = f"reproduce with `{content['command']}` ([as JSON](results/benchmarks/{METHODS}.json))"
+    return "\n".join([f"{said}; {how}.", "", *lines])
+
+
 def put(text: str, name: str, part: str) -> str:
     """Return ``text`` with ``part`` between the marks of that name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -202,7 +225,9 @@ def main() -> None:
     tools_picture(options.chromium)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    readme.write_text(put(put(text, "figures", demo_table()), "search", search_table()), encoding="utf-8")
+    for name, part in (("figures", demo_table()), ("search", search_table()), ("methods", methods_table())):
+        text = put(text, name, part)
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,14 @@ def test_without_correlations_there_is_nothing_to_make_up_for() -> None:
     assert np.array_equal(found.values, plain.values)
 
 
+def test_weights_next_to_nothing_stay_finite() -> None:
+    weight = np.full((2, 16), 1e-12, dtype=np.float32)
+    weight[0] = 0.0
+    found = compensated(weight, 8, np.eye(16)).restored()
+    assert np.isfinite(found).all()
+    assert np.abs(found).max() < 1e-4
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> EncoderModel:
     return understand(make_model(request.param, labels=LABELS), base="test")

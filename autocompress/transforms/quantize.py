@@ -145,7 +145,9 @@ def compensated(weight: np.ndarray, group_size: int, gram: np.ndarray) -> Packed
     for group, start in enumerate(range(0, width, group_size)):
         end = start + group_size
         # As it is stored: rounding the scale is an error that can be made up for, too.
-        step = per_group(left[:, start:end], group_size).scales.astype(np.float16)[:, 0, 0]  # type: ignore[union-attr]
+        found = per_group(left[:, start:end], group_size).scales
+        assert found is not None
+        step = np.maximum(found[:, 0, 0].astype(np.float16), np.finfo(np.float16).tiny)
         scales[:, group, 0] = step
         errors = np.empty((rows, group_size))
         for column in range(start, end):
