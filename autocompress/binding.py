@@ -364,7 +364,8 @@ def _groups(pattern: str, axis_name: str, tie: str | int, shape: ModelShape) -> 
     ]
     wanted = {"all": 1, "none": len(matched)}.get(str(tie), tie)
     count = min(int(wanted), len(matched))
-    ends = [group * len(matched) // count for group in range(count + 1)]
+    # None where the block that a rule is for was dropped.
+    ends = [group * len(matched) // count for group in range(count + 1)] if count else []
     return [matched[start:end] for start, end in itertools.pairwise(ends)]
 
 
