@@ -179,7 +179,7 @@ class Bases:
             with torch_threads(machine.cores()):
                 save_moments(take_moments(base, self.calibration_batches()), folder)
 
-        # Read one by one: those of all layers fill a hundred megabytes.
+        # Read one by one: those of all layers would fill more memory than the model.
         return self.bank.load(
             "moments",
             self._key(base=base.base, code=code_version(("transforms/moments.py",))),

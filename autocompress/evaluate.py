@@ -220,7 +220,7 @@ class Workshop(Bases):
             given_up.stopped = dataclasses.replace(given_up.stopped, stages=watch.seconds)
             raise
         finally:
-            with watch("load"):  # it takes a tenth of what loading does
+            with watch("load"):  # freeing a compiled model takes time, too
                 session.close()
         logits, timed = trial.logits, trial.latency
         if artifact.folder != self.reference_folder:

@@ -1,7 +1,7 @@
 """When Python looks for objects that only refer to each other.
 
 Importing torch and transformers, or reading a long journal, makes millions of objects and hardly any garbage: looking
-through them takes about as long as making them.
+through them takes a good part of the time.
 """
 
 from __future__ import annotations
