@@ -196,9 +196,8 @@ def methods_table() -> str:
     parts = [name.split(", ", 2) for name in figures if name.endswith(": accuracy gained")]
     data = list(dict.fromkeys(part[0] for part in parts))
     methods = list(dict.fromkeys(part[1] for part in parts))
-    lines = [
-        f"| uniform over all blocks | {' | '.join(f'{name}: accuracy gained, test rows | divergence, search / test' for name in data)} |"
-    ]
+    heads = [f"{name}: accuracy gained, test rows | divergence, search / test" for name in data]
+    lines = [f"| uniform over all blocks | {' | '.join(heads)} |"]
     lines.append(f"|---|{'---|---|' * len(data)}")
     for method in methods:
         cells = []
