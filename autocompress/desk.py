@@ -1,4 +1,4 @@
-"""What lies between the driver and its workers: jobs that nobody does yet, those that somebody has, and results."""
+"""What lies between the driver and its workers: jobs that nobody does yet or that somebody has, and results."""
 
 from __future__ import annotations
 
@@ -10,6 +10,35 @@ from typing import Any
 
 Result = tuple[int, dict[str, Any]]
 """A job's number and its measurement, or why there is none, by kind."""
+
+
+DIED = "the worker died or ended without a result in every attempt"
+"""Why there is no measurement of a job that no worker lived through."""
+LATENCY_SLOT = "latency_slot"
+"""Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who works on what.
+
+    Args:
+        run: the resolved run file as JSON.
+        artefacts: folder for built candidates.
+        workers: how many there are.
+        threads: cores that each of them has to itself.
+        cores: what Ray is told that there are.
+        exclusive: whether a worker has the machine's only `LATENCY_SLOT`.
+        max_failures: how often one worker may die.
+    """
+
+    run: str
+    artefacts: str
+    workers: int
+    threads: int
+    cores: int
+    exclusive: bool
+    max_failures: int
 
 
 @dataclass(frozen=True)

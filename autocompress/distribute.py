@@ -1,353 +1,181 @@
-"""Ray executes: a trial of Tune per worker, which takes the study's plans from a `Desk`. Nothing else imports ray.
+"""Who evaluates: jobs go to workers in Ray's process (`workers.py`), and what comes back is told to the study.
 
-Ray's own Optuna searcher is not used: it loses trials on NaN objectives and after crashes. Here the driver alone
-writes the study; a worker receives a plan and returns a measurement or a reason, and may be killed at any moment.
+The driver alone writes the study. Workers, and all of Ray, may be killed at any moment: what they had is given out
+again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import logging
-import math
 import os
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
-import threading
-import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-# Whoever calls Ray after its end, as Tune does when it is left, would start another one.
-os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-
-import ray
-from ray import tune
-
-from autocompress import garbage, machine
+from autocompress import machine
+from autocompress.bases import Progress, silent
 from autocompress.config import RunConfig
-from autocompress.desk import Desk, Job, Result
-from autocompress.errors import AutocompressError, StudyError
+from autocompress.desk import DIED, Crew, Job, Result
+from autocompress.errors import StudyError
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement, Stopped
+from autocompress.study import Study
 
-if TYPE_CHECKING:
-    from autocompress.evaluate import Workshop
-    from autocompress.study import Study
-
-LATENCY_SLOT = "latency_slot"
-"""Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
 _AHEAD = 1
 """Jobs that wait at the desk beyond those that are worked on."""
-_PATIENCE_S = 5.0
-"""Time that an interrupted search waits for its study to be let alone."""
-_DIED = "the worker died or ended without a result in every attempt"
-
-
-class _Clerk(threading.Thread):
-    """Keeps the study while workers work: lays its plans on the desk and tells it what comes back.
-
-    It has a thread of its own, so that a worker whose result has come is sent on at once: its next job lies ready, and
-    proposing the one after takes longer than fetching it.
-    """
-
-    def __init__(
-        self,
-        study: Study,
-        local: LocalRay,
-        prepare: Callable[[CompressionPlan], None],
-        told: Callable[[Candidate], None],
-    ) -> None:
-        super().__init__(name="study", daemon=True)
-        self._study = study
-        self._local = local
-        self._prepare = prepare
-        self._told = told
-        self._running: dict[int, CompressionPlan] = {}
-        self._ended = False
-        self._left = threading.Event()
-        self._failure: Exception | None = None
-
-    def run(self) -> None:
-        """Work until `finish` or `leave` is called."""
-        try:
-            for _ in range(self._local.workers + _AHEAD):
-                self._hand_out()
-            while not self._left.is_set() and (result := self._local.next_result()) is not None:
-                self._receive(*result)
-                self._hand_out()
-            for number in [] if self._left.is_set() else list(self._running):
-                self._tell(number, _DIED)  # no worker is left to do it
-        except Exception as error:  # raised by `finish`, once the workers are at home
-            self._failure = error
-            self._send_home()
-
-    def finish(self) -> None:
-        """Return when all that was taken is told; jobs that nobody did have failed then.
-
-        Raises:
-            Exception: whatever ended its work before.
-        """
-        self._local.end_results()
-        self.join()
-        if self._failure is not None:
-            raise self._failure
-
-    def leave(self) -> None:
-        """Let the study alone from now on; what runs is found as interrupted by the next search."""
-        self._left.set()
-        self._local.end_results()
-        self.join(_PATIENCE_S)  # or longer, for a student that is being trained: nothing is written of it
-
-    def _hand_out(self) -> None:
-        if self._left.is_set() or self._ended:
-            return
-        asked = self._study.ask()
-        if asked is None:
-            self._send_home()
-            return
-        number, plan = asked
-        self._running[number] = plan
-        self._prepare(plan)
-        if self._left.is_set():  # while a student was trained
-            return
-        front = self._study.rivals() if self._study.run.search.stop_early else []
-        self._local.put(Job(number, plan.to_json(), front))
-
-    def _send_home(self) -> None:
-        self._ended = True
-        self._local.close()
-
-    def _receive(self, number: int, outcome: dict[str, Any]) -> None:
-        kinds = {"measurement": Measurement, "stopped": Stopped}
-        [(kind, value)] = outcome.items()
-        self._tell(number, value if kind == "failure" else kinds[kind](**value))
-
-    def _tell(self, number: int, outcome: Measurement | Stopped | str) -> None:
-        self._told(self._study.tell(number, self._running.pop(number), outcome))
-
-
-class _Left(Exception):
-    """The search is left before its workers are done."""
-
-
-class _Leave(tune.Callback):
-    """Ends Tune where it stands once a search is left."""
-
-    def __init__(self, left: threading.Event) -> None:
-        self._left = left
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if self._left.is_set():
-            raise _Left
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its settings for a restore that is never made; an event cannot be
-
-
-class _Worker(tune.Trainable):
-    """Evaluates plans until none is left, all in one step; the teacher, the rows and the reference stay loaded."""
-
-    def setup(self, config: dict[str, Any]) -> None:
-        garbage.collect_rarely()
-        self._run, self._artefacts = RunConfig.from_mapping(json.loads(config["run"])), Path(config["artefacts"])
-        self._desk = config["desk"]
-        self._workshop: Workshop | None = None
-        self._ready = False
-
-    def step(self) -> dict[str, Any]:
-        # While the driver measures the reference. What fails here fails again with a job, and then has a reason.
-        with contextlib.suppress(Exception):
-            import autocompress.evaluate  # noqa: F401 - seconds, in which the driver loads the model
-
-            ray.get(self._desk.opened.remote())
-            self._workshop = self._opened()
-            self._get_ready(self._workshop)
-        result: Result | None = None
-        while (job := ray.get(self._desk.exchange.remote(self.trial_id, result))) is not None:
-            died = job.attempt > 1 + self._run.search.max_retries
-            result = job.number, {"failure": _DIED} if died else self.outcome(job)
-        return {"done": True}
-
-    def outcome(self, job: Job) -> dict[str, Any]:
-        """Evaluate a job's plan; returns its measurement, or why there is none, by kind."""
-        try:
-            # Not in setup: what fails there reaches the driver without its reason.
-            self._workshop = self._workshop or self._opened()
-            self._get_ready(self._workshop)
-            found = self._workshop.attempt(CompressionPlan.from_json(job.plan), job.front)
-            kind = "measurement" if isinstance(found, Measurement) else "stopped"
-            return {kind: dataclasses.asdict(found)}
-        except AutocompressError as error:
-            return {"failure": str(error)}
-        except Exception as error:
-            # A defect in one candidate's path must not end the search; the class name tells it from a refusal.
-            text = str(error).strip().splitlines()
-            return {"failure": f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"}
-
-    def _opened(self) -> Workshop:
-        from autocompress.evaluate import Workshop
-
-        workshop = Workshop(self._run, self._artefacts)
-        workshop.open()
-        return workshop
-
-    def _get_ready(self, workshop: Workshop) -> None:
-        if not self._ready:
-            workshop.ready()
-            self._ready = True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Save nothing: a killed worker's job starts again."""
-
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Load nothing."""
+_LIVES = 3
+"""How often Ray may be started for one search."""
+_PATIENCE_S = 20.0
+"""Time that Ray has to end by itself."""
 
 
 class LocalRay:
-    """A Ray instance of one search on this machine, whose workers start while the driver does other things.
+    """Ray and the workers of one search on this machine, which start while the driver does other things.
+
+    When Ray dies, which ends the process that started it, it is started again and given what had no result yet.
 
     Args:
         run: the resolved run file, as workers shall read it.
         artefacts: folder for built candidates.
+        progress: told when it is started again.
     """
 
-    def __init__(self, run: RunConfig, artefacts: Path) -> None:
-        # Tune runs its workers in folders of their own.
-        self.run, self.artefacts = run, artefacts.absolute()
-        threads, cores = run.target.threads, machine.cores()
+    def __init__(self, run: RunConfig, artefacts: Path, progress: Progress = silent) -> None:
+        self._progress = progress
+        cores = machine.cores()
+        threads = min(run.target.threads, cores)
         # Wall-clock timing needs the node to itself; CPU time at one thread does not.
-        exclusive = threads > 1
-        wanted = 1 if exclusive else run.search.workers or max(1, cores // threads)
-        self.workers = max(1, min(wanted, run.search.trials))
-        self._resources: dict[str, float] = {"cpu": min(threads, cores), **({LATENCY_SLOT: 1} if exclusive else {})}
-        # More workers than cores were asked for by name: Ray is told so, or it would wait for cores that do not exist.
-        self._logical = max(cores, math.ceil(self.workers * self._resources["cpu"]))
-        self._desk: Any = None
-        self._failure: Exception | None = None
-        self._started, self._open = threading.Event(), threading.Event()
-        self._ended, self._stopping = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
+        exclusive = run.target.threads > 1
+        wanted = 1 if exclusive else run.search.workers or cores // threads
+        self.workers = min(wanted, run.search.trials)
+        self._crew = Crew(
+            run=json.dumps(run.model_dump(mode="json", by_alias=True)),
+            artefacts=str(artefacts.absolute()),  # Tune runs its workers in folders of their own
+            workers=self.workers,
+            threads=threads,
+            # More workers than cores were asked for by name: Ray would wait for cores that do not exist.
+            cores=max(cores, self.workers * threads),
+            exclusive=exclusive,
+            max_failures=(1 + run.search.max_retries) * run.search.trials,
+        )
+        self._jobs: dict[int, Job] = {}
+        self._open = self._closed = False
+        self._lives = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._words: IO[bytes] | None = None
 
     def __enter__(self) -> LocalRay:
-        warnings.filterwarnings("ignore", module="ray.*")
-        self._thread.start()
+        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def open(self) -> None:
+        """Let workers load the model, which is there by now; Ray need not have started yet."""
+        self._open = True
+        self._send("open")
+
     def put(self, job: Job) -> None:
         """Lay a job on the desk."""
-        self._desk.put.remote(job)
-
-    def next_result(self) -> Result | None:
-        """Wait for a worker's result; None after `end_results`."""
-        found: Result | None = ray.get(self._desk.result.remote())
-        return found
+        self._jobs[job.number] = job
+        self._send("put", job)
 
     def close(self) -> None:
         """Send the workers home once no job is left."""
-        self._desk.close.remote()
+        self._closed = True
+        self._send("close")
 
-    def end_results(self) -> None:
-        """Let nobody wait for further results."""
-        self._desk.end.remote()
-
-    def open(self) -> None:
-        """Let workers load the model, which is there by now; Ray need not have started yet."""
-        self._open.set()
-        if self._started.is_set():
-            self._open_desk()
-
-    def _open_desk(self) -> None:
-        if self._desk is not None and self._open.is_set():
-            self._desk.open.remote()
-
-    def wait_for_start(self) -> None:
-        """Return when there is a desk.
+    def next_result(self) -> Result | None:
+        """Wait for a worker's result; None when all of them have gone home, done or not.
 
         Raises:
-            StudyError: if Ray cannot be started.
+            StudyError: if Ray cannot be started, or died too often.
         """
-        self._started.wait()
-        self._raise_failure()
-
-    def wait_for_workers(self) -> None:
-        """Return when all workers have gone home.
-
-        Raises:
-            StudyError: if Ray ended before.
-        """
-        self._ended.wait()
-        self._raise_failure()
-
-    def dismiss(self) -> None:
-        """Let it end."""
-        self._stopping.set()
+        while True:
+            assert self._connection is not None
+            try:
+                kind, found = self._connection.recv()
+            except (EOFError, OSError):
+                self._start_again()
+                continue
+            if kind == "result":
+                result: Result = found
+                self._jobs.pop(result[0], None)
+                return result
+            if found is not None:
+                raise StudyError(f"search: Ray cannot be started or ended early ({found})")
+            return None
 
     def stop(self) -> None:
-        """End it, if it is not ended yet; returns when nothing of it runs any more."""
-        self.dismiss()
-        self._thread.join()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            line = (str(self._failure).strip() or type(self._failure).__name__).splitlines()[0]
-            raise StudyError(f"search: Ray cannot be started or ended early ({line})") from self._failure
-
-    def _live(self) -> None:
-        # All in one thread: Ray's processes die with the one that started them.
-        try:
-            self._start()
-            self._started.set()
-            self._open_desk()  # here or in `open`, whichever comes last
-            self._work()
-        except Exception as error:  # told to whoever waits
-            self._failure = error
-        self._started.set()
-        self._ended.set()
-        self._stopping.wait()
-        ray.shutdown()
+        """End it, if it has not ended yet; returns when nothing of it runs any more."""
+        if self._process is None:
+            return
+        assert self._connection is not None
+        assert self._words is not None
+        self._connection.close()  # which it sees
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_PATIENCE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # what it left behind, or it
+        self._process.wait()
+        self._words.close()
+        self._process = None
 
     def _start(self) -> None:
-        ray.init(
-            num_cpus=self._logical,
-            resources={LATENCY_SLOT: 1},
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=100 * 2**20,
-        )
-        # A worker's death is retried and then told as the candidate's failure; Tune's own traceback of it is noise.
-        for name in ("ray", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._desk = ray.remote(num_cpus=0)(Desk).remote()
+        self._lives += 1
+        ours, theirs = socket.socketpair()
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-c", "from autocompress.workers import main; main()", str(theirs.fileno())],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._words,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for the driver
+            )
+        self._connection = Connection(ours.detach())
+        self._tell(self._crew)
 
-    def _work(self) -> None:
-        """Run workers until all are sent home."""
-        search = self.run.search
-        config = {"run": json.dumps(self.run.model_dump(mode="json", by_alias=True)), "artefacts": str(self.artefacts)}
-        with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:
-            tune.Tuner(
-                tune.with_resources(_Worker, self._resources),
-                param_space={**config, "desk": self._desk},
-                tune_config=tune.TuneConfig(num_samples=self.workers, max_concurrent_trials=self.workers),
-                run_config=tune.RunConfig(
-                    name="search",
-                    storage_path=scratch,
-                    verbose=0,
-                    callbacks=[_Leave(self._stopping)],
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                    # Attempts are counted by candidate; this bounds a machine on which no worker can live.
-                    failure_config=tune.FailureConfig(max_failures=(1 + search.max_retries) * search.trials),
-                ),
-            ).fit()
+    def _start_again(self) -> None:
+        """Give a new Ray what had no result yet."""
+        last = self._last_words()
+        self.stop()
+        if self._lives == _LIVES:
+            raise StudyError(f"search: Ray died {_LIVES} times ({last}); run the same command again to continue")
+        self._progress(f"Ray died ({last}); it is started again with what had no result yet")
+        self._start()
+        if self._open:
+            self._send("open")
+        for job in self._jobs.values():
+            self._send("put", job)
+        if self._closed:
+            self._send("close")
+
+    def _last_words(self) -> str:
+        assert self._words is not None
+        self._words.seek(0)
+        lines = [line.strip() for line in self._words.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        return lines[-1][-200:] if lines else "it left no word"
+
+    def _send(self, method: str, *values: Any) -> None:
+        self._tell((method, *values))
+
+    def _tell(self, message: Any) -> None:
+        assert self._connection is not None
+        # `next_result` finds it dead, and tells all of this to the next one.
+        with contextlib.suppress(OSError):
+            self._connection.send(message)
 
 
 def execute(
@@ -366,15 +194,37 @@ def execute(
         told: called after each candidate was recorded.
 
     Raises:
-        StudyError: if Ray cannot be started.
+        StudyError: if Ray cannot be started, or died too often.
     """
+    running: dict[int, CompressionPlan] = {}
+    ended = False
+
+    def hand_out() -> None:
+        nonlocal ended
+        if ended:
+            return
+        asked = study.ask()
+        if asked is None:
+            ended = True
+            local.close()
+            return
+        number, plan = asked
+        running[number] = plan
+        prepare(plan)
+        front = study.rivals() if study.run.search.stop_early else []
+        local.put(Job(number, plan.to_json(), front))
+
+    def tell(number: int, outcome: Measurement | Stopped | str) -> None:
+        told(study.tell(number, running.pop(number), outcome))
+
     local.open()
-    local.wait_for_start()
-    clerk = _Clerk(study, local, prepare, told)
-    clerk.start()
-    try:
-        local.wait_for_workers()
-    except BaseException:
-        clerk.leave()
-        raise
-    clerk.finish()
+    for _ in range(local.workers + _AHEAD):
+        hand_out()
+    while (result := local.next_result()) is not None:
+        number, outcome = result
+        [(kind, value)] = outcome.items()
+        kinds = {"measurement": Measurement, "stopped": Stopped}
+        tell(number, value if kind == "failure" else kinds[kind](**value))
+        hand_out()
+    for number in list(running):
+        tell(number, DIED)  # no worker is left to do it

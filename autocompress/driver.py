@@ -116,8 +116,6 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 local = local or stack.enter_context(_local_ray(workshop))
                 with clock("candidates"):
                     _evaluate(study, workshop, local, progress, watch)
-            if local is not None:
-                local.dismiss()
             with clock("recovery"):
                 _recover(study, workshop, progress)
             with clock("confirmation"):
@@ -142,7 +140,7 @@ def _local_ray(workshop: Workshop) -> LocalRay:
     # Ray is imported where it is needed: a finished search only rewrites its report.
     from autocompress.distribute import LocalRay
 
-    return LocalRay(_run_for_workers(workshop), workshop.artefacts)
+    return LocalRay(_run_for_workers(workshop), workshop.artefacts, workshop.progress)
 
 
 def _evaluate(study: Study, workshop: Workshop, local: LocalRay, progress: Progress, watch: Watch | None) -> None:

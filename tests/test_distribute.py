@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ from test_study import plan_ids, states
 
 from autocompress.config import RunConfig
 from autocompress.desk import Job
+from autocompress.distribute import LocalRay
+from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
 from autocompress.plan import MODEL_SITE, CompressionPlan, Student
 from autocompress.records import Candidate, Stopped
@@ -69,11 +73,12 @@ def kill_a_busy_worker(search: subprocess.Popen[str]) -> int:
     return len(busy)
 
 
-def ended(search: subprocess.Popen[str], out: Path, trials: int = TRIALS) -> list[Candidate]:
+def ended(search: subprocess.Popen[str], out: Path, trials: int = TRIALS, said: str = "") -> list[Candidate]:
     """Wait for the search; check that the study is whole and return its candidates."""
     _, err = search.communicate(timeout=300)
     assert search.returncode == 0, err
     assert "Traceback" not in err
+    assert said in err
     candidates = list(by_number(out).values())
     assert len(candidates) == trials
     assert len(set(plan_ids(candidates))) == trials
@@ -153,7 +158,7 @@ def test_a_student_of_not_a_number_fails_and_the_others_finish(
 @pytest.fixture
 def worker(workplace: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A worker as Tune would make it, in this process, on a folder that lacks the reference."""
-    from autocompress.distribute import _Worker
+    from autocompress.workers import _Worker
 
     run = RunConfig.from_file(workplace() / "run.yaml")
     config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(workplace() / "none")}
@@ -193,18 +198,74 @@ def test_a_worker_gives_up_what_cannot_reach_the_front(worker: Any, monkeypatch:
     assert asked == [(CompressionPlan().plan_id, []), (CompressionPlan().plan_id, [[-0.9, 1.0, 0.1]])]
 
 
-def test_ray_ends_with_a_search_that_is_left_while_its_workers_start(
-    workplace: Callable[..., Path], tmp_path: Path
-) -> None:
-    from autocompress.distribute import LocalRay
+def named(driver: int, title: bytes) -> list[int]:
+    """Return the processes below ``driver`` in whose command line ``title`` stands."""
+    found = []
+    for pid in descendants(driver):
+        with contextlib.suppress(OSError):
+            if title in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
-    run = RunConfig.from_file(workplace() / "run.yaml")
+
+# Workers that lost their raylet may go on to their end, if that comes soon.
+@pytest.mark.parametrize(
+    ("title", "said"),
+    [(b"autocompress.workers", "it is started again with what had no result yet"), (b"raylet/raylet", "")],
+    ids=["its process", "the raylet"],
+)
+def test_a_search_outlives_ray(workplace: Callable[..., Path], title: bytes, said: str) -> None:
+    folder = workplace("search.trials=16")
+    search = start_search(folder, folder / "out")
+    told = [re.findall(r"\] trial (\d+) ", line) for line in lines_until(search, "] trial ")]
+    [ray] = named(search.pid, title)
+    os.kill(ray, signal.SIGKILL)
+    candidates = ended(search, folder / "out", 16, said)
+    assert {c.state for c in candidates} == {"COMPLETE"}
+    assert {int(number) for found in told for number in found} <= {c.number for c in candidates}
+
+
+@pytest.fixture
+def local(workplace: Callable[..., Path], tmp_path: Path) -> LocalRay:
+    return LocalRay(RunConfig.from_file(workplace() / "run.yaml"), tmp_path / "artefacts")
+
+
+def test_a_ray_that_always_dies_ends_the_search(local: LocalRay) -> None:
+    others, killed, over = descendants(os.getpid()), set[int](), threading.Event()
+
+    def kill() -> None:
+        while not over.wait(0.05):
+            for ray in set(named(os.getpid(), b"autocompress.workers")) - others - killed:
+                os.kill(ray, signal.SIGKILL)
+                killed.add(ray)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    with local:
+        killer.start()
+        with pytest.raises(StudyError, match=r"Ray died 3 times \(it left no word\); run the same command again"):
+            local.next_result()
+    over.set()
+    killer.join()
+    assert len(killed) == 3
+    assert not {pid for pid in descendants(os.getpid()) - others if alive(pid)}
+
+
+def test_why_ray_cannot_start_is_said(local: LocalRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of a cluster that is not there
+    with local, pytest.raises(StudyError, match=r"search: Ray cannot be started or ended early \(.+\)"):
+        local.next_result()
+
+
+def test_ray_ends_with_a_search_that_is_left_while_its_workers_start(local: LocalRay) -> None:
     others = descendants(os.getpid())
-    with LocalRay(run, tmp_path / "artefacts") as local:
+    with local:
         local.open()
-        local.wait_for_start()
+        until = time.monotonic() + 60
+        while not named(os.getpid(), b"ray::"):
+            assert time.monotonic() < until, "no worker was started"
+            time.sleep(0.1)
         below = {pid for pid in descendants(os.getpid()) - others if alive(pid)}
-    assert below
+    assert len(below) > 1
     assert not {pid for pid in below if alive(pid)}
 
 
