@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autocompress import machine
 from autocompress.bases import Progress
 from autocompress.config import RunConfig
+from autocompress.distribute import LocalRay, execute
 from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
@@ -31,9 +32,6 @@ from autocompress.report.comparison import Comparison
 from autocompress.report.tables import write_aside
 from autocompress.stopwatch import Stopwatch
 from autocompress.study import Study
-
-if TYPE_CHECKING:
-    from autocompress.distribute import LocalRay
 
 ENVIRONMENT_SCHEMA = 1
 BASELINES = "baselines"
@@ -137,9 +135,6 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
 
 
 def _local_ray(workshop: Workshop) -> LocalRay:
-    # Ray is imported where it is needed: a finished search only rewrites its report.
-    from autocompress.distribute import LocalRay
-
     return LocalRay(_run_for_workers(workshop), workshop.artefacts, workshop.progress)
 
 
@@ -161,8 +156,6 @@ def _evaluate(study: Study, workshop: Workshop, local: LocalRay, progress: Progr
         if watch is not None:
             each = (time.perf_counter() - began) / (study.finished - before)
             watch(_status(study, reference, majority, each))
-
-    from autocompress.distribute import execute
 
     execute(study, local=local, prepare=workshop.prepare, told=told)
     if study.remaining:
