@@ -10,12 +10,8 @@ from typing import Any
 
 Result = tuple[int, dict[str, Any]]
 """A job's number and its measurement, or why there is none, by kind."""
-
-
 DIED = "the worker died or ended without a result in every attempt"
 """Why there is no measurement of a job that no worker lived through."""
-LATENCY_SLOT = "latency_slot"
-"""Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class Crew:
         workers: how many there are.
         threads: cores that each of them has to itself.
         cores: what Ray is told that there are.
-        exclusive: whether a worker has the machine's only `LATENCY_SLOT`.
+        exclusive: whether a worker must have the machine to itself while it times.
         max_failures: how often one worker may die.
     """
 

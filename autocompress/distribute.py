@@ -257,13 +257,13 @@ def _execute(
     local.open()
     for _ in range(local.workers + _AHEAD):
         hand_out()
+    check_interrupt()
     while (result := local.next_result()) is not None:
-        check_interrupt()
         number, outcome = result
         [(kind, value)] = outcome.items()
         kinds = {"measurement": Measurement, "stopped": Stopped}
         tell(number, value if kind == "failure" else kinds[kind](**value))
         hand_out()
-    check_interrupt()
+        check_interrupt()
     for number in list(running):
         tell(number, DIED)  # no worker is left to do it

@@ -31,12 +31,15 @@ import ray
 from ray import tune
 
 from autocompress import garbage
-from autocompress.desk import DIED, LATENCY_SLOT, Crew, Desk, Job, Result
+from autocompress.desk import DIED, Crew, Desk, Job, Result
 from autocompress.errors import AutocompressError
 
 if TYPE_CHECKING:
     from autocompress.config import RunConfig
     from autocompress.evaluate import Workshop
+
+LATENCY_SLOT = "latency_slot"
+"""Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
 
 
 class _Left(Exception):
