@@ -14,8 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
@@ -197,42 +196,6 @@ def execute(
     Raises:
         StudyError: if Ray cannot be started, or died too often.
     """
-    with _noticed_interrupt() as check_interrupt:
-        _execute(study, local, prepare, told, check_interrupt)
-
-
-@contextlib.contextmanager
-def _noticed_interrupt() -> Iterator[Callable[[], None]]:
-    """Yield a function that raises a KeyboardInterrupt again that was lost, as in a finaliser, where it is ignored."""
-    came = False
-
-    def note(signum: int, frame: Any) -> None:
-        nonlocal came
-        came = True
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield check
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _execute(
-    study: Study,
-    local: LocalRay,
-    prepare: Callable[[CompressionPlan], None],
-    told: Callable[[Candidate], None],
-    check_interrupt: Callable[[], None],
-) -> None:
     running: dict[int, CompressionPlan] = {}
     ended = False
 
@@ -257,13 +220,11 @@ def _execute(
     local.open()
     for _ in range(local.workers + _AHEAD):
         hand_out()
-    check_interrupt()
     while (result := local.next_result()) is not None:
         number, outcome = result
         [(kind, value)] = outcome.items()
         kinds = {"measurement": Measurement, "stopped": Stopped}
         tell(number, value if kind == "failure" else kinds[kind](**value))
         hand_out()
-        check_interrupt()
     for number in list(running):
         tell(number, DIED)  # no worker is left to do it

@@ -359,6 +359,8 @@ def start_search(workplace: Path, out: Path, *overrides: str) -> subprocess.Pope
         text=True,
         cwd=workplace,
         env=environment(),
+        # A shell starts what it runs in the background deaf to Ctrl-C, and so would be what is started here.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
