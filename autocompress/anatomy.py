@@ -26,7 +26,7 @@ class Site:
         kind: which decisions it can take.
         inner: width that pruning can change: heads x head size, FFN neurons, or 0.
         outer: the model's hidden width.
-        parts: units of the inner width: heads, neurons, or 0.
+        parts: what pruning can remove one by one: heads, neurons, rows of the table of tokens, or 0.
     """
 
     name: str
@@ -49,10 +49,17 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of an encoder: hidden width and, block by block, heads and FFN neurons."""
+    """Sizes of an encoder.
+
+    Args:
+        hidden: width between the blocks.
+        blocks: heads and FFN neurons, block by block.
+        vocabulary: rows of the table of tokens; 0 where that is not known.
+    """
 
     hidden: int
     blocks: tuple[BlockShape, ...]
+    vocabulary: int = 0
 
     def sites(self) -> Mapping[str, Site]:
         """Return all sites by name, in the order of the forward pass."""
@@ -60,7 +67,7 @@ class ModelShape:
 
     @cached_property
     def _sites(self) -> Mapping[str, Site]:
-        sites = [Site("embeddings", "embedding", 0, self.hidden, 0)]
+        sites = [Site("embeddings", "embedding", 0, self.hidden, self.vocabulary)]
         for number, block in enumerate(self.blocks):
             inner = block.heads * block.head_size
             sites.append(Site(f"block.{number}.attention", "attention", inner, self.hidden, block.heads))
@@ -94,7 +101,7 @@ class ModelShape:
             if isinstance(decision, Student):
                 blocks = list(self.of_student(decision).blocks)
             elif isinstance(decision, DropBlocks):
-                blocks = list(ModelShape(self.hidden, tuple(blocks)).without(decision).blocks)
+                blocks = [block for number, block in enumerate(blocks) if number not in decision.blocks]
             elif isinstance(decision, (PruneHeads, PruneNeurons)):
                 number = int(site.split(".")[1])
                 heads, size, neurons = blocks[number].heads, blocks[number].head_size, blocks[number].neurons
@@ -102,7 +109,7 @@ class ModelShape:
                     blocks[number] = BlockShape(decision.keep, size, neurons)
                 else:
                     blocks[number] = BlockShape(heads, size, decision.keep)
-        return ModelShape(self.hidden, tuple(blocks))
+        return ModelShape(self.hidden, tuple(blocks), self.vocabulary)
 
 
 def before_drop(site: str, kept: Sequence[int]) -> str:

@@ -182,7 +182,7 @@ def validate(run: RunConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         workshop = Workshop(run, Path(scratch))
         loaded = model.load(workshop.source, labels=workshop.task.labels)
-    space = bind(space_file, loaded.shape)
+    space = bind(space_file, loaded.shape, tokens=run.target.tokens)
     ladder = space.ladder()
     for params in ladder:
         plan = space.plan(params)

@@ -31,12 +31,15 @@ from autocompress.transforms import apply_plan
 from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
 from autocompress.transforms.prune import Importance, importance, keep_blocks, keep_heads, keep_neurons
 from autocompress.transforms.quantize import Activations, observe
+from autocompress.transforms.vocabulary import TokenUse
 
 Progress = training.Progress
 RANGE_ROWS = 64
 """Calibration rows that activation ranges are taken from; more did not change accuracy."""
 _DROP_ROWS = 64
 """Calibration rows that the order of dropping blocks is taken from."""
+_IMPORTANCE_SCHEMA = 2
+"""Version of how importance is kept."""
 _SENSITIVITY_ROWS = 32
 """Calibration rows that single decisions are judged on."""
 
@@ -146,7 +149,7 @@ class Bases:
 
     def _importance(self, base: EncoderModel) -> Importance:
         drops = self._space_file.drop_blocks.at_most if self._space_file.drop_blocks else 0
-        key = self._key(base=base.base, drops=drops, precision=self.precision())
+        key = self._key(base=base.base, drops=drops, precision=self.precision(), schema=_IMPORTANCE_SCHEMA)
 
         def make(folder: Path) -> None:
             self.progress(f"scoring heads, neurons and blocks on {len(self.calibration)} calibration rows")
@@ -156,10 +159,13 @@ class Bases:
                     self.calibration_batches(),
                     drops=drops,
                     drop_batches=self.calibration_batches(_DROP_ROWS),
+                    counts=self._counts(),
                     autocast=lambda: training.autocast(self.precision()),
                 )
             tensors = {f"heads.{n}": t for n, t in enumerate(scores.heads)}
             tensors |= {f"neurons.{n}": t for n, t in enumerate(scores.neurons)}
+            assert scores.tokens is not None
+            tensors |= {"tokens.order": scores.tokens.order, "tokens.slopes": scores.tokens.slopes}
             save_file({**tensors, "drop_order": torch.tensor(scores.drop_order)}, folder / "scores.safetensors")
 
         found = load_file(self.bank.get("importance", key, make) / "scores.safetensors")
@@ -169,7 +175,15 @@ class Bases:
             tuple(found[f"neurons.{n}"] for n in depth),
             tuple(found["drop_order"].tolist()),
             lambda block, role: self._moments(base, block, role),
+            TokenUse(found["tokens.order"], found["tokens.slopes"]),
         )
+
+    def _counts(self) -> torch.Tensor:
+        """Return how often the training texts have each token; special ones always have to be there."""
+        read = torch.tensor([token for row in self.splits["train"].input_ids for token in row])
+        found = torch.bincount(read, minlength=self.teacher.shape.vocabulary).double()
+        found[self.tokenizer.all_special_ids] = torch.inf
+        return found
 
     def _moments(self, base: EncoderModel, block: int, role: str) -> Moments:
         """Return the moments of what a layer of ``base`` reads; all of them are taken when one is first asked for."""
@@ -253,7 +267,12 @@ class Bases:
         """The search space bound to the teacher; a student is distilled when a plan first asks for it."""
         shape = self.teacher.shape
         students: dict[str, Student | None] = {NO_STUDENT: None, **students_of(self._space_file, shape)}
-        return bind(self._space_file, shape, lambda name: self.base(students[name])[1].drop_order)
+        return bind(
+            self._space_file,
+            shape,
+            tokens=self.run.target.tokens,
+            drop_order=lambda name: self.base(students[name])[1].drop_order,
+        )
 
     def sensitivity(self, student: Student | None) -> Sensitivity:
         """Return what single decisions do to the teacher or a student, measured once and kept in the bank."""
@@ -279,8 +298,7 @@ class Bases:
     def prepare(self, plan: CompressionPlan) -> None:
         """Make what takes long to make and many plans share, so that workers find it in the bank."""
         _, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
-        if scores.moments is not None:
-            scores.moments(0, "output")
+        _take(scores)
 
     def structured(self, plan: CompressionPlan) -> EncoderModel:
         """Return the torch model that the structural decisions of ``plan`` lead to, distilled if it says so."""
@@ -294,21 +312,27 @@ class Bases:
             return self._distilled(built, "a picked structure", wanted.epochs, {"plan": made_from, "base": base.base})
         return built
 
-    def piece(self, base: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance | None) -> Piece:
+    def piece(self, base: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance) -> Piece:
         """Return what stands at ``site`` of ``base`` after ``decisions``, from the bank."""
+
+        def make(folder: Path) -> None:
+            _take(scores)  # of the base as it is: making a piece changes its site for a while
+            save_piece(make_piece(base, site, decisions, scores, self.activations(base)), folder)
+
         key = self._key(base=base.base, site=site, decisions=[d.to_dict() for d in decisions], code=code_version())
-        return self.bank.load(
-            "pieces",
-            key,
-            lambda folder: save_piece(make_piece(base, site, decisions, scores, self.activations(base)), folder),
-            read_piece,
-        )
+        return self.bank.load("pieces", key, make, read_piece)
 
     def activations(self, base: EncoderModel) -> Activations:
         """Return what the layers of ``base`` read on calibration rows."""
         if base.base not in self._observed:
             self._observed[base.base] = observe(base, self.calibration_batches(RANGE_ROWS))
         return self._observed[base.base]
+
+
+def _take(scores: Importance) -> None:
+    """Have the moments of all layers taken, unless they are in the bank."""
+    if scores.moments is not None:
+        scores.moments(0, "output")
 
 
 @contextmanager

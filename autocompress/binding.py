@@ -21,12 +21,14 @@ from autocompress.plan import (
     Decision,
     DropBlocks,
     LowRank,
+    MaxTokens,
     PruneHeads,
     PruneNeurons,
     Quantize,
     Student,
+    TrimVocabulary,
 )
-from autocompress.space import BitsAxis, KeepAxis, RankAxis, SearchSpace, Value
+from autocompress.space import AXES, BitsAxis, KeepAxis, RankAxis, SearchSpace, Value
 
 Chooser = Callable[[str, Sequence[Value]], Value]
 Effect = dict[tuple[str, type[Decision]], Decision | None]
@@ -39,17 +41,21 @@ _NEURON_STEP = 32
 _RANK_STEP = 32
 """Fractions become multiples of these, so that 4-bit groups fill them."""
 _FOUR_BIT_GROUP = 64
+_TABLE_STEP = 64
+"""Fractions of the vocabulary become multiples of this."""
 
 _DECISION_OF: dict[str, type[Decision]] = {
     "heads": PruneHeads,
     "neurons": PruneNeurons,
     "rank": LowRank,
+    "vocabulary": TrimVocabulary,
     "bits": Quantize,
 }
 _KINDS = {
     "heads": ("attention",),
     "neurons": ("ffn",),
     "rank": ("attention", "ffn"),
+    "vocabulary": ("embedding",),
     "bits": ("attention", "ffn", "embedding", "head"),
 }
 
@@ -61,12 +67,14 @@ class BoundSpace:
     Args:
         space: the choices.
         shape: sizes of the uncompressed model.
+        tokens: of the target's inputs.
         drop_order: for ``full`` and each student, the order in which blocks go, least important first; asked only
             where blocks do go, as it may take a student to be distilled.
     """
 
     space: SearchSpace
     shape: ModelShape
+    tokens: int
     drop_order: DropOrder
 
     @cached_property
@@ -119,6 +127,8 @@ class BoundSpace:
     def options(self, shape: ModelShape) -> dict[str, list[Decision]]:
         """Return, for each site of a model of ``shape``, every decision that some choice makes there on its own."""
         found: dict[str, list[Decision]] = {}
+        if lengths := self._lengths():
+            found[MODEL_SITE] = [cut for choice in lengths if (cut := self._cut(choice)) is not None]
         for name, site in shape.sites().items():
             for rule in self.space.rules:
                 if fnmatch.fnmatchcase(name, rule.match):
@@ -132,6 +142,11 @@ class BoundSpace:
         """Return the parameters of uniform plans: each student, bit width, width, rank and depth, and products."""
         return list(self.rungs())
 
+    def _cut(self, choice: Value) -> MaxTokens | None:
+        if isinstance(choice, str):
+            return None
+        return MaxTokens(tokens=choice if isinstance(choice, int) else max(1, round(choice * self.tokens)))
+
     def rungs(self) -> Iterator[dict[str, Value]]:
         """Yield the ladder, so that a student is asked for only when its turn comes.
 
@@ -139,14 +154,18 @@ class BoundSpace:
         measured soonest and give a front of several points within the first minute.
         """
         students = list(self.space.students)
-        axes = {name: self._levels(name) for name in ("heads", "neurons", "rank")}
+        axes = {name: self._levels(name) for name in ("heads", "neurons", "rank", "vocabulary")}
+        vocabularies = axes["vocabulary"]
         widths = sorted({*axes["heads"], *axes["neurons"]}, reverse=True)
         recipes: list[dict[str, Any]] = [{"bits": 8, "embeddings": 8}]
         recipes += [{"width": w, "bits": 8, "embeddings": 4} for w in reversed(widths)]
         recipes += [{"bits": 8, "embeddings": 4}, {"bits": 4, "embeddings": 4}]
         recipes += [{"drop": 1, "bits": 8, "embeddings": 4}]
         recipes += [{"rank": axes["rank"][0], "bits": 8, "embeddings": 4}] if axes["rank"] else []
+        recipes += [{"vocabulary": v, "bits": 8, "embeddings": 8} for v in vocabularies]
+        recipes += [{"tokens": t, "bits": 8, "embeddings": 4} for t in self._lengths()]
         recipes += [{"student": s, "bits": 8, "embeddings": 4} for s in students]
+        recipes += [{"student": s, "vocabulary": v, "bits": 8, "embeddings": 8} for s in students for v in vocabularies]
         recipes += [{"student": s, "bits": 8, "embeddings": 8} for s in students]
         recipes += [{"student": s, "bits": 4, "embeddings": 4} for s in students]
         recipes += [{"student": s, "width": w, "bits": 8, "embeddings": 4} for s in students for w in widths[:1]]
@@ -157,6 +176,7 @@ class BoundSpace:
         recipes += [{"student": s} for s in students] or [{}]
         if not any(rule.bits for rule in self.space.rules):
             recipes += [{"width": w} for w in widths] + [{"rank": r} for r in axes["rank"]] + [{"drop": 1}]
+            recipes += [{"vocabulary": v} for v in vocabularies]
         seen: set[str] = set()
         for recipe in recipes:
             params = self._seed(recipe)
@@ -172,6 +192,8 @@ class BoundSpace:
             value: Value
             if name == "student":
                 value = recipe.get("student", NO_STUDENT)
+            elif name == "max_tokens":
+                value = _closest(recipe.get("tokens", FULL), choices)
             elif "." not in name:  # drop_blocks; a rule's parameters have dots
                 value = min(recipe.get("drop", 0), max(int(c) for c in choices))
             else:
@@ -180,13 +202,17 @@ class BoundSpace:
                     key = "embeddings" if any(site == "embeddings" for site, _ in effect(choices[0])) else "bits"
                     value = recipe.get(key, max(int(c) for c in choices))
                 else:
-                    value = recipe.get("rank" if axis == "rank" else "width", FULL if axis == "rank" else 1.0)
+                    key = axis if axis in ("rank", "vocabulary") else "width"
+                    value = recipe.get(key, FULL if axis == "rank" else 1.0)
                 value = _closest(value, choices)
             params[name] = value
             return value
 
         self._walk(pick)
         return params
+
+    def _lengths(self) -> list[Value]:
+        return [choice for choice in self.space.max_tokens or () if self._cut(choice) is not None]
 
     def _levels(self, axis_name: str) -> list[float]:
         found = {
@@ -219,8 +245,9 @@ class BoundSpace:
                 tuple(range(most + 1)),
                 lambda c: {(MODEL_SITE, DropBlocks): _drop(self.drop_order, base, int(c))},
             )
-        for axis_name in _KINDS:
-            # Of this axis no rule decides what another one reads: heads and neurons, then ranks, then bits.
+        if self.space.max_tokens is not None:
+            ask("max_tokens", self.space.max_tokens, lambda c: {(MODEL_SITE, MaxTokens): self._cut(c)})
+        for axis_name in AXES:
             shape = self.shape.after(decisions)
             ranks = {site: d.rank for site, d in decisions if isinstance(d, LowRank)}
             for rule in self.space.rules:
@@ -231,8 +258,8 @@ class BoundSpace:
         return CompressionPlan(tuple(decisions))
 
 
-def bind(space: SearchSpace, shape: ModelShape, drop_order: DropOrder | None = None) -> BoundSpace:
-    """Bind ``space`` to a model of ``shape``; without ``drop_order`` blocks go from the last one on.
+def bind(space: SearchSpace, shape: ModelShape, *, tokens: int, drop_order: DropOrder | None = None) -> BoundSpace:
+    """Bind ``space`` to a model of ``shape`` and inputs of ``tokens`` tokens; by default the last blocks go first.
 
     Raises:
         ConfigError: if a pattern matches nothing, two rules decide the same, or a count exceeds the model's.
@@ -263,7 +290,7 @@ def bind(space: SearchSpace, shape: ModelShape, drop_order: DropOrder | None = N
             labels.add(label)
     students = students_of(space, shape)
     depths = {NO_STUDENT: len(shape.blocks), **{name: len(s.blocks) for name, s in students.items()}}
-    return BoundSpace(space, shape, drop_order or (lambda name: tuple(reversed(range(depths[name])))))
+    return BoundSpace(space, shape, tokens, drop_order or (lambda name: tuple(reversed(range(depths[name])))))
 
 
 def students_of(space: SearchSpace, shape: ModelShape) -> dict[str, Student]:
@@ -339,6 +366,9 @@ def _decide(axis_name: str, choice: Value, site: Site, rank: int) -> Decision | 
     if axis_name == "heads":
         heads = _kept(choice, site.parts, 1)
         return PruneHeads(keep=heads) if heads < site.parts else None
+    if axis_name == "vocabulary":
+        rows = _kept(choice, site.parts, _TABLE_STEP)
+        return TrimVocabulary(keep=rows) if rows < site.parts else None
     neurons = _kept(choice, site.parts, _NEURON_STEP)
     return PruneNeurons(keep=neurons) if neurons < site.parts else None
 
@@ -370,7 +400,7 @@ def _groups(pattern: str, axis_name: str, tie: str | int, shape: ModelShape) -> 
 
 
 def _check_counts(where: str, axis_name: str, axis: KeepAxis | BitsAxis | RankAxis, site: Site) -> None:
-    limit = {"heads": site.parts, "neurons": site.parts, "rank": min(site.inner, site.outer)}.get(axis_name)
+    limit = {"rank": min(site.inner, site.outer), "bits": None}.get(axis_name, site.parts)
     for choice in axis.choices:
         if limit is not None and isinstance(choice, int) and choice > limit:
             raise ConfigError(f"{where}: {axis_name} at {site.name}: must be <= {limit}, got {choice}")

@@ -73,6 +73,7 @@ class Workshop(Bases):
             self.runtime.weight_bytes,
             self.sensitivity,
             self.run.search.guide,
+            self.run.target.tokens,
         )
 
     def check(self, plan: CompressionPlan) -> None:
@@ -90,14 +91,15 @@ class Workshop(Bases):
         for site, decision in plan:
             if site != MODEL_SITE:
                 by_site.setdefault(site, []).append(decision)
-        scores: Importance | None
+        student = plan.of_type(Student).get(MODEL_SITE)
         if plan.of_type(Recover):
             # Distillation moved every weight: what is left to do is what the runtime does.
-            base, scores = self.structured(plan), None
+            base = self.structured(plan)
+            scores = Importance((), (), (), tokens=self.base(student)[1].tokens)
             by_site = {s: [d for d in ds if not d.structural] for s, ds in by_site.items()}
             dropped: tuple[int, ...] = ()
         else:
-            base, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
+            base, scores = self.base(student)
             drop = plan.of_type(DropBlocks).get(MODEL_SITE)
             dropped = drop.blocks if drop is not None else ()
         kept = tuple(n for n in range(len(base.shape.blocks)) if n not in dropped)

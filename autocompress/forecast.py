@@ -120,7 +120,7 @@ def forecast(run: RunConfig) -> Forecast:
         loaded = model.load(workshop.source, labels=workshop.task.labels)
         # The time of a forward pass does not depend on what was learned.
         workshop.__dict__["teacher"] = loaded
-        space = bind(SearchSpace.load(run.space), loaded.shape)
+        space = bind(SearchSpace.load(run.space), loaded.shape, tokens=run.target.tokens)
         epoch = _epoch_seconds(workshop, loaded)
         started = time.perf_counter()
         reference = workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))

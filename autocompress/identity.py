@@ -10,11 +10,12 @@ from typing import Any
 from autocompress.binding import BoundSpace
 from autocompress.config import RunConfig
 from autocompress.records import LATENCY_PROTOCOL
+from autocompress.space import SearchSpace
 
 
 def identity_of(run: RunConfig, *, model: str, data: str, space: BoundSpace) -> dict[str, Any]:
     """Return what a study is of: another model, task, space, target, guide or recovery needs another study."""
-    choices = space.space.model_dump_json()
+    choices = _choices_of(space.space)
     return {
         "model": model,
         "data": data,
@@ -24,6 +25,13 @@ def identity_of(run: RunConfig, *, model: str, data: str, space: BoundSpace) -> 
         "latency": LATENCY_PROTOCOL,
         "recovery": run.recovery.model_dump(),
     }
+
+
+def _choices_of(space: SearchSpace) -> str:
+    """Return all that a space says, without what earlier versions did not know and it does not use."""
+    unknown: dict[str, Any] = {"max_tokens": True} if space.max_tokens is None else {}
+    unknown["rules"] = {n: {"vocabulary"} for n, rule in enumerate(space.rules) if rule.vocabulary is None}
+    return space.model_dump_json(exclude=unknown)
 
 
 def difference(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:

@@ -38,7 +38,7 @@ class Layout:
     Args:
         blocks: path of the list of blocks.
         roles: paths within a block by role: query, key, value, output, ffn_in, ffn_out.
-        embeddings: paths of all embedding tables.
+        embeddings: paths of all embedding tables, that of tokens first.
         head: paths of all linear layers outside the blocks.
     """
 
@@ -298,7 +298,7 @@ def understand(module: nn.Module, *, base: str) -> EncoderModel:
     """
     try:
         layout, shape = _find(module)
-    except AttributeError as error:
+    except (AttributeError, NotImplementedError) as error:
         kind = type(module).__name__
         raise ModelError(f"model: {kind}: anatomy not understood: its configuration ({_first_line(error)})") from None
     model = EncoderModel(module, layout, shape, base)
@@ -340,8 +340,10 @@ def _find(module: nn.Module) -> tuple[Layout, ModelShape]:
     inside = path + "."
     outside = [(p, m) for p, m in module.named_modules() if not p.startswith(inside)]
     head = tuple(p for p, m in outside if isinstance(m, nn.Linear))
-    embeddings = tuple(p for p, m in outside if isinstance(m, nn.Embedding))
-    return Layout(path, roles, embeddings, head), ModelShape(hidden, tuple(shapes))
+    tokens: Any = module.get_input_embeddings()  # type: ignore[operator]
+    tables = [(p, m) for p, m in outside if isinstance(m, nn.Embedding)]
+    embeddings = tuple(p for p, m in sorted(tables, key=lambda table: table[1] is not tokens))
+    return Layout(path, roles, embeddings, head), ModelShape(hidden, tuple(shapes), tokens.num_embeddings)
 
 
 def _linears(block: nn.Module) -> list[str]:

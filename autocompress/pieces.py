@@ -22,11 +22,12 @@ from torch import nn
 
 from autocompress import machine
 from autocompress.model import ROLES, EncoderModel
-from autocompress.plan import Decision, PruneHeads, PruneNeurons, Quantize
+from autocompress.plan import Decision, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.transforms import HANDLERS
 from autocompress.transforms.moments import Moments, same_in_the_mean
 from autocompress.transforms.prune import Importance, columns_of
 from autocompress.transforms.quantize import ActivationRange, Activations, Packed, compensated, packed
+from autocompress.transforms.vocabulary import trimmed
 
 _FILE = "piece.safetensors"
 
@@ -39,11 +40,13 @@ class Factor:
         weight: ``out x in``.
         bias: ``out``, float32, or None.
         span: 8-bit grid of its input where the product is computed in integers, else None.
+        index: of a table that was trimmed, the row that each token reads, ``vocabulary``, uint16 or int32.
     """
 
     weight: Packed
     bias: np.ndarray | None = None
     span: ActivationRange | None = None
+    index: np.ndarray | None = None
 
 
 Layer = tuple[Factor, ...]
@@ -55,7 +58,7 @@ Piece = tuple[Layer, ...]
 
 _SOURCES = (
     "pieces.py",
-    *(f"transforms/{name}.py" for name in ("__init__", "moments", "prune", "factorize", "quantize")),
+    *(f"transforms/{name}.py" for name in ("__init__", "moments", "prune", "factorize", "quantize", "vocabulary")),
 )
 
 
@@ -76,7 +79,7 @@ def make_piece(
     model: EncoderModel,
     site: str,
     decisions: Sequence[Decision],
-    scores: Importance | None,
+    scores: Importance,
     activations: Activations,
 ) -> Piece:
     """Carry out ``decisions`` at ``site`` of ``model``, which is given back as it was.
@@ -85,13 +88,19 @@ def make_piece(
         model: the model that the plan starts from.
         site: its name in ``model``.
         decisions: of that site, in order of application.
-        scores: importance of the model's parts, needed where something is pruned.
+        scores: importance of the model's parts.
         activations: of ``model`` on calibration rows.
     """
     quantize = next((d for d in decisions if isinstance(d, Quantize)), None)
     if site == "embeddings":
-        tables = [model.module.get_parameter(f"{path}.weight") for path in model.layout.embeddings]
-        return tuple((Factor(packed(_array(table), quantize, looked_up=True)),) for table in tables)
+        tables = [_array(model.module.get_parameter(f"{path}.weight")) for path in model.layout.embeddings]
+        trim = next((d for d in decisions if isinstance(d, TrimVocabulary)), None)
+        index = None
+        if trim is not None:
+            assert scores.tokens is not None, "trimming needs to know what is read"
+            tables[0], index = trimmed(tables[0], trim, scores.tokens)
+        stored = [packed(table, quantize, looked_up=True) for table in tables]
+        return ((Factor(stored[0], index=index),), *((Factor(table),) for table in stored[1:]))
     columns = _columns(model, site, decisions, scores)
     own = {path: [name for name, _ in linear_modules(model, path)] for path in model.layout.linears(site)}
     with _carried_out(model, site, decisions, scores):
@@ -101,14 +110,12 @@ def make_piece(
         )
 
 
-def _read_at(
-    model: EncoderModel, site: str, quantize: Quantize | None, scores: Importance | None
-) -> dict[str, Moments]:
+def _read_at(model: EncoderModel, site: str, quantize: Quantize | None, scores: Importance) -> dict[str, Moments]:
     """Return the moments of what the site's layers read, by path, where they are known and weights are fitted by them.
 
     At 8 bits rounding errors are too small for that.
     """
-    if scores is None or quantize is None or quantize.weight_bits != 4 or not site.startswith("block."):
+    if quantize is None or quantize.weight_bits != 4 or not site.startswith("block."):
         return {}
     _, number, kind = site.split(".")
     block, shape = int(number), model.shape.blocks[int(number)]
@@ -167,12 +174,17 @@ class StandIn:
     bias: np.ndarray | None = None
 
 
-def stand_ins(model: EncoderModel, site: str, decision: Decision, scores: Importance | None) -> dict[str, StandIn]:
+def stand_ins(model: EncoderModel, site: str, decision: Decision, scores: Importance) -> dict[str, StandIn]:
     """Return, by path, layers of the original shape that act as the site's layers do after ``decision``.
 
     Only for judging decisions before anything is built: a score comes from a built artefact. What is pruned is zero in
     the layer that reads it.
     """
+    if isinstance(decision, TrimVocabulary):
+        path = model.layout.embeddings[0]
+        assert scores.tokens is not None, "trimming needs to know what is read"
+        rows, index = trimmed(_array(model.module.get_parameter(f"{path}.weight")), decision, scores.tokens)
+        return {path: StandIn(rows[index])}
     if isinstance(decision, Quantize) and site == "embeddings":
         tables = {p: _array(model.module.get_parameter(f"{p}.weight")) for p in model.layout.linears(site)}
         return {p: StandIn(packed(table, decision, looked_up=True).restored()) for p, table in tables.items()}
@@ -218,6 +230,8 @@ def save_piece(piece: Piece, folder: Path) -> None:
                 tensors[f"{i}.{j}.bias"] = factor.bias
             if factor.span is not None:
                 tensors[f"{i}.{j}.span"] = np.array([factor.span.low, factor.span.high])
+            if factor.index is not None:
+                tensors[f"{i}.{j}.index"] = factor.index
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / _FILE)
 
 
@@ -233,6 +247,7 @@ def read_piece(folder: Path) -> Piece:
                 Packed(int(bits[0]), values, tensors.get(f"{i}.{j}.scales")),
                 tensors.get(f"{i}.{j}.bias"),
                 None if span is None else ActivationRange(float(span[0]), float(span[1])),
+                tensors.get(f"{i}.{j}.index"),
             )
     return tuple(tuple(layers[i][j] for j in sorted(layers[i])) for i in sorted(layers))
 
@@ -241,13 +256,10 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return np.asarray(tensor.detach().float().numpy())
 
 
-def _columns(
-    model: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance | None
-) -> list[int] | None:
+def _columns(model: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance) -> list[int] | None:
     """Return which channels of the site's inner width are kept, or None for all."""
     for decision in decisions:
         if isinstance(decision, (PruneHeads, PruneNeurons)):
-            assert scores is not None, "pruning needs scores"
             block = int(site.split(".")[1])
             if isinstance(decision, PruneNeurons):
                 return scores.best_neurons(block, decision.keep)
@@ -256,18 +268,14 @@ def _columns(
 
 
 @contextmanager
-def _carried_out(
-    model: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance | None
-) -> Iterator[None]:
+def _carried_out(model: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance) -> Iterator[None]:
     """Apply the structural decisions of one site, and put the layers back in the end."""
     shape = model.shape
     layers = {path: model.module.get_submodule(path) for path in model.layout.linears(site)}
     try:
         for decision in decisions:
             if type(decision) in HANDLERS:
-                assert scores is not None or not isinstance(decision, (PruneHeads, PruneNeurons))
-                handler = HANDLERS[type(decision)]
-                handler.apply(model, model.shape.sites()[site], decision, scores)  # type: ignore[arg-type]
+                HANDLERS[type(decision)].apply(model, model.shape.sites()[site], decision, scores)
         yield
     finally:
         for path, layer in layers.items():

@@ -91,6 +91,28 @@ class LowRank(Decision):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrimVocabulary(Decision):
+    """Keep ``keep`` rows of the table of tokens; every other token reads the kept row that is nearest to its own.
+
+    The tokenizer stays as it is, and any text still has its tokens.
+    """
+
+    structural: ClassVar[bool] = False
+    keep: int
+
+    def __post_init__(self) -> None:
+        _require_int(self, "keep", 1)
+
+    @property
+    def index_bits(self) -> int:
+        """Bits that the number of a row takes."""
+        return 16 if self.keep <= 2**16 else 32
+
+    def words(self) -> str:
+        return f"{self.keep} token rows"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quantize(Decision):
     """Store a site's weights in ``weight_bits`` and, at 8 bits, compute on 8-bit activations.
 
@@ -146,6 +168,21 @@ class DropBlocks(Decision):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MaxTokens(Decision):
+    """Read the first ``tokens`` tokens of a text and no more; the artefact itself cuts what it is given."""
+
+    scope: ClassVar[Literal["site", "model"]] = "model"
+    structural: ClassVar[bool] = False
+    tokens: int
+
+    def __post_init__(self) -> None:
+        _require_int(self, "tokens", 1)
+
+    def words(self) -> str:
+        return f"first {self.tokens} tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Student(Decision):
     """Start from a smaller model distilled from the teacher.
 
@@ -198,7 +235,11 @@ D = TypeVar("D", bound=Decision)
 
 # The order is the order of application, and with it the canonical order within a site.
 DECISIONS: dict[str, type[Decision]] = {
-    cls.__name__: cls for cls in (Student, DropBlocks, PruneHeads, PruneNeurons, LowRank, Recover, Quantize)
+    cls.__name__: cls
+    for cls in (
+        *(Student, DropBlocks, MaxTokens, PruneHeads, PruneNeurons, LowRank, Recover),
+        *(TrimVocabulary, Quantize),
+    )
 }
 _ORDER = {name: position for position, name in enumerate(DECISIONS)}
 

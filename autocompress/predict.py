@@ -17,7 +17,7 @@ import numpy as np
 
 from autocompress.anatomy import ModelShape, before_drop
 from autocompress.fits import FEWEST, Fit, latency_fit, least_squares
-from autocompress.plan import MODEL_SITE, CompressionPlan, DropBlocks, LowRank, Recover, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan, DropBlocks, LowRank, MaxTokens, Recover, Student
 from autocompress.products import Product, Sizes, products_of
 from autocompress.records import OBJECTIVES, Candidate
 from autocompress.sensitivity import Sensitivity, level_of
@@ -54,6 +54,7 @@ class Predictor:
         weight_bytes: bytes of a product's weights and scales in the runtime's files.
         sensitivity: of the uncompressed model (None) or a student; may take seconds at the first call for each.
         guide: the quality that is predicted: ``accuracy``, ``loss`` or ``divergence``.
+        tokens: of the target's inputs.
     """
 
     shape: ModelShape
@@ -61,6 +62,7 @@ class Predictor:
     weight_bytes: Callable[[Product], float]
     sensitivity: Callable[[Student | None], Sensitivity]
     guide: str
+    tokens: int
     errors: dict[str, list[float]] = field(default_factory=dict)
     """Relative errors of predictions made before their candidate was measured, by ``size`` and ``latency``."""
     _fits: dict[str, Fit] = field(default_factory=dict)
@@ -155,11 +157,12 @@ class Predictor:
 
     def _describe(self, plan: CompressionPlan) -> _Features:
         products, after = products_of(plan, self.shape, self.sizes), self.shape.after(plan)
-        dropped = plan.of_type(DropBlocks).get(MODEL_SITE)
+        dropped, cut = plan.of_type(DropBlocks).get(MODEL_SITE), plan.of_type(MaxTokens).get(MODEL_SITE)
+        read = 1.0 if cut is None else min(1.0, cut.tokens / self.tokens)
         return _Features(
             counted=sum(self.weight_bytes(p) + 4.0 * p.outer * p.bias for p in products),
-            extras=_extras(products, after),
-            work=_work(products, after),
+            extras=np.array([*_extras(products, after), cut is not None]),
+            work=_work(products, after, read),
             student=_student(plan),
             dropped=len(dropped.blocks) if dropped else 0,
             harm=self.harm(plan),
@@ -180,7 +183,7 @@ class Predictor:
         after = self.shape.after(plan)
         total = 0.0
         for site, decision in plan:
-            if site == MODEL_SITE:
+            if decision.scope == "model" and not isinstance(decision, MaxTokens):
                 continue
             in_base = before_drop(site, kept)
             if isinstance(decision, LowRank):
@@ -193,26 +196,35 @@ class Predictor:
 
 def _extras(products: Sequence[Product], after: ModelShape) -> np.ndarray:
     """Return what fills the files besides weights: the graph's description grows with its nodes."""
-    by_bits = [sum(p.bits == bits for p in products) for bits in (4, 8, 16)]
+    weights = [p for p in products if p.kind != "index"]
+    by_bits = [sum(p.bits == bits for p in weights) for bits in (4, 8, 16)]
     drawn = sum(p.bits == 8 and p.kind != "embedding" and not p.shares for p in products)
-    return np.array([1.0, len(after.blocks), len(products), *by_bits, drawn])
+    return np.array([1.0, len(after.blocks), len(weights), *by_bits, drawn, len(weights) < len(products)])
 
 
-def _work(products: Sequence[Product], after: ModelShape) -> np.ndarray:
-    """Return what takes time: products by arithmetic in multiplications, in number and in rows and columns."""
+def _work(products: Sequence[Product], after: ModelShape, read: float) -> np.ndarray:
+    """Return what takes time: products by arithmetic in multiplications, in number and in rows and columns.
+
+    Args:
+        products: of the plan.
+        after: the shape that it leads to.
+        read: share of the target's tokens that is not cut off.
+    """
     found = [1.0, float(len(after.blocks))]
     for kind in ("attention", "ffn"):
         for widths in ((8,), (4,), (16, 32)):
             chosen = [p for p in products if p.kind == kind and p.bits in widths]
             found += [
-                sum(p.outer * p.inner for p in chosen) / 1e6,
+                read * sum(p.outer * p.inner for p in chosen) / 1e6,
                 len(chosen) / 10,
-                sum(p.outer for p in chosen) / 1e4,
-                sum(p.inner for p in chosen) / 1e4,
+                read * sum(p.outer for p in chosen) / 1e4,
+                read * sum(p.inner for p in chosen) / 1e4,
             ]
-    found += [sum(b.heads for b in after.blocks) / 10, sum(b.neurons for b in after.blocks) / 1e3]
+    # Every head compares every token with every other one.
+    found += [read * read * sum(b.heads for b in after.blocks) / 10]
+    found += [read * sum(b.neurons for b in after.blocks) / 1e3]
     embedding = next(p.bits for p in products if p.kind == "embedding")
-    return np.array([*found, embedding == 8, embedding == 4])
+    return np.array([*found, read * (embedding == 8), read * (embedding == 4)])
 
 
 def _student(plan: CompressionPlan) -> Student | None:

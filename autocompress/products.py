@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autocompress.anatomy import ModelShape
-from autocompress.plan import CompressionPlan, LowRank, Quantize
+from autocompress.plan import CompressionPlan, LowRank, Quantize, TrimVocabulary
 
 if TYPE_CHECKING:
     from autocompress.model import EncoderModel
@@ -18,7 +18,7 @@ class Product:
     """One stored matrix of a planned model, ``outer x inner``.
 
     Args:
-        kind: of its site.
+        kind: of its site, or ``index`` for the row that each token reads where the vocabulary was trimmed.
         outer: rows.
         inner: columns.
         bits: 32 where nothing is decided.
@@ -38,7 +38,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Matrices of the uncompressed model outside its blocks, ``outer x inner`` each."""
+    """Matrices of the uncompressed model outside its blocks, ``outer x inner`` each; the first table is of tokens."""
 
     tables: tuple[tuple[int, int], ...]
     head: tuple[tuple[int, int], ...]
@@ -70,7 +70,11 @@ def products_of(plan: CompressionPlan, shape: ModelShape, sizes: Sizes) -> list[
             biased = kind != "embedding"
             found.append(Product(kind, outer, rank or inner, bits, group, bias=biased, shares=shares and not rank))
 
-    add("embeddings", "embedding", sizes.tables)
+    (vocabulary, width), *others = sizes.tables
+    trim = plan.of_type(TrimVocabulary).get("embeddings")
+    if trim is not None:
+        found.append(Product("index", vocabulary, 1, trim.index_bits, bias=False))
+    add("embeddings", "embedding", [(vocabulary if trim is None else trim.keep, width), *others])
     for number, block in enumerate(shape.after(plan).blocks):
         width = block.heads * block.head_size
         attention = [(width, shape.hidden)] * 3 + [(shape.hidden, width)]

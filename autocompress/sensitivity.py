@@ -14,7 +14,7 @@ from autocompress.anatomy import ModelShape
 from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
 from autocompress.pieces import StandIn, stand_ins
-from autocompress.plan import Decision, LowRank, PruneHeads, PruneNeurons, Quantize
+from autocompress.plan import Decision, LowRank, MaxTokens, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.task import Batch
 from autocompress.transforms.prune import Importance
 
@@ -24,7 +24,8 @@ class Sensitivity:
     """Divergence (nats) that single decisions cause at the sites of one model.
 
     Args:
-        curves: by site and axis, pairs of (share kept, divergence) in rising order of shares; bits by their number.
+        curves: by site and axis, pairs of (share kept, divergence) in rising order of shares; bits and tokens by
+            their number.
     """
 
     curves: Mapping[tuple[str, str], tuple[tuple[float, float], ...]]
@@ -52,6 +53,10 @@ class Sensitivity:
         for site, decisions in options.items():
             for decision in decisions:
                 axis, level = level_of(model.shape, site, decision)
+                if isinstance(decision, MaxTokens):
+                    found = sum(_cut(model, batch, decision.tokens) for batch in batches)
+                    curves.setdefault((site, axis), []).append((level, found / rows))
+                    continue
                 try:
                     layers = stand_ins(model, site, decision, scores)
                 except PlanError:
@@ -75,7 +80,7 @@ class Sensitivity:
     def at(self, site: str, axis: str, level: float) -> float:
         """Return the divergence at ``level``, between measured ones in proportion; keeping all costs nothing."""
         points = self.curves.get((site, axis), ())
-        if axis == "bits":
+        if axis in ("bits", "tokens"):
             return min(((abs(level - bits), found) for bits, found in points), default=(0.0, 0.0))[1]
         shares, found = [share for share, _ in points], [value for _, value in points]
         return float(np.interp(level, [*shares, 1.0], [*found, 0.0])) if points else 0.0
@@ -106,6 +111,16 @@ def _change(model: EncoderModel, path: str, layer: StandIn) -> tuple[torch.Tenso
     if layer.bias is None:
         return change, None
     return change, torch.from_numpy(layer.bias) - model.module.get_parameter(f"{path}.bias").detach()
+
+
+def _cut(model: EncoderModel, batch: Batch, tokens: int) -> float:
+    """Return the divergence, summed over rows, that reading no more than the first ``tokens`` tokens causes."""
+    whole = batch.inputs()
+    with torch.no_grad():
+        full = functional.log_softmax(model.module(**whole).logits, dim=-1)
+        short = {name: tensor[:, :tokens] for name, tensor in whole.items()}
+        cut = functional.log_softmax(model.module(**short).logits, dim=-1)
+    return float(functional.kl_div(cut, full, log_target=True, reduction="sum"))
 
 
 def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator) -> dict[str, _Flow]:
@@ -140,11 +155,16 @@ def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator) -> dict
 
 
 def level_of(shape: ModelShape, site: str, decision: Decision) -> tuple[str, float]:
-    """Return the axis of a decision at a site of a model of ``shape``, and the share that it keeps (or its bits)."""
+    """Return the axis of a decision at a site of a model of ``shape``, and the share that it keeps.
+
+    In place of the share stands the number of bits or tokens.
+    """
     if isinstance(decision, Quantize):
         return "bits", float(decision.weight_bits)
+    if isinstance(decision, MaxTokens):
+        return "tokens", float(decision.tokens)
     place = shape.sites()[site]
     if isinstance(decision, LowRank):
         return "rank", decision.rank * (place.inner + place.outer) / (place.inner * place.outer)
-    assert isinstance(decision, (PruneHeads, PruneNeurons))
+    assert isinstance(decision, (PruneHeads, PruneNeurons, TrimVocabulary))
     return "keep", decision.keep / place.parts

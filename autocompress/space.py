@@ -7,6 +7,7 @@ small enough to be searched. `binding.py` binds a space to a model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
@@ -52,6 +53,10 @@ Rank = Annotated[int | float | Literal["full"], BeforeValidator(_rank)]
 Value = int | float | str
 
 
+AXES = ("heads", "neurons", "rank", "vocabulary", "bits")
+"""What rules decide, in the order of decisions: none reads what a later one decides."""
+
+
 class Axis(Section):
     tie: Tie = Field("none", description="groups of consecutive blocks that decide together")
 
@@ -79,6 +84,12 @@ class DropSpec(Section):
     at_most: int = Field(ge=0)
 
 
+def _all_differ(name: str, choices: Sequence[object]) -> None:
+    # The count 1 and the fraction 1.0 are equal too: a sampler could not tell them apart.
+    if len(set(choices)) < len(choices):
+        raise ValueError(f"{name}: each choice may be given once, got {list(choices)}")
+
+
 class Rule(Section):
     match: str = Field(min_length=1, description="pattern over site names, such as block.*.ffn")
     name: Name | None = None
@@ -86,26 +97,23 @@ class Rule(Section):
     neurons: KeepAxis | None = None
     bits: BitsAxis | None = None
     rank: RankAxis | None = None
+    vocabulary: KeepAxis | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _lists_are_untied_choices(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
-        axes = ("heads", "neurons", "bits", "rank")
-        return {k: {"choices": v} if k in axes and isinstance(v, list) else v for k, v in data.items()}
+        return {k: {"choices": v} if k in AXES and isinstance(v, list) else v for k, v in data.items()}
 
     @model_validator(mode="after")
     def _choices_differ(self) -> Rule:
         for name, axis in self.axes().items():
-            # The count 1 and the fraction 1.0 are equal too: a sampler could not tell them apart.
-            if len(set(axis.choices)) < len(axis.choices):
-                raise ValueError(f"{name}: each choice may be given once, got {list(axis.choices)}")
+            _all_differ(name, axis.choices)
         return self
 
     def axes(self) -> dict[str, KeepAxis | BitsAxis | RankAxis]:
-        named = {"heads": self.heads, "neurons": self.neurons, "bits": self.bits, "rank": self.rank}
-        return {name: axis for name, axis in named.items() if axis is not None}
+        return {name: axis for name in AXES if (axis := getattr(self, name)) is not None}
 
 
 class SearchSpace(Section):
@@ -116,7 +124,15 @@ class SearchSpace(Section):
     description: str = ""
     students: dict[Name, StudentSpec] = Field(default_factory=dict)
     drop_blocks: DropSpec | None = None
+    max_tokens: tuple[Rank, ...] | None = Field(
+        None, min_length=1, description="tokens that are read of a text: full, fractions of the target's, or counts"
+    )
     rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="after")
+    def _lengths_differ(self) -> SearchSpace:
+        _all_differ("max_tokens", self.max_tokens or ())
+        return self
 
     @classmethod
     def load(cls, name_or_path: str) -> SearchSpace:

@@ -41,7 +41,7 @@ from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace, Value
 from autocompress.study import Study
 
-MINILM = ModelShape(hidden=384, blocks=(BlockShape(heads=12, head_size=32, neurons=1536),) * 6)
+MINILM = ModelShape(hidden=384, blocks=(BlockShape(heads=12, head_size=32, neurons=1536),) * 6, vocabulary=30_522)
 TABLES = Sizes(tables=((30_522, 384), (512, 384), (2, 384)), head=((384, 384), (2, 384)))
 ROWS = 1000
 ASKED_AT, ASKS = 2_000, 20
@@ -97,7 +97,8 @@ def opened(folder: Path, space: BoundSpace, sampler: SamplerName) -> Iterator[St
     """Open a study for writing, as a search does: with a predictor that screens proposals."""
     run = run_of(sampler)
     identity = identity_of(run, model="benchmark", data="benchmark", space=space)
-    predictor = Predictor(MINILM, TABLES, lambda p: p.outer * p.inner * p.bits / 8, sensitivity_of, run.search.guide)
+    guide, tokens = run.search.guide, run.target.tokens
+    predictor = Predictor(MINILM, TABLES, lambda p: p.outer * p.inner * p.bits / 8, sensitivity_of, guide, tokens)
     study = Study(folder, run, identity=identity, space=space, writable=True, predictor=predictor)
     try:
         yield study
@@ -216,7 +217,7 @@ def fronts(figures: Figures) -> None:
 
 def main() -> None:
     figures = Figures("search-engine-cost", "python benchmarks/engine_cost.py")
-    space = bind(SearchSpace.load("encoder-joint"), MINILM)
+    space = bind(SearchSpace.load("encoder-joint"), MINILM, tokens=64)
     with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as folder:
         fronts(figures)
         opening(figures, Path(folder), space)

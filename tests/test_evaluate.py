@@ -16,7 +16,19 @@ from autocompress import evaluate, scoring
 from autocompress.config import RunConfig
 from autocompress.errors import MeasurementError
 from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
-from autocompress.plan import MODEL_SITE, CompressionPlan, DropBlocks, LowRank, PruneHeads, Quantize, Student
+from autocompress.plan import (
+    MODEL_SITE,
+    CompressionPlan,
+    DropBlocks,
+    LowRank,
+    MaxTokens,
+    PruneHeads,
+    PruneNeurons,
+    Quantize,
+    Recover,
+    Student,
+    TrimVocabulary,
+)
 from autocompress.records import Measurement, Stopped
 from autocompress.runtimes import Artifact
 
@@ -247,6 +259,35 @@ class TestStitched:
         with torch.no_grad():
             expected = built.module(**batch.inputs()).logits.numpy()
         assert np.allclose(session.run(batch.arrays()), expected, atol=1e-4)
+
+    def test_what_is_pruned_and_factorised_first_is_as_after_preparing(self, run: RunConfig, tmp_path: Path) -> None:
+        """Factors are fitted to what layers of the base read, also where a piece is the first to ask for that."""
+        plan = CompressionPlan((("block.1.ffn", PruneNeurons(keep=32)), ("block.1.ffn", LowRank(rank=6))))
+        built = []
+        for name in ("prepared", "not prepared"):
+            overrides = [f"storage.bank={json.dumps(str(tmp_path / name))}"]
+            settings = run.model_dump(mode="json", by_alias=True)
+            workshop = Workshop(RunConfig.from_mapping(settings, overrides=overrides), tmp_path / name / "artefacts")
+            if name == "prepared":
+                workshop.prepare(plan)
+            artifact = workshop.build(plan, tmp_path / name / "built")
+            # The weights; the graph beside them is named by a number that counts up.
+            built.append((artifact.folder / "model.bin").read_bytes())
+        assert built[0] == built[1]
+
+    def test_a_recovered_model_can_be_trimmed_and_cut(self, shop: Workshop, tmp_path: Path) -> None:
+        recovered = CompressionPlan(
+            ((MODEL_SITE, Recover(epochs=0.1)), ("block.0.ffn", PruneNeurons(keep=32)), ("block.0.ffn", W8A8))
+        )
+        cut = recovered.with_decision(MODEL_SITE, MaxTokens(tokens=6))
+        trimmed = cut.with_decision("embeddings", TrimVocabulary(keep=30))
+        base, short, small = (shop.build(plan, tmp_path / str(n)) for n, plan in enumerate((recovered, cut, trimmed)))
+        rows = shop.splits["search"].batch(range(20)).arrays()
+        first = {name: array[:, :6] for name, array in rows.items()}
+        logits = [shop.runtime.load(artifact, shop.run.target).run(rows) for artifact in (short, small)]
+        assert np.allclose(logits[0], shop.runtime.load(base, shop.run.target).run(first), atol=1e-4)
+        assert not np.allclose(logits[0], logits[1], atol=1e-3)
+        assert small.size_bytes < short.size_bytes
 
     def test_pieces_and_templates_are_made_once(
         self, shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ from autocompress.config import RunConfig, validated
 from autocompress.forecast import Forecast, count_plans, forecast
 from autocompress.space import SearchSpace, Value
 
-ONE_BLOCK = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),))
+ONE_BLOCK = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),), vocabulary=1000)
 
 
 def parameter_sets(space: BoundSpace) -> set[frozenset[tuple[str, Value]]]:
@@ -70,13 +70,13 @@ def test_plans_are_counted_as_by_enumeration(name: str) -> None:
 
 def test_one_block_can_lose_none() -> None:
     text = {"schema": 1, "name": "test", "drop_blocks": {"at_most": 1}, "rules": [{"match": "head", "bits": [8, 16]}]}
-    space = bind(validated(SearchSpace, text, "test"), ONE_BLOCK)
+    space = bind(validated(SearchSpace, text, "test"), ONE_BLOCK, tokens=64)
     assert parameter_sets(space) == {frozenset({("head.bits.0", 8)}), frozenset({("head.bits.0", 16)})}
     assert count_plans(space) == (2, 1)
 
 
 def test_a_shipped_space_is_counted_as_by_enumeration() -> None:
-    space = bind(SearchSpace.load("encoder-small"), SHAPE)
+    space = bind(SearchSpace.load("encoder-small"), SHAPE, tokens=64)
     sets = parameter_sets(space)
     assert count_plans(space) == (len(sets), 8) == (1944, 8)
 

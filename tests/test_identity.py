@@ -11,12 +11,12 @@ from autocompress.identity import difference, identity_of
 from autocompress.records import LATENCY_PROTOCOL
 from autocompress.space import SearchSpace
 
-SHAPE = ModelShape(hidden=32, blocks=(BlockShape(heads=4, head_size=8, neurons=64),) * 2)
+SHAPE = ModelShape(hidden=32, blocks=(BlockShape(heads=4, head_size=8, neurons=64),) * 2, vocabulary=1000)
 
 
 def identity(space: str = "encoder-small", **sections: object) -> dict[str, object]:
     run = RunConfig.from_mapping(sections)
-    return identity_of(run, model="m", data="d", space=bind(SearchSpace.load(space), SHAPE))
+    return identity_of(run, model="m", data="d", space=bind(SearchSpace.load(space), SHAPE, tokens=64))
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,23 @@ def test_a_difference_is_said_in_short() -> None:
     said = difference({"a": "x" * 1000}, {"a": "y" * 1000})
     assert said is not None
     assert len(said) < 300
+
+
+@pytest.mark.parametrize(
+    ("space", "written"),
+    [("encoder-small", "2b38ce694140"), ("encoder-pruning", "95b7ad439dca"), ("encoder-students", "a7a9e8875845")],
+)
+def test_studies_of_spaces_from_before_vocabulary_and_length_go_on(space: str, written: str) -> None:
+    """With what version 0.1 wrote for the same file."""
+    assert identity(space)["space"] == f"{space} {written}"
+
+
+def test_vocabulary_and_length_belong_to_a_study() -> None:
+    spaces = [SearchSpace.load("encoder-inputs")]
+    spaces.append(spaces[0].model_copy(update={"max_tokens": ("full", 0.5)}))
+    spaces.append(spaces[0].model_copy(update={"rules": ()}))
+    found = {
+        str(identity_of(RunConfig(), model="m", data="d", space=bind(space, SHAPE, tokens=64))["space"])
+        for space in spaces
+    }
+    assert len(found) == 3

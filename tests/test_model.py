@@ -26,7 +26,7 @@ from autocompress import model
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.errors import ModelError
 
-SHAPE = ModelShape(HIDDEN, (BlockShape(HEADS, HIDDEN // HEADS, NEURONS),) * BLOCKS)
+SHAPE = ModelShape(HIDDEN, (BlockShape(HEADS, HIDDEN // HEADS, NEURONS),) * BLOCKS, len(VOCABULARY))
 ROLES = ["query", "key", "value", "output", "ffn_in", "ffn_out"]
 
 
@@ -107,6 +107,9 @@ class _Blocks(nn.Module):
             nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(2)
         )
         self.out = nn.Linear(16, 2)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
         x = self.table(input_ids) * attention_mask[..., None]

@@ -17,22 +17,26 @@ from autocompress.plan import (
     Decision,
     DropBlocks,
     LowRank,
+    MaxTokens,
     PruneHeads,
     PruneNeurons,
     Quantize,
     Recover,
     Student,
+    TrimVocabulary,
 )
 
 W8 = Quantize(weight_bits=8, activation_bits=8)
 EVERY_DECISION: tuple[tuple[str, Decision], ...] = (
     (MODEL_SITE, Student(blocks=(0, 2, 4), heads=6, neurons=512, epochs=1)),
     (MODEL_SITE, DropBlocks(blocks=(1,))),
+    (MODEL_SITE, MaxTokens(tokens=32)),
     (MODEL_SITE, Recover(epochs=0.5)),
     ("block.0.attention", PruneHeads(keep=4)),
     ("block.0.attention", LowRank(rank=64)),
     ("block.0.attention", W8),
     ("block.0.ffn", PruneNeurons(keep=256)),
+    ("embeddings", TrimVocabulary(keep=1000)),
     ("embeddings", Quantize(weight_bits=4, group_size=64)),
     ("head", Quantize(weight_bits=16)),
 )
@@ -45,6 +49,8 @@ EVERY_DECISION: tuple[tuple[str, Decision], ...] = (
         (lambda: PruneHeads(keep=1.2), "PruneHeads.keep: must be an integer >= 1, got 1.2"),
         (lambda: PruneHeads(keep=True), "PruneHeads.keep: must be an integer >= 1, got True"),
         (lambda: PruneNeurons(keep=-3), "PruneNeurons.keep: must be an integer >= 1, got -3"),
+        (lambda: TrimVocabulary(keep=0), "TrimVocabulary.keep: must be an integer >= 1, got 0"),
+        (lambda: MaxTokens(tokens=0.5), "MaxTokens.tokens: must be an integer >= 1, got 0.5"),
         (lambda: LowRank(rank=-1), "LowRank.rank: must be an integer >= 1, got -1"),
         (lambda: LowRank(rank=float("nan")), "LowRank.rank: must be an integer >= 1, got nan"),
         (lambda: Quantize(weight_bits=3), "Quantize.weight_bits: must be one of 4, 8, 16, got 3"),
@@ -185,7 +191,7 @@ def test_from_json_refuses_what_is_not_a_plan(text: str, message: str) -> None:
 def test_structural_leaves_the_runtime_part_out() -> None:
     plan = CompressionPlan(EVERY_DECISION).structural()
     assert plan.of_type(Quantize) == {}
-    assert len(plan.decisions) == len(EVERY_DECISION) - 3
+    assert len(plan.decisions) == len(EVERY_DECISION) - 5
     assert plan.structural() == plan
 
 
@@ -216,7 +222,8 @@ def test_words_name_every_decision() -> None:
         "recovered 0.5 epochs",
         "attention 0: 4 heads rank 64 w8a8",
         "ffn 0: 256 neurons",
-        "embeddings: w4",
+        "first 32 tokens",
+        "embeddings: 1000 token rows w4",
         "head: w16",
     ):
         assert part in words

@@ -74,9 +74,9 @@ def test_sizes_are_predicted_within_one_percent(
 # --- learning
 
 
-SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 3)
+SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 3, vocabulary=1000)
 SIZES = Sizes(tables=((2000, 64),), head=((64, 64), (2, 64)))
-SPACE = bind(SearchSpace.load("encoder-small"), SHAPE)
+SPACE = bind(SearchSpace.load("encoder-small"), SHAPE, tokens=64)
 TOLD = ("divergence", "size_bytes", "latency")
 
 
@@ -94,7 +94,7 @@ def sensitivity_of(student: Student | None) -> Sensitivity:
 
 
 def make_predictor() -> Predictor:
-    return Predictor(SHAPE, SIZES, lambda p: p.outer * p.inner * p.bits / 8, sensitivity_of, "divergence")
+    return Predictor(SHAPE, SIZES, lambda p: p.outer * p.inner * p.bits / 8, sensitivity_of, "divergence", 64)
 
 
 PREDICTOR = make_predictor()
@@ -181,7 +181,7 @@ def test_latencies_stay_above_nothing(learned: Predictor) -> None:
 
 
 def test_accuracies_are_predicted_as_costs() -> None:
-    predictor = Predictor(SHAPE, SIZES, PREDICTOR.weight_bytes, sensitivity_of, "accuracy")
+    predictor = Predictor(SHAPE, SIZES, PREDICTOR.weight_bytes, sensitivity_of, "accuracy", 64)
     plans = random_plans(SPACE, 40, seed=2)
 
     def with_accuracy(number: int, plan: CompressionPlan) -> Candidate:

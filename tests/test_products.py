@@ -18,6 +18,7 @@ from autocompress.plan import (
     LowRank,
     Quantize,
     Student,
+    TrimVocabulary,
 )
 from autocompress.products import Product, Sizes, products_of
 from autocompress.space import SearchSpace, shipped_spaces
@@ -43,7 +44,14 @@ def carried_out(of: EncoderModel, plan: CompressionPlan, seed: int) -> EncoderMo
         tuple(range(len(blocks))),
     )
     apply_plan(built, CompressionPlan(tuple((s, d) for s, d in plan if not isinstance(d, Student))), scores)
+    for trim in plan.of_type(TrimVocabulary).values():
+        built.replace(built.layout.embeddings[0], nn.Embedding(trim.keep, sizes_of_tokens(of)[1]))
     return built
+
+
+def sizes_of_tokens(of: EncoderModel) -> tuple[int, int]:
+    rows, width = of.module.get_parameter(f"{of.layout.embeddings[0]}.weight").shape
+    return rows, width
 
 
 def matrices(of: EncoderModel) -> tuple[list[tuple[int, int]], int]:
@@ -57,9 +65,9 @@ def matrices(of: EncoderModel) -> tuple[list[tuple[int, int]], int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_products_are_those_of_the_model(family: str, name: str) -> None:
     of = understand(make_model(family, labels=LABELS), base="test")
-    space, sizes = bind(SearchSpace.load(name), of.shape), Sizes.of(of)
+    space, sizes = bind(SearchSpace.load(name), of.shape, tokens=64), Sizes.of(of)
     for number, plan in enumerate([CompressionPlan(), *random_plans(space, 5 if name != "encoder-students" else 4, 1)]):
-        products = products_of(plan, of.shape, sizes)
+        products = [p for p in products_of(plan, of.shape, sizes) if p.kind != "index"]
         shapes, parameters = matrices(carried_out(of, plan, number))
         assert sorted((p.outer, p.inner) for p in products) == shapes, plan.words()
         assert sum(p.outer * p.inner + p.outer * p.bias for p in products) == parameters, plan.words()
@@ -83,5 +91,16 @@ def test_products_carry_the_bits_of_their_site() -> None:
         *[Product("ffn", 6, 32, 4, 8, bias=False), Product("ffn", 64, 6, 4, 8)],
         *[Product("ffn", 6, 64, 4, 8, bias=False), Product("ffn", 32, 6, 4, 8)],
     ]
+    trimmed = products_of(
+        plan.with_decision("embeddings", TrimVocabulary(keep=7)),
+        shape,
+        Sizes(tables=((100, 32), (9, 32)), head=((2, 32),)),
+    )
+    assert trimmed[:3] == [
+        Product("index", 100, 1, 16, bias=False),
+        *[Product("embedding", 7, 32, 8, bias=False), Product("embedding", 9, 32, 8, bias=False)],
+    ]
+    assert TrimVocabulary(keep=2**16).index_bits == 16
+    assert TrimVocabulary(keep=2**16 + 1).index_bits == 32
     assert [p.kind for p in products].count("attention") == 8
     assert [(p.kind, p.bits) for p in products[-2:]] == [("head", 32)] * 2

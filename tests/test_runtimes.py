@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, HIDDEN, LABELS, make_model, make_tokenizer, template_of
+from helpers_plans import counts_of
 from torch import nn
 
 from autocompress import machine, task
@@ -30,15 +31,19 @@ from autocompress.plan import (
     Decision,
     DropBlocks,
     LowRank,
+    MaxTokens,
     PruneHeads,
     PruneNeurons,
     Quantize,
+    TrimVocabulary,
 )
+from autocompress.products import Sizes, products_of
 from autocompress.runtimes import RUNTIMES, Artifact, Runtime, Session, get_runtime
 from autocompress.runtimes.base import Template, products
 from autocompress.transforms import apply_plan
-from autocompress.transforms.prune import importance, keep_blocks
+from autocompress.transforms.prune import Importance, importance, keep_blocks
 from autocompress.transforms.quantize import ActivationRange, observe, per_channel, per_group
+from autocompress.transforms.vocabulary import trimmed
 
 TARGET = TargetConfig(tokens=16)
 W16 = Quantize(weight_bits=16)
@@ -92,7 +97,9 @@ class Material:
         order = sorted(range(len(self.rows)), key=lambda row: len(self.rows.input_ids[row]))
         # The shortest, the longest and some between them: padding is part of every comparison.
         self.batch = self.rows.batch([order[0], order[-1], *range(6)])
-        self.scores = importance(self.model, self.calibration)
+        self.scores = importance(
+            self.model, self.calibration, counts=counts_of(self.model.shape.vocabulary, self.calibration)
+        )
         self.activations = observe(self.model, self.calibration)
 
     def structured(self, plan: CompressionPlan) -> EncoderModel:
@@ -141,7 +148,7 @@ def quantised(
     """Convert a model that has its structure already, as recovered ones do, and put in pieces of other widths."""
     activations = observe(model, rows)
     pieces = {
-        site: make_piece(model, site, [decision], None, activations)
+        site: make_piece(model, site, [decision], Importance((), (), ()), activations)
         for site, decision in plan.of_type(Quantize).items()
     }
     return runtime.stitch(template_of(runtime, model, rows[0]), pieces, plan, at)
@@ -236,19 +243,65 @@ class TestParity:
         assert not np.allclose(found, torch_logits(given.model, batch), atol=1e-3)
         assert artifact.size_bytes < build(given)[0].size_bytes
 
+    @pytest.mark.parametrize("bits", [None, W16, W8, W4], ids=["32", "16", "8", "4"])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_tokens_read_the_rows_that_are_kept(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material], family: str, bits: Quantize | None
+    ) -> None:
+        given, trim = material(family), TrimVocabulary(keep=40)
+        decided = [("embeddings", bits)] if bits is not None else []
+        artifact, _ = build(given, [("embeddings", trim), *decided])
+        assert given.scores.tokens is not None
+        path = given.model.layout.embeddings[0]
+        table = given.model.module.get_parameter(f"{path}.weight").detach().numpy()
+        rows, index = trimmed(table, trim, given.scores.tokens)
+        model = given.model.clone()
+        for other in model.layout.embeddings:
+            kept = model.module.get_parameter(f"{other}.weight")
+            weight = rows if other == path else kept.detach().numpy()
+            weight = weight if bits is None else stored(weight, bits, "embeddings")
+            kept.data = torch.from_numpy(weight[index] if other == path else weight)
+        # Half-precision scales at 4 and 8 bits.
+        assert np.allclose(run(runtime, artifact, given.batch), torch_logits(model, given.batch), atol=2e-3)
+        assert not np.allclose(torch_logits(model, given.batch), torch_logits(given.model, given.batch), atol=1e-2)
+        plan = artifact.plan
+        sizes, whole = Sizes.of(given.model), CompressionPlan(tuple(decided))
+        promised = [
+            sum(runtime.weight_bytes(p) for p in products_of(some, given.model.shape, sizes)) for some in (whole, plan)
+        ]
+        saved = build(given, decided)[0].size_bytes - artifact.size_bytes
+        assert promised[0] - promised[1] - 3000 < saved < promised[0] - promised[1], "but for the nodes of the look-up"
+
+    @pytest.mark.parametrize("route", ROUTES)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_an_artefact_cuts_what_it_is_given(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material], family: str, route: str
+    ) -> None:
+        given = material(family)
+        artifact, model = build(given, [(MODEL_SITE, MaxTokens(tokens=5)), *STRUCTURES["odd sizes"]], route)
+        batch = given.batch
+        short = dataclasses.replace(
+            batch, input_ids=batch.input_ids[:, :5], attention_mask=batch.attention_mask[:, :5], token_type_ids=None
+        )
+        found = run(runtime, artifact, batch)
+        assert np.allclose(found, torch_logits(model, short), atol=1e-4)
+        assert np.array_equal(run(runtime, artifact, short), found)
+        assert not np.allclose(found, torch_logits(model, batch), atol=1e-3)
+
     def test_a_template_is_not_changed_by_what_is_stitched(
         self, runtime: Runtime, material: Callable[[str], Material], tmp_path: Path
     ) -> None:
         given = material("bert")
         templates: dict[Any, Template] = {}
         found = []
-        for number, decisions in enumerate([(), STRUCTURES["odd sizes"], MIXED, ()]):
+        short = ((MODEL_SITE, MaxTokens(tokens=5)), ("embeddings", TrimVocabulary(keep=40)))
+        for number, decisions in enumerate([(), STRUCTURES["odd sizes"], MIXED, short, ()]):
             (tmp_path / str(number)).mkdir()
             artifact = stitched(runtime, given, CompressionPlan(tuple(decisions)), tmp_path / str(number), templates)
             found.append(run(runtime, artifact, given.batch))
         assert len(templates) == 1
-        assert np.array_equal(found[0], found[3])
-        assert not np.allclose(found[0], found[1], atol=1e-3)
+        assert np.array_equal(found[0], found[4])
+        assert not any(np.allclose(found[0], other, atol=1e-3) for other in found[1:4])
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from autocompress.pareto import hypervolume
 from autocompress.samplers import TPE_HISTORY, SamplerName, make_sampler, most_promising, mutated
 from autocompress.space import SearchSpace, Value, shipped_spaces
 
-SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4)
+SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4, vocabulary=1000)
 NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
 GUIDED: tuple[SamplerName, ...] = ("tpe", "nsga2", "nsga3")
 CHOICES = (0, 1, 2)
@@ -253,12 +253,12 @@ def test_stopped_trials_are_bad_even_where_hardly_any_is_complete(splits: list[t
 
 
 def bound(name: str) -> BoundSpace:
-    return bind(SearchSpace.load(name), SHAPE)
+    return bind(SearchSpace.load(name), SHAPE, tokens=64)
 
 
 def space_of(text: str) -> BoundSpace:
     parsed = strict_yaml.parse(f"schema: 1\nname: test\n{text}", "test.yaml")
-    return bind(validated(SearchSpace, parsed, "test.yaml"), SHAPE)
+    return bind(validated(SearchSpace, parsed, "test.yaml"), SHAPE, tokens=64)
 
 
 def asked(space: BoundSpace, params: Mapping[str, Value]) -> dict[str, Value]:

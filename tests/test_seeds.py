@@ -23,12 +23,13 @@ from autocompress.plan import (
     PruneNeurons,
     Quantize,
     Student,
+    TrimVocabulary,
 )
 from autocompress.products import Sizes, products_of
 from autocompress.seeds import allocate, sensitivity_ladder
 from autocompress.space import SearchSpace, Value, shipped_spaces
 
-SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4)
+SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4, vocabulary=1000)
 SIZES = Sizes(tables=((1000, 64),), head=((2, 64),))
 JOINT = bind(
     validated(
@@ -58,6 +59,7 @@ rules:
         "test.yaml",
     ),
     SHAPE,
+    tokens=64,
 )
 
 
@@ -71,6 +73,8 @@ def harm_of(decision: Decision) -> float:
         return 0.1 * (1 - decision.keep / 256)
     if isinstance(decision, LowRank):
         return 0.3 / decision.rank
+    if isinstance(decision, TrimVocabulary):
+        return 0.2 * (1 - decision.keep / 1000)
     assert isinstance(decision, (DropBlocks, Student))
     return 0.5
 
@@ -153,7 +157,7 @@ def test_the_space_can_express_what_is_allocated(base: str, price: float, share:
 
 @pytest.mark.parametrize("name", shipped_spaces())
 def test_every_shipped_space_can_be_allocated(name: str) -> None:
-    space = bind(SearchSpace.load(name), SHAPE)
+    space = bind(SearchSpace.load(name), SHAPE, tokens=64)
     for base in (NO_STUDENT, *space.students):
         params = allocated(space, base=base, price=0.3, share=0.5)
         assert ("student" in params) == bool(space.students)
@@ -218,7 +222,7 @@ def test_parameters_that_another_choice_took_away_are_left_out() -> None:
         "drop_blocks": {"at_most": 3},
         "rules": [{"match": "block.*.ffn", "bits": [16, 8]}],
     }
-    space = bind(validated(SearchSpace, text, "test"), SHAPE)
+    space = bind(validated(SearchSpace, text, "test"), SHAPE, tokens=64)
     assert set(allocated(space, base="flat", price=1.0, share=0.5)) == {"student", "ffn.bits.0"}
     params = allocated(space, base=NO_STUDENT, price=1e6, share=0.0)
     assert params == {"student": NO_STUDENT, "drop_blocks": 3, "ffn.bits.0": 8}
@@ -238,7 +242,7 @@ def test_the_ladder_has_each_base_at_each_price() -> None:
 
 def test_the_ladder_of_a_space_without_students_has_no_base() -> None:
     predictor: Any = FakePredictor()
-    space = bind(SearchSpace.load("encoder-bits"), SHAPE)
+    space = bind(SearchSpace.load("encoder-bits"), SHAPE, tokens=64)
     for rung in sensitivity_ladder(space, predictor, REFERENCE_BYTES):
         assert "student" not in rung
         space.plan(rung)

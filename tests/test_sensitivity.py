@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, LABELS, make_model
-from helpers_plans import ranks
+from helpers_plans import counts_of, ranks
 from torch.nn import functional
 
 from autocompress import model, task
@@ -19,12 +19,15 @@ from autocompress.config import DataConfig
 from autocompress.model import EncoderModel, understand
 from autocompress.pieces import stand_ins
 from autocompress.plan import (
+    MODEL_SITE,
     CompressionPlan,
     Decision,
     LowRank,
+    MaxTokens,
     PruneHeads,
     PruneNeurons,
     Quantize,
+    TrimVocabulary,
 )
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
@@ -53,6 +56,10 @@ class Given:
     def exact(self, site: str, decision: Decision) -> float:
         """Return the mean divergence (nats) of the model that the single decision leads to."""
         changed = self.model.clone()
+        if isinstance(decision, MaxTokens):
+            before = self.log_p(self.model)
+            after = self.log_p(self.model, decision.tokens)
+            return float((before.exp() * (before - after)).sum(dim=1).mean())
         if decision.structural:
             apply_plan(changed, CompressionPlan(((site, decision),)), self.scores)
         else:
@@ -61,9 +68,10 @@ class Given:
         before, after = self.log_p(self.model), self.log_p(changed)
         return float((before.exp() * (before - after)).sum(dim=1).mean())
 
-    def log_p(self, of: EncoderModel) -> torch.Tensor:
+    def log_p(self, of: EncoderModel, tokens: int | None = None) -> torch.Tensor:
+        inputs = [{name: t[:, :tokens] for name, t in batch.inputs().items()} for batch in self.batches]
         with torch.no_grad():
-            logits = torch.cat([of.module(**batch.inputs()).logits for batch in self.batches])
+            logits = torch.cat([of.module(**given).logits for given in inputs])
         return functional.log_softmax(logits.double(), dim=1)
 
 
@@ -74,7 +82,8 @@ def given(bert_headed_folder: Path, tiny_csv: Path) -> Given:
         model.load_tokenizer(bert_headed_folder), 16
     )
     batches = list(rows["train"].head(32).in_order_of_length(16))
-    return Given(loaded, importance(loaded, batches), batches)
+    scores = importance(loaded, batches, counts=counts_of(loaded.shape.vocabulary, batches))
+    return Given(loaded, scores, batches)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +110,7 @@ def test_stronger_pruning_costs_more(given: Given) -> None:
 
 
 def test_single_decisions_are_ordered_as_by_what_they_do(given: Given) -> None:
-    options = bind(SearchSpace.load("encoder-joint"), given.model.shape).options(given.model.shape)
+    options = bind(SearchSpace.load("encoder-joint"), given.model.shape, tokens=64).options(given.model.shape)
     pairs = [(site, decision) for site, decisions in options.items() for decision in decisions]
     assert len(pairs) > 30
     estimated = [given.cost(site, decision) for site, decision in pairs]
@@ -111,6 +120,19 @@ def test_single_decisions_are_ordered_as_by_what_they_do(given: Given) -> None:
     # Nats, not just an order; large changes are beyond what a second order can say.
     factors = [mine / true for mine, true in zip(estimated, exact, strict=True) if true > 1e-9]
     assert 0.5 < float(np.median(factors)) < 2
+
+
+def test_what_is_cut_off_is_measured(given: Given) -> None:
+    for tokens in (3, 6, 9):
+        cut = MaxTokens(tokens=tokens)
+        assert given.cost(MODEL_SITE, cut) == pytest.approx(given.exact(MODEL_SITE, cut), rel=1e-4)
+    assert given.cost(MODEL_SITE, MaxTokens(tokens=16)) == 0
+    assert given.measure(MODEL_SITE, MaxTokens(tokens=3), MaxTokens(tokens=6)).at(MODEL_SITE, "tokens", 3) > 0
+
+
+def test_fewer_rows_cost_more(given: Given) -> None:
+    few, more, most = (given.cost("embeddings", TrimVocabulary(keep=keep)) for keep in (30, 80, 140))
+    assert few > more > most >= 0
 
 
 def test_measuring_leaves_the_model_as_it_was(given: Given) -> None:
@@ -150,8 +172,10 @@ def test_every_family_can_be_measured(family: str, given: Given) -> None:
     sizes = {"embedding_size": 64} if family == "electra" else {}
     of = understand(make_model(family, labels=LABELS, **sizes), base="test")
     batches = [given.batches[0]]
-    options = bind(SearchSpace.load("encoder-small"), of.shape).options(of.shape)
-    found = Sensitivity.measure(of, importance(of, batches), options, batches, seed=0)
+    options = bind(SearchSpace.load("encoder-small"), of.shape, tokens=64).options(of.shape)
+    found = Sensitivity.measure(
+        of, importance(of, batches, counts=counts_of(of.shape.vocabulary, batches)), options, batches, seed=0
+    )
     assert {site for site, _ in found.curves} == set(options)
     assert all(np.isfinite(y) and y >= 0 for points in found.curves.values() for _, y in points)
     assert found.at("embeddings", "bits", 4) > found.at("embeddings", "bits", 16) > 0
@@ -161,8 +185,10 @@ def test_what_cannot_be_carried_out_is_left_out(given: Given) -> None:
     # Building such a plan fails that candidate only; measuring sensitivities must not fail the search.
     of = understand(make_model("electra", labels=LABELS, embedding_size=16), base="test")
     batches = [given.batches[0]]
-    options = bind(SearchSpace.load("encoder-small"), of.shape).options(of.shape)
-    found = Sensitivity.measure(of, importance(of, batches), options, batches, seed=0)
+    options = bind(SearchSpace.load("encoder-small"), of.shape, tokens=64).options(of.shape)
+    found = Sensitivity.measure(
+        of, importance(of, batches, counts=counts_of(of.shape.vocabulary, batches)), options, batches, seed=0
+    )
     assert found.at("embeddings", "bits", 16) < found.at("embeddings", "bits", 8)
 
 

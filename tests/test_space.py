@@ -18,19 +18,22 @@ from autocompress.plan import (
     CompressionPlan,
     DropBlocks,
     LowRank,
+    MaxTokens,
     PruneHeads,
     PruneNeurons,
     Quantize,
     Student,
+    TrimVocabulary,
 )
 from autocompress.space import SearchSpace, Value, shipped_spaces
 
-MINILM = ModelShape(hidden=384, blocks=(BlockShape(heads=12, head_size=32, neurons=1536),) * 6)
+MINILM = ModelShape(hidden=384, blocks=(BlockShape(heads=12, head_size=32, neurons=1536),) * 6, vocabulary=1000)
 UNEVEN = ModelShape(
     hidden=120,
     blocks=tuple(
         BlockShape(heads=heads, head_size=10, neurons=neurons) for heads, neurons in ((3, 50), (12, 333), (7, 64))
     ),
+    vocabulary=777,
 )
 SHAPES = {"minilm": MINILM, "uneven": UNEVEN}
 DRAWS = 200
@@ -41,7 +44,7 @@ def space_of(text: str) -> SearchSpace:
 
 
 def bound(text: str, shape: ModelShape = MINILM) -> BoundSpace:
-    return bind(space_of(text), shape)
+    return bind(space_of(text), shape, tokens=64)
 
 
 def draw(space: BoundSpace, rng: random.Random) -> tuple[CompressionPlan, dict[str, Value]]:
@@ -77,7 +80,7 @@ def check_fits(plan: CompressionPlan, shape: ModelShape) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 class TestShippedSpaces:
     def test_random_draws_find_back_to_their_parameters(self, name: str, shape: str) -> None:
-        space = bind(SearchSpace.load(name), SHAPES[shape])
+        space = bind(SearchSpace.load(name), SHAPES[shape], tokens=64)
         rng = random.Random(f"{name} {shape}")
         plans = set()
         for _ in range(DRAWS):
@@ -90,7 +93,7 @@ class TestShippedSpaces:
         assert len(plans) > 1
 
     def test_every_seed_of_the_ladder_finds_back_to_its_parameters(self, name: str, shape: str) -> None:
-        space = bind(SearchSpace.load(name), SHAPES[shape])
+        space = bind(SearchSpace.load(name), SHAPES[shape], tokens=64)
         seeds = space.ladder()
         plans = [space.plan(params) for params in seeds]
         assert len(seeds) >= 2
@@ -100,7 +103,7 @@ class TestShippedSpaces:
             assert space.plan(space.parameters(plan)) == plan
 
     def test_the_way_back_names_the_same_parameters(self, name: str, shape: str) -> None:
-        space = bind(SearchSpace.load(name), SHAPES[shape])
+        space = bind(SearchSpace.load(name), SHAPES[shape], tokens=64)
         for seed in range(20):
             plan, params = draw(space, random.Random(seed))
             assert set(space.parameters(plan)) == set(params)
@@ -120,9 +123,10 @@ def test_single_axis_spaces_make_decisions_of_their_axis_only() -> None:
         "encoder-pruning": {PruneHeads, PruneNeurons, DropBlocks},
         "encoder-rank": {LowRank},
         "encoder-students": {Student},
+        "encoder-inputs": {MaxTokens, TrimVocabulary},
     }
     for name, kinds in allowed.items():
-        space = bind(SearchSpace.load(name), MINILM)
+        space = bind(SearchSpace.load(name), MINILM, tokens=64)
         found = set()
         for seed in range(50):
             found |= {type(decision) for _, decision in draw(space, random.Random(seed))[0]}
@@ -130,14 +134,14 @@ def test_single_axis_spaces_make_decisions_of_their_axis_only() -> None:
 
 
 def test_the_ladder_starts_with_eight_bits_and_keeps_the_uncompressed_widths() -> None:
-    space = bind(SearchSpace.load("encoder-joint"), MINILM)
+    space = bind(SearchSpace.load("encoder-joint"), MINILM, tokens=64)
     plan = space.plan(space.ladder()[0])
     assert {type(decision) for _, decision in plan} == {Quantize}
     assert {q.weight_bits for q in plan.of_type(Quantize).values()} == {8}
 
 
 def test_the_ladder_holds_products_of_axes() -> None:
-    space = bind(SearchSpace.load("encoder-joint"), MINILM)
+    space = bind(SearchSpace.load("encoder-joint"), MINILM, tokens=64)
     kinds = [frozenset(type(decision) for _, decision in space.plan(params)) for params in space.ladder()]
     for wanted in (
         {Student, Quantize},
@@ -188,6 +192,10 @@ def test_the_ladder_reads_the_axis_of_a_rule_whose_name_holds_dots() -> None:
         ("students: {a: {blocks: []}}", ("students.a.blocks:", "got []")),
         ("students: {a: {epochs: .nan}}", ("students.a.epochs:", "finite number", "got nan")),
         ("drop_blocks: {at_most: -1}", ("drop_blocks.at_most:", "greater than or equal to 0", "got -1")),
+        ("max_tokens: [full, 0]", ("max_tokens.1:", "whole count >= 1", "got 0")),
+        ("max_tokens: []", ("max_tokens:", "at least 1 item")),
+        ("max_tokens: [full, 0.5, 0.5]", ("max_tokens: each choice may be given once",)),
+        ("rules: [{match: '*', vocabulary: [0.0]}]", ("rules.0.vocabulary.choices.0:", "> 0 and <= 1", "got 0.0")),
         ("schema: 2", ("duplicate key 'schema'",)),
     ],
 )
@@ -223,6 +231,8 @@ def test_a_file_that_is_wrong_is_refused_with_the_range(text: str, parts: tuple[
         ("rules: [{match: 'block.*.attention', heads: [13]}]", "heads at block.0.attention: must be <= 12, got 13"),
         ("rules: [{match: 'block.*.ffn', neurons: [2000]}]", "neurons at block.0.ffn: must be <= 1536, got 2000"),
         ("rules: [{match: 'block.*.ffn', rank: [385]}]", "rank at block.0.ffn: must be <= 384, got 385"),
+        ("rules: [{match: embeddings, vocabulary: [1001]}]", "vocabulary at embeddings: must be <= 1000, got 1001"),
+        ("rules: [{match: head, vocabulary: [5]}]", "vocabulary at 'head' matches no site that has them (embedding)"),
         ("students: {a: {blocks: [0, 6]}}", "students.a.blocks: must be < 6, got 6"),
         ("students: {a: {heads: 13}}", "students.a.heads: must be <= 12, got 13"),
         ("students: {a: {neurons: 1537}}", "students.a.neurons: must be <= 1536, got 1537"),
@@ -306,7 +316,7 @@ def test_blocks_go_in_the_order_given_for_each_student() -> None:
         asked.append(name)
         return {"full": (4, 5, 0, 1, 2, 3), "half": (1, 2, 0)}[name]
 
-    space = bind(space_of(text), MINILM, order)
+    space = bind(space_of(text), MINILM, tokens=64, drop_order=order)
     space.plan({"student": "half", "drop_blocks": 0})
     assert asked == [], "only where blocks go, as a student may have to be distilled for its order"
     assert space.plan({"drop_blocks": 2}).of_type(DropBlocks)[MODEL_SITE].blocks == (4, 5)
@@ -345,6 +355,34 @@ def test_a_rank_that_saves_nothing_leaves_the_layer_whole(choice: str, rank: int
 def test_a_rank_follows_the_pruned_width() -> None:
     space = bound("rules: [{match: 'block.0.attention', heads: [0.5], rank: [0.5]}]")
     assert space.plan({}).of_type(LowRank)["block.0.attention"].rank == 64  # half of 192 * 384 / (192 + 384)
+
+
+@pytest.mark.parametrize(("choice", "rows"), [("1.0", None), ("0.5", 512), ("0.01", 64), ("7", 7), ("1000", None)])
+def test_rows_of_tokens_are_kept_by_fraction_or_by_count(choice: str, rows: int | None) -> None:
+    space = bound(f"rules: [{{match: embeddings, vocabulary: [{choice}, 3], name: words}}]")
+    plan = space.plan({"words.vocabulary.0": space.space.rules[0].vocabulary.choices[0]})
+    assert plan.of_type(TrimVocabulary) == ({} if rows is None else {"embeddings": TrimVocabulary(keep=rows)})
+
+
+def test_lengths_are_fractions_of_the_targets_or_counts() -> None:
+    space = bound("max_tokens: [full, 0.5, 48]")
+    found = [space.plan({"max_tokens": choice}).of_type(MaxTokens) for choice in ("full", 0.5, 48)]
+    assert found == [{}, *({MODEL_SITE: MaxTokens(tokens=tokens)} for tokens in (32, 48))]
+    assert space.options(MINILM)[MODEL_SITE] == [MaxTokens(tokens=32), MaxTokens(tokens=48)]
+    assert [space.plan(params).of_type(MaxTokens) for params in space.ladder()] == found
+
+
+def test_the_ladder_trims_the_model_and_its_students() -> None:
+    space = bind(SearchSpace.load("encoder-joint"), MINILM, tokens=64)
+    plans = [space.plan(params) for params in space.ladder()]
+    for student in (None, *space.students.values()):
+        levels = {
+            trim.keep
+            for plan in plans
+            if plan.of_type(Student).get(MODEL_SITE) == student
+            for trim in plan.of_type(TrimVocabulary).values()
+        }
+        assert len(levels) >= 2
 
 
 def test_bits_mean_integer_arithmetic_in_linear_layers_only() -> None:

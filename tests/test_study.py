@@ -34,7 +34,7 @@ from autocompress.records import Candidate, Measurement, Stopped
 from autocompress.space import SearchSpace
 from autocompress.study import Study, excesses
 
-SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4)
+SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4, vocabulary=1000)
 TINY_SPACE = "rules: [{match: block.*.ffn, bits: {choices: [8, 4, 16], tie: all}}, {match: embeddings, bits: [8, 16]}]"
 TINY_PLANS = 6
 CSV_COLUMNS = (
@@ -45,10 +45,10 @@ CSV_COLUMNS = (
 
 def space_of(text: str) -> BoundSpace:
     parsed = strict_yaml.parse(f"schema: 1\nname: test\n{text}", "test.yaml")
-    return bind(validated(SearchSpace, parsed, "test.yaml"), SHAPE)
+    return bind(validated(SearchSpace, parsed, "test.yaml"), SHAPE, tokens=64)
 
 
-SMALL = bind(SearchSpace.load("encoder-small"), SHAPE)
+SMALL = bind(SearchSpace.load("encoder-small"), SHAPE, tokens=64)
 TINY = space_of(TINY_SPACE)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BLOCKS, FAMILIES, HEADS, HIDDEN, LABELS, NEURONS, make_model, make_tokenizer
+from conftest import BLOCKS, FAMILIES, HEADS, HIDDEN, LABELS, NEURONS, VOCABULARY, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
@@ -38,7 +38,7 @@ from autocompress.transforms.factorize import factorized
 from autocompress.transforms.prune import Importance, importance, keep_heads, keep_neurons
 
 SIZE = HIDDEN // HEADS
-SHAPE = ModelShape(HIDDEN, (BlockShape(HEADS, SIZE, NEURONS),) * BLOCKS)
+SHAPE = ModelShape(HIDDEN, (BlockShape(HEADS, SIZE, NEURONS),) * BLOCKS, len(VOCABULARY))
 
 PLANS: dict[str, tuple[tuple[str, Decision], ...]] = {
     "heads": (("block.0.attention", PruneHeads(keep=3)), ("block.2.attention", PruneHeads(keep=1))),
@@ -135,7 +135,7 @@ def promised_parameters(model: EncoderModel, plan: CompressionPlan) -> int:
 
 def test_the_contract_covers_every_structural_decision() -> None:
     covered = {type(decision) for plan in PLANS.values() for _, decision in plan}
-    assert covered | IN_THE_WORKSHOP == set(DECISIONS.values())
+    assert covered | IN_THE_WORKSHOP >= {decision for decision in DECISIONS.values() if decision.structural}
 
 
 class TestContract:

@@ -23,8 +23,8 @@ from autocompress.anatomy import ModelShape
 from autocompress.config import TargetConfig
 from autocompress.errors import PlanError, RuntimeBuildError
 from autocompress.model import EncoderModel
-from autocompress.pieces import Layer, Piece
-from autocompress.plan import CompressionPlan, Quantize
+from autocompress.pieces import Factor, Layer, Piece
+from autocompress.plan import CompressionPlan, MaxTokens, Quantize
 from autocompress.products import Product
 from autocompress.runtimes.base import (
     TEMPLATE_INPUTS,
@@ -106,9 +106,11 @@ class ONNXRuntime(Runtime):
         for site, piece in pieces.items():
             for path, layer in zip(template.layout.linears(site), piece, strict=True):
                 if site == "embeddings":
-                    writer.table(path, layer[0].weight, site)
+                    writer.table(path, layer[0], site)
                 else:
                     writer.linear(template.products[path], layer, site)
+        for cut in plan.of_type(MaxTokens).values():
+            writer.cut(cut.tokens)
         proto = onnx.ModelProto()
         for field in ("ir_version", "producer_name"):
             setattr(proto, field, getattr(template.graph, field))
@@ -215,6 +217,8 @@ class _Writer:
                 self._readers.setdefault(name, []).append(node)
         self._replaced: dict[str, list[Any]] = {}
         self._added: list[Any] = []
+        self._first: list[Any] = []
+        self._cut: dict[str, str] = {}
         self.contrib = False
 
     def linear(self, paths: Sequence[str], layer: Layer, site: str) -> None:
@@ -273,12 +277,18 @@ class _Writer:
         }
         return [self._make("MatMulNBits", [source, values, scales], output, contrib=True, **attributes)]
 
-    def table(self, path: str, weight: Packed, site: str) -> None:
+    def table(self, path: str, factor: Factor, site: str) -> None:
         """Replace the embedding table at ``path``, ``rows x width``."""
         node = self._nodes.get(f"{_scope(path)}/Gather")
         if node is None or node.input[0] not in self._tensors:
             raise RuntimeBuildError(f"{site}: not carried out: the exported graph has no look-up at {_scope(path)}")
-        rows, output, name = node.input[1], node.output[0], node.name
+        rows, output, name, weight = node.input[1], node.output[0], node.name, factor.weight
+        nodes: list[Any] = []
+        if factor.index is not None:
+            index = self._constant(f"{name}/index", factor.index)
+            nodes.append(self._make("Gather", [index, rows], f"{name}/row"))
+            rows = f"{name}/row/i64"
+            nodes.append(self._make("Cast", [f"{name}/row"], rows, to=self._onnx.TensorProto.INT64))
         if weight.bits == 4:
             assert weight.scales is not None
             unsigned = (weight.values + 8).astype(np.uint8).reshape(weight.shape)
@@ -290,12 +300,13 @@ class _Writer:
                 "gather_axis": 0,
                 "quantize_axis": 1,
             }
-            nodes = [self._make("GatherBlockQuantized", [values, rows, scales], output, contrib=True, **attributes)]
+            inputs = [values, rows, scales]
+            nodes.append(self._make("GatherBlockQuantized", inputs, output, contrib=True, **attributes))
         elif weight.bits == 8:
             assert weight.scales is not None
             values = self._constant(f"{name}/table", weight.values)
             scales = self._constant(f"{name}/scale", weight.scales)
-            nodes = [
+            nodes += [
                 self._make("Gather", [values, rows], f"{name}/int8"),
                 self._make("Cast", [f"{name}/int8"], f"{name}/f32", to=self._onnx.TensorProto.FLOAT),
                 self._make("Gather", [scales, rows], f"{name}/row_scale"),
@@ -303,11 +314,19 @@ class _Writer:
             ]
         else:
             values = self._constant(f"{name}/table", weight.values)
-            nodes = [
+            nodes += [
                 self._make("Gather", [values, rows], f"{name}/narrow"),
                 self._make("Cast", [f"{name}/narrow"], output, to=self._onnx.TensorProto.FLOAT),
             ]
         self._replaced[name] = nodes
+
+    def cut(self, tokens: int) -> None:
+        """Let all that reads the inputs read no more than their first ``tokens`` tokens."""
+        ends = {"start": 0, "stop": tokens, "axis": 1}
+        names = [self._constant(f"cut/{name}", np.array([value], dtype=np.int64)) for name, value in ends.items()]
+        for entry in self._graph.input:
+            self._cut[entry.name] = f"{entry.name}/first"
+            self._first.append(self._make("Slice", [entry.name, *names], self._cut[entry.name]))
 
     def finish(self, graph: Any) -> None:
         """Fill the empty ``graph``: new nodes in place of the old ones, and only the initialisers that are read."""
@@ -315,6 +334,11 @@ class _Writer:
         graph.input.extend(self._graph.input)
         graph.output.extend(self._graph.output)
         graph.node.extend(new for old in self._graph.node for new in self._replaced.get(old.name, [old]))
+        for node in graph.node:
+            for position, name in enumerate(node.input):
+                node.input[position] = self._cut.get(name, name)
+        for position, node in enumerate(self._first):
+            graph.node.insert(position, node)
         read = {name for node in graph.node for name in node.input}
         graph.initializer.extend(t for t in self._graph.initializer if t.name in read)
         graph.initializer.extend(self._added)

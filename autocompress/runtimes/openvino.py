@@ -24,8 +24,8 @@ from autocompress.anatomy import ModelShape
 from autocompress.config import TargetConfig
 from autocompress.errors import RuntimeBuildError
 from autocompress.model import EncoderModel
-from autocompress.pieces import Layer, Piece
-from autocompress.plan import CompressionPlan
+from autocompress.pieces import Factor, Layer, Piece
+from autocompress.plan import CompressionPlan, MaxTokens
 from autocompress.products import Product
 from autocompress.runtimes.base import (
     TEMPLATE_INPUTS,
@@ -90,7 +90,7 @@ class OpenVINORuntime(Runtime):
     batch_invariant = True
 
     def check(self, plan: CompressionPlan, shape: ModelShape) -> None:
-        """Accept everything that a `Quantize` can say: 16, 8 (with 8-bit activations in linear layers) and 4 bits."""
+        """Accept every decision."""
 
     def convert(self, model: EncoderModel, example: Batch, folder: Path) -> None:
         graph, inputs = _convert(model, example)
@@ -112,9 +112,11 @@ class OpenVINORuntime(Runtime):
         for site, piece in pieces.items():
             for path, layer in zip(template.layout.linears(site), piece, strict=True):
                 if site == "embeddings":
-                    writer.table(path, layer[0].weight, site)
+                    writer.table(path, layer[0], site)
                 else:
                     writer.linear(template.products[path], layer, site)
+        for cut in plan.of_type(MaxTokens).values():
+            writer.cut(cut.tokens)
         try:
             graph.validate_nodes_and_infer_types()
         except RuntimeError as error:
@@ -215,6 +217,7 @@ class _Writer:
     def __init__(self, graph: Any) -> None:
         self._ov = _openvino()
         self._op = self._ov.opset13
+        self._graph = graph
         self._nodes = {node.get_friendly_name(): node for node in graph.get_ordered_ops()}
         self._quantized_inputs: dict[str, Any] = {}
 
@@ -241,9 +244,13 @@ class _Writer:
         for reader in readers:
             reader.replace_source_output(output)
 
-    def table(self, path: str, weight: Packed, site: str) -> None:
+    def table(self, path: str, factor: Factor, site: str) -> None:
         """Replace the embedding table at ``path``, ``rows x width``."""
-        node = self._node(f"{_scope(path)}/aten::embedding/Gather", site)
+        node, weight = self._node(f"{_scope(path)}/aten::embedding/Gather", site), factor.weight
+        if factor.index is not None:
+            axis = self._op.constant(np.array(0, dtype=np.int32))
+            rows = self._op.gather(self._op.constant(factor.index), node.input_value(1), axis)
+            node.input(1).replace_source_output(self._op.convert(rows, "i32").output(0))
         if weight.bits == 8:
             assert weight.scales is not None
             # Half-precision scales: rows are unpacked one by one, and twice the bytes would buy no accuracy.
@@ -253,6 +260,15 @@ class _Writer:
         else:
             stored = self._stored(weight)
         node.input(0).replace_source_output(stored.output(0))
+
+    def cut(self, tokens: int) -> None:
+        """Let all that reads the inputs read no more than their first ``tokens`` tokens."""
+        start, stop, step, axis = (self._op.constant(np.array([n], dtype=np.int64)) for n in (0, tokens, 1, 1))
+        for entry in self._graph.get_parameters():
+            readers = entry.output(0).get_target_inputs()
+            short = self._op.slice(entry, start, stop, step, axis)
+            for reader in readers:
+                reader.replace_source_output(short.output(0))
 
     def _node(self, name: str, site: str) -> Any:
         if name not in self._nodes:

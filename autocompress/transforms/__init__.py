@@ -1,7 +1,8 @@
 """Compression methods: one file each, a decision class and its handler in one table.
 
-Structural decisions change the torch module here, in the order of `plan.DECISIONS`; what `Quantize` decides is carried
-out by the runtime with the arithmetic of `quantize.py`. Students and recovery need training and live in the bank.
+Structural decisions change the torch module here, in the order of `plan.DECISIONS`; what `Quantize` and
+`TrimVocabulary` decide is carried out by the runtime with the arithmetic of `quantize.py` and `vocabulary.py`, and
+`MaxTokens` by the runtime alone. Students and recovery need training and live in the bank.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from autocompress.plan import (
     Quantize,
     Recover,
     Student,
+    TrimVocabulary,
 )
 from autocompress.transforms.factorize import Factorization
 from autocompress.transforms.prune import HeadPruning, Importance, NeuronPruning, keep_blocks
 from autocompress.transforms.quantize import check_groups
+from autocompress.transforms.vocabulary import check_rows
 
 
 class Transform(Protocol):
@@ -59,13 +62,15 @@ def check_plan(plan: CompressionPlan, shape: ModelShape) -> None:
             raise PlanError(f"model: blocks to drop must be < {depth} and leave one, got {drop.blocks}")
         shape = shape.without(drop)
     ranks = plan.of_type(LowRank)
-    for kind in (PruneHeads, PruneNeurons, LowRank, Quantize):
+    for kind in (PruneHeads, PruneNeurons, LowRank, TrimVocabulary, Quantize):
         sites = shape.sites()
         for name, decision in plan.of_type(kind).items():
             if name not in sites:
                 raise PlanError(f"{name}: no such site; the model has {', '.join(sites)}")
             if isinstance(decision, Quantize):
                 check_groups(sites[name], decision, ranks[name].rank if name in ranks else 0)
+            elif isinstance(decision, TrimVocabulary):
+                check_rows(sites[name], decision)
             else:
                 HANDLERS[kind].check(sites[name], decision)
         shape = shape.after(CompressionPlan(tuple(plan.of_type(kind).items())))

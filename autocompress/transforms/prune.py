@@ -23,6 +23,7 @@ from autocompress.model import EncoderModel
 from autocompress.plan import PruneHeads, PruneNeurons
 from autocompress.task import Batch
 from autocompress.transforms.moments import AS_READ_BY, Moments, OfBlocks
+from autocompress.transforms.vocabulary import TokenUse
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -37,12 +38,14 @@ class Importance:
         drop_order: block numbers, least important first.
         moments: of what the layers read, by which factors and 4-bit weights are fitted; without them, these come
             nearest to the weights as such.
+        tokens: what the task's texts make of the table of tokens; None where it was not asked for.
     """
 
     heads: tuple[torch.Tensor, ...]
     neurons: tuple[torch.Tensor, ...]
     drop_order: tuple[int, ...]
     moments: OfBlocks | None = None
+    tokens: TokenUse | None = None
 
     def best_heads(self, block: int, keep: int) -> list[int]:
         return _best(self.heads[block], keep)
@@ -69,6 +72,7 @@ class Importance:
             tuple(self.neurons[n] for n in kept),
             tuple(range(len(kept))),
             None if moments is None else lambda block, role: moments(kept[block], role),
+            self.tokens,
         )
 
 
@@ -87,6 +91,7 @@ def importance(
     *,
     drops: int = 0,
     drop_batches: Sequence[Batch] | None = None,
+    counts: torch.Tensor | None = None,
     autocast: Autocast = nullcontext,
 ) -> Importance:
     """Score heads, neurons and blocks; the model is left unchanged.
@@ -97,9 +102,11 @@ def importance(
         drops: how many blocks are removed greedily to find the order of dropping; the others follow by their effect
             at the last step. 0 leaves the order from the last block to the first.
         drop_batches: rows for that order, by default ``batches``.
+        counts: how often the task's texts have each token, ``vocabulary``, float64, infinite for what has to stay;
+            without them nothing is said of the table of tokens.
         autocast: entered for each run of the model, as where half precision is faster; scores are summed in double.
     """
-    heads, neurons = _fisher(model, batches, autocast)
+    heads, neurons, slopes = _fisher(model, batches, autocast, counts)
     for number in range(len(model.shape.blocks)):
         # Gradients vanish where a part cannot reach the output (a saturated or untrained head): use magnitude there.
         if not torch.isfinite(heads[number]).all() or float(heads[number].sum()) == 0:
@@ -108,16 +115,30 @@ def importance(
         if not torch.isfinite(neurons[number]).all() or float(neurons[number].sum()) == 0:
             neurons[number] = model.linear(number, "ffn_out").weight.detach().norm(dim=0)
     order = _drop_order(model, drop_batches or batches, drops, autocast)
-    return Importance(tuple(heads), tuple(neurons), order)
+    tokens = None
+    if counts is not None:
+        table = model.module.get_parameter(f"{model.layout.embeddings[0]}.weight").detach()
+        tokens = TokenUse.of(table, counts, slopes)
+    return Importance(tuple(heads), tuple(neurons), order, tokens=tokens)
 
 
 def _fisher(
-    model: EncoderModel, batches: Sequence[Batch], autocast: Autocast
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    model: EncoderModel, batches: Sequence[Batch], autocast: Autocast, counts: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Return the information of gates on heads and neurons, and the mean of g g^T over slopes g at tokens' rows."""
     blocks = model.shape.blocks
     heads = [torch.zeros(b.heads, dtype=torch.float64) for b in blocks]
     neurons = [torch.zeros(b.neurons, dtype=torch.float64) for b in blocks]
+    table = model.module.get_submodule(model.layout.embeddings[0])
+    width = table.get_parameter("weight").shape[1]
+    slopes, read = torch.zeros(width, width, dtype=torch.float64), 0
     captured: dict[tuple[int, str], torch.Tensor] = {}
+    looked_up: list[torch.Tensor] = []
+
+    def look_up(_: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        output.requires_grad_(True)
+        output.retain_grad()
+        looked_up.append(output)
 
     def capture(key: tuple[int, str]) -> object:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -136,6 +157,8 @@ def _fisher(
         for n in range(len(blocks))
         for role in ("output", "ffn_out")
     ]
+    if counts is not None:
+        handles.append(table.register_forward_hook(look_up))
     frozen = [(p, p.requires_grad) for p in model.module.parameters()]
     try:
         for parameter, _ in frozen:
@@ -154,14 +177,21 @@ def _fisher(
                     heads[number] += gate.square().sum(dim=0)
                 else:
                     neurons[number] += gate.square().sum(dim=0)
+            for output in looked_up:
+                assert output.grad is not None and counts is not None
+                # The rows of special tokens, which are kept anyway, answer to other things than words do.
+                words = batch.attention_mask.bool() & counts[batch.input_ids].isfinite()
+                found = output.grad[words].double()
+                slopes, read = slopes + found.T @ found, read + len(found)
             captured.clear()
+            looked_up.clear()
             model.module.zero_grad(set_to_none=True)
     finally:
         for handle in handles:
             handle.remove()
         for parameter, required in frozen:
             parameter.requires_grad_(required)
-    return heads, neurons
+    return heads, neurons, slopes / max(1, read)
 
 
 def _drop_order(
