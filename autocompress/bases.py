@@ -23,7 +23,7 @@ from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
 from autocompress.config import RunConfig
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece, code_version, make_piece, read_piece, save_piece
-from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, Recover, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, DropBlocks, Recover, Student
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.task import Batch, Split
@@ -212,11 +212,20 @@ class Bases:
         key = self._key(train_rows=len(self.splits["train"]), precision=self.precision())
         return load_file(self.bank.get("teacher-logits", key, make) / "logits.safetensors")["logits"]
 
-    def _distilled(self, target: EncoderModel, what: str, epochs: float, made_from: dict[str, Any]) -> EncoderModel:
+    def _distilled(
+        self,
+        target: EncoderModel,
+        what: str,
+        epochs: float,
+        made_from: dict[str, Any],
+        example: training.Example | None = None,
+    ) -> EncoderModel:
         """Give ``target`` the weights that distillation leads to; they are kept in the bank."""
         budget = training.TrainingBudget(
             **{**self.run.recovery.model_dump(), "epochs": epochs, "precision": self.precision()}
         )
+        if example is None:
+            budget = dataclasses.replace(budget, hidden=0.0)
         key = self._key(what=made_from, budget=dataclasses.asdict(budget), seed=self.run.seed, recipe=training.RECIPE)
 
         def make(folder: Path) -> None:
@@ -231,6 +240,7 @@ class Bases:
                     budget,
                     # What is pruned is in the blocks; the tables are half of what the optimiser would move.
                     frozen=target.layout.embeddings,
+                    example=example,
                     seed=self.run.seed,
                     progress=lambda s: self.progress(f"distilling: {s}"),
                 )
@@ -246,6 +256,7 @@ class Bases:
         return target
 
     def _student(self, student: Student) -> EncoderModel:
+        # From the teacher's logits alone, which are there for all students: a search waits for them.
         return self._distilled(self.cut(student), f"a {student.words()}", student.epochs, student.to_dict())
 
     def cut(self, student: Student) -> EncoderModel:
@@ -309,8 +320,23 @@ class Bases:
         wanted = plan.of_type(Recover).get(MODEL_SITE)
         if wanted is not None:
             made_from = json.loads(plan.structural().to_json())
-            return self._distilled(built, "a picked structure", wanted.epochs, {"plan": made_from, "base": base.base})
+            example = training.Example(self.teacher.module, tuple(self._counterparts(plan)))
+            return self._distilled(
+                built, "a picked structure", wanted.epochs, {"plan": made_from, "base": base.base}, example
+            )
         return built
+
+    def _counterparts(self, plan: CompressionPlan) -> Iterator[tuple[str, str]]:
+        """Yield the path of each block that a plan leaves, and that of the teacher's block that it is to be like.
+
+        That is the last one before the next that is left: it has to do the work of those that are gone in between.
+        """
+        shape, student = self.teacher.shape, plan.of_type(Student).get(MODEL_SITE)
+        drop = plan.of_type(DropBlocks).get(MODEL_SITE)
+        taken = student.blocks if student is not None else range(len(shape.blocks))
+        left = [block for number, block in enumerate(taken) if drop is None or number not in drop.blocks]
+        for number, following in enumerate([*left[1:], len(shape.blocks)]):
+            yield f"{self.teacher.layout.blocks}.{number}", f"{self.teacher.layout.blocks}.{following - 1}"
 
     def piece(self, base: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance) -> Piece:
         """Return what stands at ``site`` of ``base`` after ``decisions``, from the bank."""

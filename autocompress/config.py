@@ -109,6 +109,9 @@ class RecoveryConfig(Section):
     batch_size: int = Field(32, ge=1, le=4096)
     temperature: float = Field(2.0, gt=0, le=100)
     alpha: float = Field(0.5, ge=0, le=1, description="share of the distillation loss; the rest is the labels'")
+    hidden: float = Field(
+        30.0, ge=0, le=1e6, description="weight of what differs from the teacher between the blocks of a picked point"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="training arithmetic; auto takes bfloat16 where the CPU has instructions for it"
     )

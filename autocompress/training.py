@@ -1,14 +1,19 @@
 """Training: fine-tune a head, distil a student, recover a picked point - one loop with two losses.
 
 Distillation mixes the temperature-softened Kullback-Leibler divergence to the teacher's logits, scaled by T^2, with
-the labels' cross-entropy (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2).
+the labels' cross-entropy (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2). Where the
+teacher is at hand, what stands between the blocks may be drawn to the teacher's, too (Jiao et al. 2020, "TinyBERT:
+Distilling BERT for Natural Language Understanding", eq. 8, with the identity for the learnt map, as both are equally
+wide).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +41,7 @@ class TrainingBudget:
         precision: ``auto``, ``float32`` or ``bfloat16`` arithmetic; weights stay in float32.
         temperature: softening of both distributions, for distillation.
         alpha: share of the distillation loss.
+        hidden: weight of the mean squared difference to the teacher between the blocks, where that is at hand.
     """
 
     epochs: float
@@ -44,13 +50,29 @@ class TrainingBudget:
     precision: str = "auto"
     temperature: float = 2.0
     alpha: float = 0.5
+    hidden: float = 0.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A teacher to be followed block by block.
+
+    Args:
+        module: takes what the smaller model takes; left as it is.
+        blocks: pairs of paths: of a block of the smaller model, and of the teacher's block that it is drawn to.
+    """
+
+    module: nn.Module
+    blocks: tuple[tuple[str, str], ...]
 
 
 def finetune(module: nn.Module, rows: Split, budget: TrainingBudget, *, seed: int, progress: Progress) -> None:
     """Train ``module`` on the labels, in place."""
 
-    def loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return functional.cross_entropy(logits, batch.labels)
+    def loss(batch: Batch) -> torch.Tensor:
+        with autocast(budget.precision):
+            logits = module(**batch.inputs()).logits
+        return functional.cross_entropy(logits.float(), batch.labels)
 
     _train(module, rows, budget, loss, seed=seed, progress=progress)
 
@@ -62,6 +84,7 @@ def distill(
     budget: TrainingBudget,
     *,
     frozen: Sequence[str] = (),
+    example: Example | None = None,
     seed: int,
     progress: Progress,
 ) -> None:
@@ -76,11 +99,16 @@ def distill(
         rows: what both read.
         budget: how long and how to train.
         frozen: paths of modules that keep their weights.
+        example: the teacher itself, for ``budget.hidden``; it is run beside the smaller model.
         seed: of the order of rows.
         progress: told the loss now and then.
     """
+    follow = example if budget.hidden else None
+    mine, theirs = zip(*follow.blocks, strict=True) if follow is not None else ((), ())
 
-    def loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(batch: Batch) -> torch.Tensor:
+        with _noted(module, mine) as found, autocast(budget.precision):
+            logits = module(**batch.inputs()).logits.float()
         soft = functional.kl_div(
             functional.log_softmax(logits / budget.temperature, dim=-1),
             functional.log_softmax(teacher[batch.rows] / budget.temperature, dim=-1),
@@ -88,7 +116,14 @@ def distill(
             reduction="batchmean",
         )
         hard = functional.cross_entropy(logits, batch.labels)
-        return budget.alpha * budget.temperature**2 * soft + (1 - budget.alpha) * hard
+        total = budget.alpha * budget.temperature**2 * soft + (1 - budget.alpha) * hard
+        if follow is not None:
+            with torch.no_grad(), _noted(follow.module, theirs) as wanted, autocast(budget.precision):
+                follow.module(**batch.inputs())
+            read = batch.attention_mask.bool()
+            apart = [(found[a][read].float() - wanted[b][read].float()).square().mean() for a, b in follow.blocks]
+            total = total + budget.hidden * torch.stack(apart).mean()
+        return total
 
     kept = [p for path in frozen for p in module.get_submodule(path).parameters() if p.requires_grad]
     for parameter in kept:
@@ -118,7 +153,7 @@ def _train(
     module: nn.Module,
     rows: Split,
     budget: TrainingBudget,
-    loss_of: Callable[[torch.Tensor, Batch], torch.Tensor],
+    loss_of: Callable[[Batch], torch.Tensor],
     *,
     dropout: bool = True,
     seed: int,
@@ -136,9 +171,7 @@ def _train(
     step, running = 0, 0.0
     while step < steps:
         for batch in rows.shuffled(budget.batch_size, generator)[: steps - step]:
-            with autocast(budget.precision):
-                logits = module(**batch.inputs()).logits
-            loss = loss_of(logits.float(), batch)
+            loss = loss_of(batch)
             if not torch.isfinite(loss):
                 raise ModelError(f"training: the loss is {loss.item()} at step {step}; lower the learning rate")
             loss.backward()  # type: ignore[no-untyped-call]
@@ -151,6 +184,25 @@ def _train(
             if step % max(1, steps // 10) == 0 or step == steps:
                 progress(f"step {step}/{steps}, loss {running:.3f}")
     module.eval()
+
+
+@contextmanager
+def _noted(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Give what the modules at ``paths`` return while ``module`` runs, ``batch x tokens x hidden``, by path."""
+    found: dict[str, torch.Tensor] = {}
+
+    def note(path: str) -> Callable[[nn.Module, object, Any], None]:
+        def hook(_: nn.Module, inputs: object, output: Any) -> None:
+            found[path] = output if isinstance(output, torch.Tensor) else output[0]
+
+        return hook
+
+    handles = [module.get_submodule(path).register_forward_hook(note(path)) for path in paths]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _linear(step: int, steps: int) -> float:

@@ -275,6 +275,22 @@ class TestStitched:
             built.append((artifact.folder / "model.bin").read_bytes())
         assert built[0] == built[1]
 
+    def test_a_block_that_is_left_does_the_work_of_those_after_it(self, shop: Workshop) -> None:
+        blocks = shop.teacher.layout.blocks
+
+        def counterparts(*decisions: Any) -> list[tuple[int, int]]:
+            plan = CompressionPlan(tuple((MODEL_SITE, d) for d in decisions))
+            found = shop._counterparts(plan)
+            return [(int(a.removeprefix(f"{blocks}.")), int(b.removeprefix(f"{blocks}."))) for a, b in found]
+
+        student = Student(blocks=(0, 2), heads=2, neurons=32, epochs=0.1)
+        assert counterparts() == [(0, 0), (1, 1), (2, 2)]
+        assert counterparts(DropBlocks(blocks=(1,))) == [(0, 1), (1, 2)]
+        assert counterparts(DropBlocks(blocks=(0,))) == [(0, 1), (1, 2)]
+        assert counterparts(DropBlocks(blocks=(2,))) == [(0, 0), (1, 2)]
+        assert counterparts(student) == [(0, 1), (1, 2)]
+        assert counterparts(student, DropBlocks(blocks=(0,))) == [(0, 2)]
+
     def test_a_recovered_model_can_be_trimmed_and_cut(self, shop: Workshop, tmp_path: Path) -> None:
         recovered = CompressionPlan(
             ((MODEL_SITE, Recover(epochs=0.1)), ("block.0.ffn", PruneNeurons(keep=32)), ("block.0.ffn", W8A8))

@@ -169,13 +169,70 @@ class TestDistillation:
         rows = splits["train"]
         teacher = torch.randn(len(rows), 2)
         training.distill(module, teacher, rows, budget(alpha=0.3, temperature=temperature), seed=0, progress=quiet)
-        batch, logits = rows.batch([4, 9, 2]), torch.randn(3, 2)
+        batch = rows.batch([4, 9, 2])
+        with torch.no_grad():
+            logits = module(**batch.inputs()).logits
         p = (teacher[[4, 9, 2]] / temperature).softmax(dim=1)
         q = (logits / temperature).softmax(dim=1)
         soft = float((p * (p / q).log()).sum(dim=1).mean())
         hard = float(-logits.log_softmax(dim=1)[range(3), batch.labels].mean())
         expected = 0.3 * temperature**2 * soft + 0.7 * hard
-        assert float(losses[0](logits, batch)) == pytest.approx(expected, rel=1e-4)
+        with torch.no_grad():
+            assert float(losses[0](batch)) == pytest.approx(expected, rel=1e-4)
+
+    def test_blocks_are_drawn_to_their_examples(self, splits: dict[str, task.Split]) -> None:
+        """What a student's blocks return comes nearer to what those of its teacher do, padding left out."""
+        rows, example = splits["train"], make_model("bert", labels=LABELS, num_hidden_layers=3, seed=5)
+        logits = training.logits_of(example, rows)
+        blocks = (("bert.encoder.layer.0", "bert.encoder.layer.1"), ("bert.encoder.layer.1", "bert.encoder.layer.2"))
+        before = copy.deepcopy(example.state_dict())
+        apart = {}
+        for hidden in (0.0, 10.0):
+            student = make_model("bert", labels=LABELS, num_hidden_layers=2)
+            training.distill(
+                student,
+                logits,
+                rows,
+                budget(epochs=4, hidden=hidden),
+                example=training.Example(example, blocks),
+                seed=0,
+                progress=quiet,
+            )
+            batch = rows.batch(range(20))
+            read = batch.attention_mask.bool()
+            with torch.no_grad(), training._noted(student, [a for a, _ in blocks]) as mine:
+                student(**batch.inputs())
+            with torch.no_grad(), training._noted(example, [b for _, b in blocks]) as theirs:
+                example(**batch.inputs())
+            apart[hidden] = [float((mine[a] - theirs[b])[read].square().mean()) for a, b in blocks]
+        assert all(near < 0.7 * far for near, far in zip(apart[10.0], apart[0.0], strict=True))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in example.state_dict().items())
+        assert not any(part._forward_hooks for part in (*example.modules(), *student.modules()))
+
+    def test_the_loss_between_blocks_is_a_mean_square(
+        self, monkeypatch: pytest.MonkeyPatch, module: Any, splits: dict[str, task.Split]
+    ) -> None:
+        losses: list[Callable[..., torch.Tensor]] = []
+        monkeypatch.setattr(training, "_train", lambda *arguments, **_: losses.append(arguments[3]))
+        rows, example = splits["train"], make_model("bert", labels=LABELS, seed=5)
+        pair = ("bert.encoder.layer.0", "bert.encoder.layer.1")
+        for hidden in (0.0, 3.0):
+            training.distill(
+                module,
+                torch.zeros(len(rows), 2),
+                rows,
+                budget(alpha=0.0, hidden=hidden),
+                example=training.Example(example, (pair,)),
+                seed=0,
+                progress=quiet,
+            )
+        batch = rows.batch([0, 3, 8])
+        with torch.no_grad():
+            mine = module(**batch.inputs(), output_hidden_states=True).hidden_states[1]
+            theirs = example(**batch.inputs(), output_hidden_states=True).hidden_states[2]
+            plain, drawn = (float(loss(batch)) for loss in losses)
+        square = (mine - theirs)[batch.attention_mask.bool()].square().mean()
+        assert drawn - plain == pytest.approx(3.0 * float(square), rel=1e-3)
 
     def test_one_seed_gives_the_same_weights(self, splits: dict[str, task.Split], teacher: torch.Tensor) -> None:
         found = []
