@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -124,19 +124,28 @@ def interval(first: np.ndarray, second: np.ndarray) -> list[float]:
     return [float(q) for q in np.quantile(gained[drawn].mean(axis=1), (0.025, 0.975))]
 
 
-def compare(figures: Figures, data: str, scratch: Path) -> None:
-    """Compare all variants on one data set."""
+def compare(
+    figures: Figures,
+    data: str,
+    scratch: Path,
+    variants: Mapping[str, Change] = VARIANTS,
+    comparisons_of: Callable[[Workshop], dict[str, tuple[str, str, CompressionPlan]]] = comparisons,
+) -> None:
+    """Compare variants on one data set."""
     run = RunConfig.from_file("demo", overrides=[f"data.source={data}"])
     trained = Workshop(run, scratch / "unused", print)
     model = str(trained.teacher_folder)
     shops: dict[str, Varied] = {}
-    for name, change in VARIANTS.items():
+    for name, change in variants.items():
         # A bank of its own: pieces are kept by what is decided, not by how it is judged.
         settings = [f"data.source={data}", f"model.id={model}", f"storage.bank={scratch / 'bank' / name}"]
         shops[name] = Varied(RunConfig.from_file("demo", overrides=settings), scratch / name)
         shops[name].change = change
-    full = {split: logits_of(shops["fisher"], CompressionPlan(), split) for split in ("search", "test")}
-    for what, (variant, plain, plan) in comparisons(trained).items():
+    any_shop = next(iter(shops.values()))
+    full = {split: logits_of(any_shop, CompressionPlan(), split) for split in ("search", "test")}
+    for split, found in full.items():
+        figures.more[f"{data}, uncompressed, {split} rows"] = float(hits(trained, found, split).mean())
+    for what, (variant, plain, plan) in comparisons_of(trained).items():
         for split in ("search", "test"):
             logits = [logits_of(shops[name], plan, split) for name in (variant, plain)]
             first, second = (hits(trained, found, split) for found in logits)

@@ -38,7 +38,7 @@ COLOURS = {
 }
 HEADER = ("| what | measured | 95 % interval | target | |", "|---|---|---|---|---|")
 DEMO = "search-demo"
-METHODS = "methods-ablation"
+METHODS = ("methods-ablation", "methods-vocabulary")
 SEARCH = (
     "search-cost",
     "search-hypervolume",
@@ -189,15 +189,15 @@ def search_table() -> str:
     return "\n".join([f"{measured_on(contents(SEARCH[0]))}.", "", *lines])
 
 
-def methods_table() -> str:
-    """Return what each compression method gains over its plain counterpart, a data set beside the other."""
-    content = contents(METHODS)
+def methods_table(file: str) -> str:
+    """Return what compression methods gain over their plain counterparts, a data set beside the other."""
+    content = contents(file)
     figures = {figure["name"]: figure for figure in content["figures"]}
     parts = [name.split(", ", 2) for name in figures if name.endswith(": accuracy gained")]
     data = list(dict.fromkeys(part[0] for part in parts))
     methods = list(dict.fromkeys(part[1] for part in parts))
     heads = [f"{name}: accuracy gained, test rows | divergence, search / test" for name in data]
-    lines = [f"| uniform over all blocks | {' | '.join(heads)} |"]
+    lines = [f"| at the same size | {' | '.join(heads)} |"]
     lines.append(f"|---|{'---|---|' * len(data)}")
     for method in methods:
         cells = []
@@ -213,7 +213,7 @@ def methods_table() -> str:
             )
         lines.append(f"| {method} | {' | '.join(cells)} |")
     said = f"{measured_on(content)}, without any training, accuracy with paired bootstrap intervals"
-    how = f"reproduce with `{content['command']}` ([as JSON](results/benchmarks/{METHODS}.json))"
+    how = f"reproduce with `{content['command']}` ([as JSON](results/benchmarks/{file}.json))"
     return "\n".join([f"{said}; {how}.", "", *lines])
 
 
@@ -231,7 +231,8 @@ def main() -> None:
     tools_picture(options.chromium)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, part in (("figures", demo_table()), ("search", search_table()), ("methods", methods_table())):
+    methods = "\n\n".join(methods_table(file) for file in METHODS)
+    for name, part in (("figures", demo_table()), ("search", search_table()), ("methods", methods)):
         text = put(text, name, part)
     readme.write_text(text, encoding="utf-8")
 

@@ -19,6 +19,7 @@ from autocompress.plan import (
     Decision,
     DropBlocks,
     LowRank,
+    MaxTokens,
     PruneHeads,
     PruneNeurons,
     Quantize,
@@ -73,6 +74,8 @@ def harm_of(decision: Decision) -> float:
         return 0.1 * (1 - decision.keep / 256)
     if isinstance(decision, LowRank):
         return 0.3 / decision.rank
+    if isinstance(decision, MaxTokens):
+        return 0.4 * (1 - decision.tokens / 64)
     if isinstance(decision, TrimVocabulary):
         return 0.2 * (1 - decision.keep / 1000)
     assert isinstance(decision, (DropBlocks, Student))
