@@ -221,12 +221,7 @@ class Bases:
         example: training.Example | None = None,
     ) -> EncoderModel:
         """Give ``target`` the weights that distillation leads to; they are kept in the bank."""
-        budget = training.TrainingBudget(
-            **{**self.run.recovery.model_dump(), "epochs": epochs, "precision": self.precision()}
-        )
-        if example is None:
-            budget = dataclasses.replace(budget, hidden=0.0)
-        key = self._key(what=made_from, budget=dataclasses.asdict(budget), seed=self.run.seed, recipe=training.RECIPE)
+        budget = self._budget(epochs, followed=example is not None)
 
         def make(folder: Path) -> None:
             teacher = self._teacher_logits
@@ -249,11 +244,27 @@ class Bases:
                 folder / "weights.safetensors",
             )
 
-        folder = self.bank.get("distilled", key, make)
+        folder = self.bank.get("distilled", self._distilled_from(made_from, budget), make)
         target.module.load_state_dict(load_file(folder / "weights.safetensors"), strict=True)
         target.module.eval()
         target.base = folder.name
         return target
+
+    def _budget(self, epochs: float, *, followed: bool = False) -> training.TrainingBudget:
+        settings = self.run.recovery.model_dump() | {"epochs": epochs, "precision": self.precision()}
+        return training.TrainingBudget(**settings if followed else settings | {"hidden": 0.0})
+
+    def _distilled_from(self, what: dict[str, Any], budget: training.TrainingBudget) -> dict[str, Any]:
+        return self._key(what=what, budget=dataclasses.asdict(budget), seed=self.run.seed, recipe=training.RECIPE)
+
+    def needs_training(self, plan: CompressionPlan) -> bool:
+        """Return whether the student that ``plan`` starts from has not been distilled yet."""
+        student = plan.of_type(Student).get(MODEL_SITE)
+        if student is None or repr(student) in self._bases:
+            return False
+        return not self.bank.path(
+            "distilled", self._distilled_from(student.to_dict(), self._budget(student.epochs))
+        ).is_dir()
 
     def _student(self, student: Student) -> EncoderModel:
         # From the teacher's logits alone, which are there for all students: a search waits for them.

@@ -183,6 +183,7 @@ def execute(
     *,
     local: LocalRay,
     prepare: Callable[[CompressionPlan], None],
+    alone: Callable[[CompressionPlan], bool],
     told: Callable[[Candidate], None],
 ) -> None:
     """Evaluate the study's remaining candidates.
@@ -191,6 +192,8 @@ def execute(
         study: open for writing.
         local: entered; it need not have started yet.
         prepare: called before a plan is handed out; makes what workers then find in the bank.
+        alone: whether that keeps all cores busy for long; no candidate is then evaluated meanwhile, since that would
+            take several times as long as without.
         told: called after each candidate was recorded.
 
     Raises:
@@ -201,15 +204,17 @@ def execute(
 
     def hand_out() -> None:
         nonlocal ended
-        if ended:
-            return
         asked = study.ask()
         if asked is None:
             ended = True
             local.close()
             return
         number, plan = asked
+        while running and alone(plan) and tell_next():
+            pass
         running[number] = plan
+        if ended:
+            return
         prepare(plan)
         front = study.rivals() if study.run.search.stop_early else []
         local.put(Job(number, plan.to_json(), front))
@@ -217,14 +222,26 @@ def execute(
     def tell(number: int, outcome: Measurement | Stopped | str) -> None:
         told(study.tell(number, running.pop(number), outcome))
 
-    local.open()
-    for _ in range(local.workers + _AHEAD):
-        hand_out()
-    while (result := local.next_result()) is not None:
+    def tell_next() -> bool:
+        """Wait for a result and tell it; False once all workers have gone home."""
+        nonlocal ended
+        result = local.next_result()
+        if result is None:
+            ended = True
+            return False
         number, outcome = result
         [(kind, value)] = outcome.items()
         kinds = {"measurement": Measurement, "stopped": Stopped}
         tell(number, value if kind == "failure" else kinds[kind](**value))
-        hand_out()
+        return True
+
+    def fill() -> None:
+        while not ended and len(running) < local.workers + _AHEAD:
+            hand_out()
+
+    local.open()
+    fill()
+    while tell_next():
+        fill()
     for number in list(running):
         tell(number, DIED)  # no worker is left to do it

@@ -157,7 +157,7 @@ def _evaluate(study: Study, workshop: Workshop, local: LocalRay, progress: Progr
             each = (time.perf_counter() - began) / (study.finished - before)
             watch(_status(study, reference, majority, each))
 
-    execute(study, local=local, prepare=workshop.prepare, told=told)
+    execute(study, local=local, prepare=workshop.prepare, alone=workshop.needs_training, told=told)
     if study.remaining:
         progress(f"{study.remaining} candidates are left: the space holds no others, or Ray was stopped")
 

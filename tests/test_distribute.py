@@ -23,10 +23,10 @@ from test_study import plan_ids, states
 
 from autocompress.config import RunConfig
 from autocompress.desk import Job
-from autocompress.distribute import LocalRay
+from autocompress.distribute import LocalRay, execute
 from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
-from autocompress.plan import MODEL_SITE, CompressionPlan, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan, MaxTokens, Student
 from autocompress.records import Candidate, Stopped
 
 pytestmark = pytest.mark.slow
@@ -95,6 +95,68 @@ def test_a_worker_killed_in_mid_trial_is_replaced(workplace: Callable[..., Path]
     candidates = ended(search, folder / "out")
     assert [c.state for c in candidates] == ["COMPLETE"] * TRIALS
     assert states(folder / "out") == {"COMPLETE": TRIALS}
+
+
+@pytest.mark.parametrize("gone_home_after", [None, 1])
+def test_what_keeps_all_cores_busy_waits_until_nothing_runs(gone_home_after: int | None) -> None:
+    """With a study and workers of paper: eight plans, of which the third and the sixth need training."""
+    plans = [CompressionPlan(((MODEL_SITE, MaxTokens(tokens=n + 1)),)) for n in range(8)]
+    slow, happened = {plans[2], plans[5]}, list[str]()
+
+    class PaperStudy:
+        run = RunConfig()
+
+        def __init__(self) -> None:
+            self.left = iter(enumerate(plans))
+
+        def ask(self) -> tuple[int, CompressionPlan] | None:
+            return next(self.left, None)
+
+        def rivals(self) -> list[list[float]]:
+            return []
+
+        def tell(self, number: int, plan: CompressionPlan, result: Any) -> int:
+            assert plan is plans[number]
+            happened.append(f"told {number}" if isinstance(result, str) and result == "no" else f"lost {number}")
+            return number
+
+    class PaperWorkers:
+        workers = 2
+
+        def __init__(self) -> None:
+            self.jobs: list[int] = []
+            self.done = 0
+
+        def open(self) -> None: ...
+
+        def close(self) -> None: ...
+
+        def put(self, job: Job) -> None:
+            self.jobs.append(job.number)
+
+        def next_result(self) -> Any:
+            if not self.jobs or self.done == gone_home_after:
+                return None
+            self.done += 1
+            return self.jobs.pop(0), {"failure": "no"}
+
+    workers: Any = PaperWorkers()
+
+    def prepare(plan: CompressionPlan) -> None:
+        happened.append(f"prepared {plans.index(plan)}, {len(workers.jobs)} running")
+
+    study: Any = PaperStudy()
+    execute(study, local=workers, prepare=prepare, alone=slow.__contains__, told=lambda _: None)
+    told = [line for line in happened if line.startswith(("told", "lost"))]
+    prepared = [line for line in happened if line.startswith("prepared")]
+    if gone_home_after is None:
+        assert sorted(told) == [f"told {n}" for n in range(8)]
+        assert prepared[2] == "prepared 2, 0 running"
+        assert prepared[5] == "prepared 5, 0 running"
+        assert prepared[7] == "prepared 7, 2 running", "the others do not wait"
+    else:
+        assert told == ["told 0", "lost 1", "lost 2"], "what was asked for is told"
+        assert len(prepared) == 2, "nothing is trained for nobody"
 
 
 def test_stopped_candidates_reach_the_study(workplace: Callable[..., Path]) -> None:
