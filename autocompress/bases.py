@@ -38,6 +38,8 @@ RANGE_ROWS = 64
 """Calibration rows that activation ranges are taken from; more did not change accuracy."""
 _DROP_ROWS = 64
 """Calibration rows that the order of dropping blocks is taken from."""
+_COUNTED_ROWS = 20_000
+"""Training rows whose tokens are counted: what is not among them hardly matters, and reading millions takes minutes."""
 _IMPORTANCE_SCHEMA = 2
 """Version of how importance is kept."""
 _SENSITIVITY_ROWS = 32
@@ -180,7 +182,12 @@ class Bases:
 
     def _counts(self) -> torch.Tensor:
         """Return how often the training texts have each token; special ones always have to be there."""
-        read = torch.tensor([token for row in self.splits["train"].input_ids for token in row])
+        if len(self.task.splits["train"]) <= _COUNTED_ROWS:
+            rows = self.splits["train"]
+        else:
+            head = self.task.head("train", _COUNTED_ROWS)
+            rows = head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
+        read = torch.tensor([token for row in rows.input_ids for token in row])
         found = torch.bincount(read, minlength=self.teacher.shape.vocabulary).double()
         found[self.tokenizer.all_special_ids] = torch.inf
         return found

@@ -176,7 +176,7 @@ class MaxTokens(Decision):
     tokens: int
 
     def __post_init__(self) -> None:
-        _require_int(self, "tokens", 1)
+        _require_int(self, "tokens", 1, 2**31 - 1)
 
     def words(self) -> str:
         return f"first {self.tokens} tokens"

@@ -1,8 +1,8 @@
 """Hold ways of trimming the vocabulary against each other: ``results/benchmarks/methods-vocabulary.json``.
 
-``python benchmarks/methods_vocabulary.py`` keeps some rows of the fine-tuned demo model's table of tokens and compresses
-nothing else. Which rows are kept, and which of them the other tokens read, is decided by what the loss makes of rows and,
-for comparison, by their plain distance; figures are those of `methods_ablation.py`.
+``python benchmarks/methods_vocabulary.py`` keeps some rows of the fine-tuned demo model's table of tokens and
+compresses nothing else. Which rows are kept, and which of them the other tokens read, is decided by what the loss makes
+of rows and, for comparison, by their plain distance; figures are those of `methods_ablation.py`.
 """
 
 from __future__ import annotations

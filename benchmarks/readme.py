@@ -143,11 +143,16 @@ def tools_picture(chromium: str) -> None:
     shoot(figure, FIGURES / "against-tools.png", chromium)
 
 
+def cpu_words(cpu: dict[str, Any]) -> str:
+    """Say what kind of processor it is."""
+    return f"{cpu['cores']} cores of {cpu['name']} ({', '.join(cpu['features'])})"
+
+
 def measured_on(content: dict[str, Any]) -> str:
     """Say on what the figures of a benchmark were taken."""
     cpu, versions = content["fingerprint"]["cpu"], content["fingerprint"]["versions"]
     return (
-        f"Measured on {cpu['cores']} cores of {cpu['name']} ({', '.join(cpu['features'])}) with OpenVINO "
+        f"Measured on {cpu_words(cpu)} with OpenVINO "
         f"{versions['openvino']}, ONNX Runtime {versions.get('onnxruntime', '-')} and torch {versions['torch']}"
     )
 
@@ -184,7 +189,9 @@ def search_table() -> str:
     lines = [*HEADER]
     for name in SEARCH:
         content = contents(name)
-        lines.append(f"| **`{content['command']}`** ([as JSON](results/benchmarks/{name}.json)) | | | | |")
+        cpu = content["fingerprint"]["cpu"]
+        where = "" if cpu == contents(SEARCH[0])["fingerprint"]["cpu"] else f" on {cpu_words(cpu)}"
+        lines.append(f"| **`{content['command']}`**{where} ([as JSON](results/benchmarks/{name}.json)) | | | | |")
         lines += rows(content, with_target=True)
     return "\n".join([f"{measured_on(contents(SEARCH[0]))}.", "", *lines])
 

@@ -22,7 +22,7 @@ _DIRECTIONS = 128
 """Directions that rows are compared in, those in which they matter most: what more bring is within the noise."""
 _PLAIN = 0.1
 """Weight of the plain distance beside the metric's: the slopes of few rows know little of most directions."""
-_ROWS = 1024
+_ROWS = 512
 """Rows that are compared with all others at once."""
 
 
