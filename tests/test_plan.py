@@ -50,7 +50,7 @@ EVERY_DECISION: tuple[tuple[str, Decision], ...] = (
         (lambda: PruneHeads(keep=True), "PruneHeads.keep: must be an integer >= 1, got True"),
         (lambda: PruneNeurons(keep=-3), "PruneNeurons.keep: must be an integer >= 1, got -3"),
         (lambda: TrimVocabulary(keep=0), "TrimVocabulary.keep: must be an integer >= 1, got 0"),
-        (lambda: MaxTokens(tokens=0.5), "MaxTokens.tokens: must be an integer >= 1, got 0.5"),
+        (lambda: MaxTokens(tokens=0.5), "MaxTokens.tokens: must be an integer >= 1 and <= 2147483647, got 0.5"),
         (lambda: LowRank(rank=-1), "LowRank.rank: must be an integer >= 1, got -1"),
         (lambda: LowRank(rank=float("nan")), "LowRank.rank: must be an integer >= 1, got nan"),
         (lambda: Quantize(weight_bits=3), "Quantize.weight_bits: must be one of 4, 8, 16, got 3"),
