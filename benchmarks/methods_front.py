@@ -1,0 +1,130 @@
+"""Measure what compression retains at which speed and size, and write ``results/benchmarks/methods-front.json``.
+
+``python benchmarks/methods_front.py`` searches twice on each data set, from an empty bank and a fine-tuned model: in the
+joint space without its students, where nothing is trained, and in the joint space as it is. Of each front it takes the
+fastest and the smallest point that retains a share of the uncompressed model's accuracy on the search rows, and tells
+what these retain on the held-out test rows, with a paired bootstrap interval. They were chosen by the search rows, so
+less is to be expected there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+from figures import Figures
+from methods_ablation import DATA, DRAWS, hits
+
+from autocompress import api, scoring
+from autocompress.config import RunConfig
+from autocompress.evaluate import Workshop
+from autocompress.pareto import Front
+from autocompress.records import Candidate
+from autocompress.runtimes import Artifact
+from autocompress.space import SearchSpace
+
+SEARCHES = ("without training", "with students")
+FASTEST = {"without training": ((0.99, 4.0),), "with students": ((0.99, 6.0), (0.97, 10.0))}
+"""Shares of accuracy to be retained, and times faster that are aimed at there."""
+SMALLEST = ((0.98, 12.0), (0.96, 16.0))
+"""The same for times smaller."""
+MINUTES = 10.0
+"""In which the points without training are to be found."""
+
+
+def space_without_students(folder: Path) -> Path:
+    """Write the joint space without its students and return the file."""
+    content = SearchSpace.load("encoder-joint").model_dump(mode="json", by_alias=True, exclude_none=True)
+    file = folder / "encoder-joint-without-students.yaml"
+    file.write_text(yaml.safe_dump(content | {"name": file.stem, "students": {}}), encoding="utf-8")
+    return file
+
+
+def chosen(front: Front, share: float, prefer: str) -> Candidate | None:
+    """Return the fastest or smallest point that retains a share of the accuracy on the search rows, or None."""
+    kept = [c for c in front.points if c.score.accuracy >= share * front.reference.accuracy]
+    costs = {"latency": lambda c: c.score.latency_ratio, "size": lambda c: c.score.size_bytes}
+    return min(kept, key=costs[prefer], default=None)
+
+
+def test_hits(shop: Workshop, folder: Path) -> np.ndarray:
+    """Return which test rows an artefact predicts rightly, ``rows``, bool."""
+    session = shop.runtime.load(Artifact.open(folder), shop.run.target)
+    found = hits(shop, scoring.logits_of(session, shop.splits["test"], shop.batches("test")), "test")
+    session.close()
+    return found
+
+
+def retained(candidate: np.ndarray, reference: np.ndarray) -> tuple[float, list[float]]:
+    """Return the share of the reference's accuracy, with a 95 % interval of a bootstrap over the same rows."""
+    drawn = np.random.default_rng(0).integers(0, len(reference), (DRAWS, len(reference)))
+    shares = candidate[drawn].mean(axis=1) / reference[drawn].mean(axis=1)
+    return float(candidate.mean() / reference.mean()), [float(q) for q in np.quantile(shares, (0.025, 0.975))]
+
+
+def measure(figures: Figures, data: str, search: str, place: Path, settings: Sequence[str]) -> None:
+    """Run one search and write what its points retain."""
+    out = place / f"{data.split('/')[1]}-{search.replace(' ', '-')}"
+    bank = f"storage.bank={out}-bank"
+    run = RunConfig.from_file("demo", overrides=[f"data.source={data}", bank, *settings])
+    started = time.perf_counter()
+    study = api.search(run, out, progress=print)
+    minutes = (time.perf_counter() - started) / 60
+    name = f"{data}, {search}"
+    bound = MINUTES if search == SEARCHES[0] else None
+    figures.add(
+        f"{name}: the whole search",
+        minutes,
+        "minutes",
+        "reported" if bound is None else f"<= {bound:g}",
+        bound is None or minutes <= bound,
+    )
+    front, shop = study.front(), Workshop(run, out / "artefacts")
+    reference = test_hits(shop, shop.reference_folder)
+    figures.more[f"{name}: test accuracy of the uncompressed model"] = float(reference.mean())
+    wanted = [("latency", share, target) for share, target in FASTEST[search]]
+    wanted += [("size", share, target) for share, target in SMALLEST]
+    for prefer, share, target in wanted:
+        what = f"{name}, {'fastest' if prefer == 'latency' else 'smallest'} with {share:.0%} of the accuracy"
+        candidate = chosen(front, share, prefer)
+        if candidate is None:
+            figures.add(what, 1.0, "times: none but the uncompressed model", f">= {target:g}", False)
+            continue
+        score = candidate.score
+        gain = 1 / score.latency_ratio if prefer == "latency" else front.reference.size_bytes / score.size_bytes
+        spread = [1 / score.latency_ratio_high, 1 / score.latency_ratio_low] if prefer == "latency" else None
+        unit = "times faster" if prefer == "latency" else "times smaller"
+        figures.add(what, gain, unit, f">= {target:g}", gain >= target, spread)
+        value, interval = retained(test_hits(shop, out / "artefacts" / candidate.plan.plan_id), reference)
+        figures.add(f"{what}: of it on test rows", value, "share", f">= {share:g}", value >= share, interval)
+        figures.more[what] = {"plan": candidate.plan.words(), "megabytes": score.size_bytes / 1e6}
+    figures.write()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--keep", type=Path, help="leave the banks and the results folders here")
+    options = parser.parse_args()
+    figures = Figures("methods-front", "python benchmarks/methods_front.py")
+    figures.read()
+    with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
+        place = options.keep or Path(scratch)
+        place.mkdir(parents=True, exist_ok=True)
+        spaces = {SEARCHES[0]: str(space_without_students(place)), SEARCHES[1]: "encoder-joint"}
+        for data in options.data:
+            trained = RunConfig.from_file("demo", overrides=[f"data.source={data}", f"storage.bank={place / 'bank'}"])
+            model = api.finetune(trained, progress=print)
+            for search in SEARCHES:
+                settings = [f"search.trials={options.trials}", f"space={spaces[search]}", f"model.id={model}"]
+                measure(figures, data, search, place, settings)
+
+
+if __name__ == "__main__":
+    main()
