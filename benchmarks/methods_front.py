@@ -1,10 +1,10 @@
 """Measure what compression retains at which speed and size, and write ``results/benchmarks/methods-front.json``.
 
-``python benchmarks/methods_front.py`` searches twice on each data set, from a fine-tuned model and an empty bank: in the
-joint space without its students, where nothing is trained, and in the joint space. Of each front it takes the fastest
-and the smallest point that retains a share of the uncompressed model's accuracy on the search rows, and tells what these
-retain on the held-out test rows, with a paired bootstrap interval. They were chosen by the search rows, so less is to be
-expected there.
+``python benchmarks/methods_front.py`` searches twice on each data set, from a fine-tuned model and an empty bank: in
+the joint space without its students, where nothing is trained, and in the joint space. Of each front it takes the
+fastest and the smallest point that retains a share of the uncompressed model's accuracy on the search rows, and tells
+what these retain on the held-out test rows, with a paired bootstrap interval. They were chosen by the search rows, so
+less is to be expected there.
 """
 
 from __future__ import annotations
