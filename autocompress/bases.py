@@ -189,7 +189,8 @@ class Bases:
             rows = head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
         read = torch.tensor([token for row in rows.input_ids for token in row])
         found = torch.bincount(read, minlength=self.teacher.shape.vocabulary).double()
-        found[self.tokenizer.all_special_ids] = torch.inf
+        # A tokenizer may have more of them than the model has rows.
+        found[[token for token in self.tokenizer.all_special_ids if token < len(found)]] = torch.inf
         return found
 
     def _moments(self, base: EncoderModel, block: int, role: str) -> Moments:

@@ -91,7 +91,7 @@ def _places(table: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
     """Return points, ``rows x directions``, whose plain distances are those of the rows of ``table`` in the metric."""
     width = len(slopes)
     average = float(slopes.trace()) / width
-    if not average > 0:  # no slope says anything, as in a model that was never trained
+    if not 0 < average < float("inf"):  # slopes say nothing, as in a model that was never trained
         slopes, average = torch.zeros_like(slopes), 1.0
     strengths, directions = torch.linalg.eigh(slopes + _PLAIN * average * torch.eye(width, dtype=slopes.dtype))
     basis = (directions * strengths.sqrt())[:, -_DIRECTIONS:]
