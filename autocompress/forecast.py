@@ -25,7 +25,7 @@ from autocompress.binding import NO_STUDENT, BoundSpace, bind
 from autocompress.config import RunConfig
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Workshop
-from autocompress.plan import CompressionPlan, Quantize
+from autocompress.plan import MODEL_SITE, CompressionPlan, Quantize
 from autocompress.records import Measurement
 from autocompress.space import SearchSpace, Value
 
@@ -166,7 +166,9 @@ def forecast(run: RunConfig) -> Forecast:
 def _count_pieces(space: BoundSpace) -> int:
     """Return how many combinations of decisions the sites of the full model can have."""
     total = 0
-    for decisions in space.options(space.shape).values():
+    for site, decisions in space.options(space.shape).items():
+        if site == MODEL_SITE:
+            continue
         by_type = Counter(type(decision) for decision in decisions)
         # Bits are always decided; a site may also be left unpruned or whole.
         total += math.prod(count + (kind is not Quantize) for kind, count in by_type.items())

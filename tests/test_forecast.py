@@ -14,7 +14,7 @@ from test_study import SHAPE, space_of
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import BoundSpace, bind
 from autocompress.config import RunConfig, validated
-from autocompress.forecast import Forecast, count_plans, forecast
+from autocompress.forecast import Forecast, _count_pieces, count_plans, forecast
 from autocompress.space import SearchSpace, Value
 
 ONE_BLOCK = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),), vocabulary=1000)
@@ -57,6 +57,7 @@ SPACES = {
     "students": STUDENTS + BITS,
     "students alone": STUDENTS,
     # Two blocks cannot lose three.
+    "vocabulary, length": "max_tokens: [full, 0.5]\nrules: [{match: embeddings, vocabulary: [1.0, 0.5], bits: [8, 4]}]",
     "students, dropped blocks": f"{STUDENTS}drop_blocks: {{at_most: 3}}\nrules: [{{match: block.*.ffn, bits: [8, 4]}}]",
 }
 
@@ -79,6 +80,11 @@ def test_a_shipped_space_is_counted_as_by_enumeration() -> None:
     space = bind(SearchSpace.load("encoder-small"), SHAPE, tokens=64)
     sets = parameter_sets(space)
     assert count_plans(space) == (len(sets), 8) == (1944, 8)
+
+
+def test_pieces_are_counted_by_what_is_decided_at_a_site() -> None:
+    # Whole or trimmed, at 8 or 4 bits; how much of a text is read makes no piece.
+    assert _count_pieces(space_of(SPACES["vocabulary, length"])) == 4
 
 
 def everything_below(folder: Path) -> dict[Path, float]:
