@@ -115,9 +115,13 @@ def recover(candidate: Candidate, *, epochs: float | None = None, progress: Prog
     """
     folder = _home(candidate)
     run = RunConfig.from_file(folder / "run.yaml")
-    plan = candidate.plan.with_decision(MODEL_SITE, Recover(epochs=run.recovery.epochs if epochs is None else epochs))
+    wanted = Recover(epochs=run.recovery.epochs if epochs is None else epochs, hidden=run.recovery.hidden)
+    plan = candidate.plan.with_decision(MODEL_SITE, wanted)
     study = Study(folder, run, writable=True)
     try:
+        known = next((c for c in study.candidates() if c.plan == plan and c.measurement is not None), None)
+        if known is not None:
+            return known
         workshop = Workshop(run, folder / "artefacts", progress)
         recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
         write_results(study, shared_rows=workshop.task.shared_rows)

@@ -40,8 +40,6 @@ _DROP_ROWS = 64
 """Calibration rows that the order of dropping blocks is taken from."""
 _COUNTED_ROWS = 20_000
 """Training rows whose tokens are counted: what is not among them hardly matters, and reading millions takes minutes."""
-_IMPORTANCE_SCHEMA = 2
-"""Version of how importance is kept."""
 _SENSITIVITY_ROWS = 32
 """Calibration rows that single decisions are judged on."""
 
@@ -151,7 +149,8 @@ class Bases:
 
     def _importance(self, base: EncoderModel) -> Importance:
         drops = self._space_file.drop_blocks.at_most if self._space_file.drop_blocks else 0
-        key = self._key(base=base.base, drops=drops, precision=self.precision(), schema=_IMPORTANCE_SCHEMA)
+        code = code_version(("transforms/prune.py", "transforms/vocabulary.py"))
+        key = self._key(base=base.base, drops=drops, precision=self.precision(), code=code, counted=_COUNTED_ROWS)
 
         def make(folder: Path) -> None:
             self.progress(f"scoring heads, neurons and blocks on {len(self.calibration)} calibration rows")
@@ -168,20 +167,23 @@ class Bases:
             tensors |= {f"neurons.{n}": t for n, t in enumerate(scores.neurons)}
             assert scores.tokens is not None
             tensors |= {"tokens.order": scores.tokens.order, "tokens.slopes": scores.tokens.slopes}
+            tensors |= {"tokens.needed": torch.tensor(scores.tokens.needed)}
             save_file({**tensors, "drop_order": torch.tensor(scores.drop_order)}, folder / "scores.safetensors")
 
-        found = load_file(self.bank.get("importance", key, make) / "scores.safetensors")
+        folder = self.bank.get("importance", key, make)
+        found = load_file(folder / "scores.safetensors")
         depth = range(len(base.shape.blocks))
         return Importance(
             tuple(found[f"heads.{n}"] for n in depth),
             tuple(found[f"neurons.{n}"] for n in depth),
             tuple(found["drop_order"].tolist()),
             lambda block, role: self._moments(base, block, role),
-            TokenUse(found["tokens.order"], found["tokens.slopes"]),
+            TokenUse(found["tokens.order"], found["tokens.slopes"], int(found["tokens.needed"])),
+            folder.name,
         )
 
     def _counts(self) -> torch.Tensor:
-        """Return how often the training texts have each token; special ones always have to be there."""
+        """Return how often the training texts have each token, ``vocabulary``; infinite for special ones."""
         if len(self.task.splits["train"]) <= _COUNTED_ROWS:
             rows = self.splits["train"]
         else:
@@ -224,17 +226,16 @@ class Bases:
         self,
         target: EncoderModel,
         what: str,
-        epochs: float,
+        budget: training.TrainingBudget,
         made_from: dict[str, Any],
         example: training.Example | None = None,
     ) -> EncoderModel:
         """Give ``target`` the weights that distillation leads to; they are kept in the bank."""
-        budget = self._budget(epochs, followed=example is not None)
 
         def make(folder: Path) -> None:
             teacher = self._teacher_logits
             rows = self.splits["train"]
-            self.progress(f"distilling {what} on {len(rows)} rows for {epochs:g} epochs")
+            self.progress(f"distilling {what} on {len(rows)} rows for {budget.epochs:g} epochs")
             with torch_threads(machine.cores()):
                 training.distill(
                     target.module,
@@ -258,25 +259,27 @@ class Bases:
         target.base = folder.name
         return target
 
-    def _budget(self, epochs: float, *, followed: bool = False) -> training.TrainingBudget:
-        settings = self.run.recovery.model_dump() | {"epochs": epochs, "precision": self.precision()}
-        return training.TrainingBudget(**settings if followed else settings | {"hidden": 0.0})
+    def _budget(self, epochs: float, hidden: float = 0.0) -> training.TrainingBudget:
+        decided = {"epochs": epochs, "hidden": hidden, "precision": self.precision()}
+        return training.TrainingBudget(**self.run.recovery.model_dump() | decided)
 
     def _distilled_from(self, what: dict[str, Any], budget: training.TrainingBudget) -> dict[str, Any]:
-        return self._key(what=what, budget=dataclasses.asdict(budget), seed=self.run.seed, recipe=training.RECIPE)
+        # Without a weight that is 0, as before there was one: what is in the bank stays of use.
+        spent = {name: value for name, value in dataclasses.asdict(budget).items() if name != "hidden" or value}
+        return self._key(what=what, budget=spent, seed=self.run.seed, recipe=training.RECIPE)
 
     def needs_training(self, plan: CompressionPlan) -> bool:
         """Return whether the student that ``plan`` starts from has not been distilled yet."""
         student = plan.of_type(Student).get(MODEL_SITE)
         if student is None or repr(student) in self._bases:
             return False
-        return not self.bank.path(
-            "distilled", self._distilled_from(student.to_dict(), self._budget(student.epochs))
-        ).is_dir()
+        made_from = self._distilled_from(student.to_dict(), self._budget(student.epochs))
+        return not self.bank.path("distilled", made_from).is_dir()
 
     def _student(self, student: Student) -> EncoderModel:
         # From the teacher's logits alone, which are there for all students: a search waits for them.
-        return self._distilled(self.cut(student), f"a {student.words()}", student.epochs, student.to_dict())
+        budget = self._budget(student.epochs)
+        return self._distilled(self.cut(student), f"a {student.words()}", budget, student.to_dict())
 
     def cut(self, student: Student) -> EncoderModel:
         """Return the parts of the teacher that a student begins as."""
@@ -319,7 +322,8 @@ class Bases:
                     found = Sensitivity.measure(base, scores, options, rows, seed=self.run.seed)
                 (folder / "sensitivity.json").write_text(found.to_json(), encoding="utf-8")
 
-            key = self._key(base=base.base, options=named, rows=_SENSITIVITY_ROWS, code=code_version())
+            about = {"base": base.base, "scores": scores.name, "options": named, "rows": _SENSITIVITY_ROWS}
+            key = self._key(**about, code=code_version())
             self._sensitivities[base.base] = self.bank.load(
                 "sensitivity", key, make, lambda f: Sensitivity.from_json((f / "sensitivity.json").read_text())
             )
@@ -340,9 +344,8 @@ class Bases:
         if wanted is not None:
             made_from = json.loads(plan.structural().to_json())
             example = training.Example(self.teacher.module, tuple(self._counterparts(plan)))
-            return self._distilled(
-                built, "a picked structure", wanted.epochs, {"plan": made_from, "base": base.base}, example
-            )
+            budget = self._budget(wanted.epochs, wanted.hidden)
+            return self._distilled(built, "a picked structure", budget, {"plan": made_from, "base": base.base}, example)
         return built
 
     def _counterparts(self, plan: CompressionPlan) -> Iterator[tuple[str, str]]:
@@ -364,7 +367,8 @@ class Bases:
             _take(scores)  # of the base as it is: making a piece changes its site for a while
             save_piece(make_piece(base, site, decisions, scores, self.activations(base)), folder)
 
-        key = self._key(base=base.base, site=site, decisions=[d.to_dict() for d in decisions], code=code_version())
+        about = {"base": base.base, "scores": scores.name, "site": site}
+        key = self._key(**about, decisions=[d.to_dict() for d in decisions], code=code_version())
         return self.bank.load("pieces", key, make, read_piece)
 
     def activations(self, base: EncoderModel) -> Activations:

@@ -139,7 +139,10 @@ class BoundSpace:
         return found
 
     def ladder(self) -> list[dict[str, Value]]:
-        """Return the parameters of uniform plans: each student, bit width, width, rank and depth, and products."""
+        """Return the parameters of uniform plans: each student, bit width, width, rank, depth, vocabulary, length.
+
+        Some of their products, too.
+        """
         return list(self.rungs())
 
     def _cut(self, choice: Value) -> MaxTokens | None:
@@ -154,8 +157,8 @@ class BoundSpace:
         measured soonest and give a front of several points within the first minute.
         """
         students = list(self.space.students)
-        axes = {name: self._levels(name) for name in ("heads", "neurons", "rank", "vocabulary")}
-        vocabularies = axes["vocabulary"]
+        axes = {name: self._levels(name) for name in ("heads", "neurons", "rank")}
+        vocabularies = self._vocabularies()
         widths = sorted({*axes["heads"], *axes["neurons"]}, reverse=True)
         recipes: list[dict[str, Any]] = [{"bits": 8, "embeddings": 8}]
         recipes += [{"width": w, "bits": 8, "embeddings": 4} for w in reversed(widths)]
@@ -193,7 +196,7 @@ class BoundSpace:
             if name == "student":
                 value = recipe.get("student", NO_STUDENT)
             elif name == "max_tokens":
-                value = _closest(recipe.get("tokens", FULL), choices)
+                value = recipe.get("tokens", _most(choices))
             elif "." not in name:  # drop_blocks; a rule's parameters have dots
                 value = min(recipe.get("drop", 0), max(int(c) for c in choices))
             else:
@@ -203,7 +206,7 @@ class BoundSpace:
                     value = recipe.get(key, max(int(c) for c in choices))
                 else:
                     key = axis if axis in ("rank", "vocabulary") else "width"
-                    value = recipe.get(key, FULL if axis == "rank" else 1.0)
+                    value = recipe.get(key, _most(choices))
                 value = _closest(value, choices)
             params[name] = value
             return value
@@ -213,6 +216,12 @@ class BoundSpace:
 
     def _lengths(self) -> list[Value]:
         return [choice for choice in self.space.max_tokens or () if self._cut(choice) is not None]
+
+    def _vocabularies(self) -> list[Value]:
+        """Return every choice of a vocabulary but the one that keeps most, larger ones first."""
+        axes = (rule.vocabulary for rule in self.space.rules if rule.vocabulary is not None)
+        found = {c for axis in axes for c in axis.choices if c != _most(axis.choices)}
+        return sorted(found, key=lambda c: _kept(c, self.shape.vocabulary, _TABLE_STEP), reverse=True)
 
     def _levels(self, axis_name: str) -> list[float]:
         found = {
@@ -404,6 +413,12 @@ def _check_counts(where: str, axis_name: str, axis: KeepAxis | BitsAxis | RankAx
     for choice in axis.choices:
         if limit is not None and isinstance(choice, int) and choice > limit:
             raise ConfigError(f"{where}: {axis_name} at {site.name}: must be <= {limit}, got {choice}")
+
+
+def _most(choices: Sequence[Value]) -> Value:
+    """Return the choice that keeps most: all, or the largest."""
+    whole = next((c for c in choices if isinstance(c, str) or (isinstance(c, float) and c == 1.0)), None)
+    return whole if whole is not None else max(choices, key=float)
 
 
 def _closest(value: Value, choices: Sequence[Value]) -> Value:

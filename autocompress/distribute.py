@@ -200,7 +200,7 @@ def execute(
         StudyError: if Ray cannot be started, or died too often.
     """
     running: dict[int, CompressionPlan] = {}
-    ended = False
+    ended = gone = False
 
     def hand_out() -> None:
         nonlocal ended
@@ -213,7 +213,7 @@ def execute(
         while running and alone(plan) and tell_next():
             pass
         running[number] = plan
-        if ended:
+        if gone:
             return
         prepare(plan)
         front = study.rivals() if study.run.search.stop_early else []
@@ -224,10 +224,10 @@ def execute(
 
     def tell_next() -> bool:
         """Wait for a result and tell it; False once all workers have gone home."""
-        nonlocal ended
+        nonlocal gone
         result = local.next_result()
         if result is None:
-            ended = True
+            gone = True
             return False
         number, outcome = result
         [(kind, value)] = outcome.items()
@@ -236,12 +236,12 @@ def execute(
         return True
 
     def fill() -> None:
-        while not ended and len(running) < local.workers + _AHEAD:
+        while not (ended or gone) and len(running) < local.workers + _AHEAD:
             hand_out()
 
     local.open()
     fill()
-    while tell_next():
+    while not gone and tell_next():
         fill()
     for number in list(running):
         tell(number, DIED)  # no worker is left to do it

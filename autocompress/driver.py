@@ -195,7 +195,8 @@ def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
     ranks = nondominated_ranks(costs(usable, study.run.objectives))
     known = {c.plan.plan_id for c in study.candidates()}
     for candidate in sorted(usable, key=lambda c: (ranks[usable.index(c)], -c.score.accuracy)):
-        plan = candidate.plan.with_decision(MODEL_SITE, Recover(epochs=study.run.recovery.epochs))
+        recovery = study.run.recovery
+        plan = candidate.plan.with_decision(MODEL_SITE, Recover(epochs=recovery.epochs, hidden=recovery.hidden))
         # Without structural decisions there is nothing that distillation could win back.
         if not candidate.plan.structural() or plan.plan_id in known or wanted <= 0:
             continue

@@ -95,7 +95,8 @@ class Workshop(Bases):
         if plan.of_type(Recover):
             # Distillation moved every weight: what is left to do is what the runtime does.
             base = self.structured(plan)
-            scores = Importance((), (), (), tokens=self.base(student)[1].tokens)
+            known = self.base(student)[1]
+            scores = Importance((), (), (), tokens=known.tokens, name=known.name)
             by_site = {s: [d for d in ds if not d.structural] for s, ds in by_site.items()}
             dropped: tuple[int, ...] = ()
         else:

@@ -212,16 +212,29 @@ class Student(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Recover(Decision):
-    """After all structural decisions, distil from the teacher for ``epochs`` passes over the training rows."""
+    """After all structural decisions, distil from the teacher for ``epochs`` passes over the training rows.
+
+    Args:
+        epochs: passes over the training rows.
+        hidden: weight of what differs from the teacher between the blocks; 0 for its logits alone.
+    """
 
     scope: ClassVar[Literal["site", "model"]] = "model"
     epochs: float
+    hidden: float = 0.0
 
     def __post_init__(self) -> None:
         _require_epochs(self, self.epochs)
+        if isinstance(self.hidden, bool) or not isinstance(self.hidden, (int, float)) or not 0 <= self.hidden <= 1e6:
+            raise PlanError(f"Recover.hidden: must be >= 0 and <= 1e6, got {self.hidden!r}")
+        object.__setattr__(self, "hidden", float(self.hidden))
+
+    def to_dict(self) -> dict[str, Any]:
+        # As it was written before there was a weight: the ids of such plans stay what they are.
+        return {name: value for name, value in super().to_dict().items() if name != "hidden" or value}
 
     def words(self) -> str:
-        return f"recovered {self.epochs:g} epochs"
+        return f"recovered {self.epochs:g} epochs" + (" block by block" if self.hidden else "")
 
 
 def _require_epochs(owner: object, epochs: object) -> None:

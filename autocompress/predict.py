@@ -141,7 +141,7 @@ class Predictor:
             rivals: costs of the front's points in the order of ``told``.
             told: objectives that the sampler is told.
         """
-        if not self.ready:
+        if not self.ready or _student(plan) not in self._students:  # a student would have to be distilled first
             return None
         slack = 1 - _BEHIND * max(self._fits["latency"].spread, _LEAST_SPREAD)
         hoped = {

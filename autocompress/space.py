@@ -30,6 +30,16 @@ def _rank(value: object) -> object:
     return value if value == "full" else _fraction_or_count(value)
 
 
+def _length(value: object) -> object:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value == "full" or whole or (isinstance(value, float) and 0 < value <= 1):
+        return value
+    raise ValueError(
+        "must be full (texts stay as they are), a fraction > 0 and <= 1 of the target's tokens or a whole count >= 1, "
+        f"got {value!r}"
+    )
+
+
 def _tie(value: object) -> object:
     if value in ("all", "none") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
@@ -50,6 +60,7 @@ Tie = Annotated[int | Literal["all", "none"], BeforeValidator(_tie)]
 StudentBlocks = Annotated[tuple[int, ...] | float, BeforeValidator(_student_blocks)]
 Keep = Annotated[int | float, BeforeValidator(_fraction_or_count)]
 Rank = Annotated[int | float | Literal["full"], BeforeValidator(_rank)]
+Length = Annotated[int | float | Literal["full"], BeforeValidator(_length)]
 Value = int | float | str
 
 
@@ -124,7 +135,7 @@ class SearchSpace(Section):
     description: str = ""
     students: dict[Name, StudentSpec] = Field(default_factory=dict)
     drop_blocks: DropSpec | None = None
-    max_tokens: tuple[Rank, ...] | None = Field(
+    max_tokens: tuple[Length, ...] | None = Field(
         None, min_length=1, description="tokens that are read of a text: full, fractions of the target's, or counts"
     )
     rules: tuple[Rule, ...] = ()

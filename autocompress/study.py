@@ -79,6 +79,8 @@ class Study:
         try:
             with without_collection():
                 self._load(folder / "study.journal", identity, writable)
+            if self._proposals is not None and self.predictor is not None and self.remaining:
+                self.learn()  # from all at once, for which the first proposal would have to wait
         except BaseException:
             self.close()
             raise
@@ -107,8 +109,6 @@ class Study:
         self._front_of_told: list[Candidate] = []
         self._front_at = -1
         self._proposals = None if self.space is None else Proposals(self, self._study, self.space)
-        if self.predictor is not None and self.remaining:
-            self.learn()  # from all at once, for which the first proposal would have to wait
 
     def _open(self, journal: Path, identity: Mapping[str, Any] | None, writable: bool) -> optuna.Study:
         try:

@@ -125,7 +125,7 @@ def test_what_keeps_all_cores_busy_waits_until_nothing_runs(gone_home_after: int
 
         def __init__(self) -> None:
             self.jobs: list[int] = []
-            self.done = 0
+            self.done, self.left = 0, False
 
         def open(self) -> None: ...
 
@@ -135,7 +135,9 @@ def test_what_keeps_all_cores_busy_waits_until_nothing_runs(gone_home_after: int
             self.jobs.append(job.number)
 
         def next_result(self) -> Any:
+            assert not self.left, "Ray would be started again"
             if not self.jobs or self.done == gone_home_after:
+                self.left = True
                 return None
             self.done += 1
             return self.jobs.pop(0), {"failure": "no"}

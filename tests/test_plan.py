@@ -49,6 +49,8 @@ EVERY_DECISION: tuple[tuple[str, Decision], ...] = (
         (lambda: PruneHeads(keep=1.2), "PruneHeads.keep: must be an integer >= 1, got 1.2"),
         (lambda: PruneHeads(keep=True), "PruneHeads.keep: must be an integer >= 1, got True"),
         (lambda: PruneNeurons(keep=-3), "PruneNeurons.keep: must be an integer >= 1, got -3"),
+        (lambda: Recover(epochs=1, hidden=-1), "Recover.hidden: must be >= 0 and <= 1e6, got -1"),
+        (lambda: Recover(epochs=1, hidden=float("nan")), "Recover.hidden: must be >= 0 and <= 1e6, got nan"),
         (lambda: TrimVocabulary(keep=0), "TrimVocabulary.keep: must be an integer >= 1, got 0"),
         (lambda: MaxTokens(tokens=0.5), "MaxTokens.tokens: must be an integer >= 1 and <= 2147483647, got 0.5"),
         (lambda: LowRank(rank=-1), "LowRank.rank: must be an integer >= 1, got -1"),
@@ -233,3 +235,13 @@ def test_json_is_plain_data() -> None:
     data = json.loads(CompressionPlan(EVERY_DECISION).to_json())
     assert data["schema"] == 1
     assert {entry["type"] for entry in data["decisions"]} == set(DECISIONS)
+
+
+def test_recovery_from_logits_alone_keeps_its_old_id() -> None:
+    """As plans were written before blocks could be drawn to the teacher's."""
+    plain = CompressionPlan(((MODEL_SITE, Recover(epochs=1)),))
+    assert json.loads(plain.to_json())["decisions"] == [{"site": "model", "type": "Recover", "epochs": 1.0}]
+    drawn = CompressionPlan(((MODEL_SITE, Recover(epochs=1, hidden=30)),))
+    assert drawn.plan_id != plain.plan_id
+    assert CompressionPlan.from_json(drawn.to_json()) == drawn
+    assert drawn.words() == "recovered 1 epochs block by block"

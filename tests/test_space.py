@@ -372,6 +372,17 @@ def test_lengths_are_fractions_of_the_targets_or_counts() -> None:
     assert [space.plan(params).of_type(MaxTokens) for params in space.ladder()] == found
 
 
+def test_the_ladder_keeps_most_where_it_does_not_trim() -> None:
+    """Counts have no 1.0 among them, and lengths no full."""
+    space = bound("max_tokens: [16, 48]\nrules: [{match: embeddings, vocabulary: [900, 300, 100], bits: [8, 16]}]")
+    plans = [space.plan(params) for params in space.ladder()]
+    kept = [plan.of_type(TrimVocabulary)["embeddings"].keep for plan in plans]
+    assert {*kept} == {900, 300, 100}
+    assert kept.count(900) > len(kept) / 2
+    read = [plan.of_type(MaxTokens)[MODEL_SITE].tokens for plan in plans]
+    assert read.count(48) == len(read) - 1
+
+
 def test_the_ladder_trims_the_model_and_its_students() -> None:
     space = bind(SearchSpace.load("encoder-joint"), MINILM, tokens=64)
     plans = [space.plan(params) for params in space.ladder()]

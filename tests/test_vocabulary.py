@@ -47,6 +47,15 @@ def test_all_that_has_to_stay_comes_first_even_if_rows_are_equal() -> None:
     assert rows.shape == (3, WIDTH)
 
 
+def test_special_tokens_are_never_trimmed() -> None:
+    table = table_of((1.0,), (2.0,), (3.0,), (4.0,))
+    use = use_of(table, [3, INF, INF, 1])
+    assert use.needed == 2
+    assert trimmed(table, TrimVocabulary(keep=2), use)[1].tolist() == [0, 0, 1, 1]
+    with pytest.raises(PlanError, match=r"keep must be >= 2, which are special tokens, got 1"):
+        trimmed(table, TrimVocabulary(keep=1), use)
+
+
 def test_every_token_reads_the_nearest_row_that_is_kept() -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(size=(3000, WIDTH)).astype(np.float32)

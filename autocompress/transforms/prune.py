@@ -39,6 +39,7 @@ class Importance:
         moments: of what the layers read, by which factors and 4-bit weights are fitted; without them, these come
             nearest to the weights as such.
         tokens: what the task's texts make of the table of tokens; None where it was not asked for.
+        name: tells these scores from others of the same model, for caches.
     """
 
     heads: tuple[torch.Tensor, ...]
@@ -46,6 +47,7 @@ class Importance:
     drop_order: tuple[int, ...]
     moments: OfBlocks | None = None
     tokens: TokenUse | None = None
+    name: str = ""
 
     def best_heads(self, block: int, keep: int) -> list[int]:
         return _best(self.heads[block], keep)
@@ -73,6 +75,7 @@ class Importance:
             tuple(range(len(kept))),
             None if moments is None else lambda block, role: moments(kept[block], role),
             self.tokens,
+            self.name,
         )
 
 
@@ -125,7 +128,10 @@ def importance(
 def _fisher(
     model: EncoderModel, batches: Sequence[Batch], autocast: Autocast, counts: torch.Tensor | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """Return the information of gates on heads and neurons, and the mean of g g^T over slopes g at tokens' rows."""
+    """Return the information of gates on heads and neurons, and the mean of g g^T over slopes g at tokens' rows.
+
+    The latter is ``width x width`` of the table of tokens, float64.
+    """
     blocks = model.shape.blocks
     heads = [torch.zeros(b.heads, dtype=torch.float64) for b in blocks]
     neurons = [torch.zeros(b.neurons, dtype=torch.float64) for b in blocks]

@@ -33,10 +33,12 @@ class TokenUse:
     Args:
         order: all tokens, ``vocabulary``, int64; those whose rows are most worth keeping come first.
         slopes: ``width x width``, float64: the mean of g g^T for slopes g of the loss at what the table returned.
+        needed: how many of the first have to stay.
     """
 
     order: torch.Tensor
     slopes: torch.Tensor
+    needed: int = 1
 
     @classmethod
     def of(cls, table: torch.Tensor, counts: torch.Tensor, slopes: torch.Tensor) -> TokenUse:
@@ -52,7 +54,7 @@ class TokenUse:
         lost = counts[seen] * _to_nearest_before(_places(table[seen], slopes))
         worth = torch.where(counts[seen].isinf(), torch.inf, lost)
         ranked = seen[torch.argsort(worth, descending=True, stable=True)]
-        return cls(torch.cat([ranked, by_count[len(seen) :]]), slopes)
+        return cls(torch.cat([ranked, by_count[len(seen) :]]), slopes, max(1, int(counts.isinf().sum())))
 
 
 def check_rows(site: Site, decision: TrimVocabulary) -> None:
@@ -77,12 +79,19 @@ def trimmed(table: np.ndarray, decision: TrimVocabulary, use: TokenUse) -> tuple
 
     Returns:
         ``keep x width``, and ``vocabulary``, uint16 or int32.
+
+    Raises:
+        PlanError: if special tokens would have to go.
     """
-    rows = torch.from_numpy(table)
+    if decision.keep < use.needed:
+        raise PlanError(
+            f"embeddings: TrimVocabulary.keep must be >= {use.needed}, which are special tokens, got {decision.keep}"
+        )
     kept = use.order[: decision.keep].sort().values
-    places = _places(rows, use.slopes)
+    places = _places(torch.from_numpy(table), use.slopes)
+    there = places[kept]
     parts = (places[start : start + _ROWS] for start in range(0, len(places), _ROWS))
-    index = torch.cat([_squared_distances(some, places[kept]).argmin(dim=1) for some in parts])
+    index = torch.cat([_squared_distances(some, there).argmin(dim=1) for some in parts])
     index[kept] = torch.arange(len(kept))  # equal rows may stand for each other
     return table[kept.numpy()], index.numpy().astype(np.uint16 if decision.index_bits == 16 else np.int32)
 
@@ -100,7 +109,10 @@ def _places(table: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
 
 
 def _to_nearest_before(places: torch.Tensor) -> torch.Tensor:
-    """Return the squared distance of each point to the nearest of those before it, float64; infinite for the first."""
+    """Return the squared distance of each point to the nearest of those before it; infinite for the first.
+
+    Points are ``points x directions``, distances ``points``, float64.
+    """
     found = []
     for start in range(0, len(places), _ROWS):
         some, before = places[start : start + _ROWS], places[: start + _ROWS]
@@ -111,6 +123,7 @@ def _to_nearest_before(places: torch.Tensor) -> torch.Tensor:
 
 
 def _squared_distances(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return ``some x others``."""
     squares = some.square().sum(dim=1)[:, None] + others.square().sum(dim=1)
     found: torch.Tensor = (squares - 2 * some @ others.T).clamp(min=0)
     return found
