@@ -78,6 +78,7 @@ def main_job(bench: Bench, demo: Path) -> None:
         "pruning": decided(done, r"\.(?:heads|neurons)\.", 1.0) | decided(done, "drop_blocks", 0),
         "bits": decided(done, r"\.bits\.", 16),
         "rank": decided(done, r"\.rank\.", "full"),
+        "vocabulary": decided(done, r"\.vocabulary\.", 1.0),
         "student": decided(done, "student", "full"),
     }
     for axis, mask in used.items():

@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def untrained_ladder(self) -> tuple[Candidate, ...]:
-        """Those of the ladder that take no training: the full model's bits, widths, ranks and depths."""
+        """Those of the ladder that take no training: the full model's bits, widths, ranks, depths, inputs."""
         return tuple(c for c in self.ladder if not c.plan.of_type(Student))
 
 
