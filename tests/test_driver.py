@@ -16,7 +16,7 @@ from helpers_records import make_candidate, make_reference
 from test_study import SMALL, evaluate, run_of
 
 from autocompress import api
-from autocompress.config import RunConfig
+from autocompress.config import RecoveryConfig, RunConfig
 from autocompress.driver import BASELINES, SearchStatus, comparison_of, drive, write_results
 from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
@@ -224,7 +224,7 @@ def test_one_structure_is_recovered(searched: Searched) -> None:
     candidates = searched.candidates()
     [recovered] = [c for c in candidates if c.origin == "recover"]
     assert len(candidates) == TRIALS + 1
-    assert recovered.plan.of_type(Recover) == {MODEL_SITE: Recover(epochs=0.2)}
+    assert recovered.plan.of_type(Recover) == {MODEL_SITE: Recover(epochs=0.2, hidden=RecoveryConfig().hidden)}
     without = [d for d in recovered.plan if not isinstance(d[1], Recover)]
     [parent] = [c for c in candidates if list(c.plan) == without]
     assert parent.plan.structural(), "nothing else could be won back"
