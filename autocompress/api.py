@@ -111,7 +111,7 @@ def recover(candidate: Candidate, *, epochs: float | None = None, progress: Prog
         progress: told what happens, a line at a time.
 
     Returns:
-        The new candidate; the old one stays as it is.
+        The new candidate, or that of an earlier recovery just like it; the old one stays as it is.
     """
     folder = _home(candidate)
     run = RunConfig.from_file(folder / "run.yaml")
@@ -119,8 +119,7 @@ def recover(candidate: Candidate, *, epochs: float | None = None, progress: Prog
     plan = candidate.plan.with_decision(MODEL_SITE, wanted)
     study = Study(folder, run, writable=True)
     try:
-        known = next((c for c in study.candidates() if c.plan == plan and c.measurement is not None), None)
-        if known is not None:
+        if (known := study.measured(plan)) is not None:  # a score stays with the artefact that it was taken from
             return known
         workshop = Workshop(run, folder / "artefacts", progress)
         recovered = study.add(plan, workshop.evaluate(plan), origin="recover")

@@ -293,8 +293,7 @@ class Study:
 
     def add(self, plan: CompressionPlan, measured: Measurement, *, origin: str) -> Candidate:
         """Record a candidate that was not asked for, such as a recovered point."""
-        known = next((c for c in self._candidates.values() if c.plan == plan and c.measurement is not None), None)
-        if known is not None:
+        if (known := self.measured(plan)) is not None:
             return known
         trial = optuna.trial.create_trial(
             values=self._values(measured.check()),
@@ -318,6 +317,11 @@ class Study:
         self._candidates[number] = candidate
         self.known.add(plan.plan_id)
         return candidate
+
+    def measured(self, plan: CompressionPlan) -> Candidate | None:
+        """Return the candidate that measured ``plan``, or None."""
+        found = (c for c in self._candidates.values() if c.plan == plan and c.measurement is not None)
+        return next(found, None)
 
     def candidates(self) -> list[Candidate]:
         """Return all evaluated candidates by number; interrupted and repeated trials are none."""

@@ -193,6 +193,11 @@ def test_recovery_adds_one_candidate(copy: Path, workplace: Path) -> None:
     added = table.set_index("number").loc[found["trial"]]
     assert (added["origin"], added["state"], added["plan_id"]) == ("recover", "COMPLETE", found["plan_id"])
     assert command("status", copy, "--json", cwd=workplace).json()["complete"] == TRIALS + 1
+    artefact = copy / "artefacts" / found["plan_id"] / "artefact.json"
+    built = artefact.stat().st_mtime_ns
+    twice = command("recover", copy, "--trial", number, "--epochs", "0.5", "--json", cwd=workplace)
+    assert twice.json() == found
+    assert artefact.stat().st_mtime_ns == built, "a score stays with the artefact that it was taken from"
     again = command("search", "run.yaml", "--out", copy, cwd=workplace)
     assert again.code == 0
     assert "evaluating" not in again.err

@@ -3,8 +3,8 @@
 Rows are alike if one in place of the other changes the loss little. To second order that is their distance in the
 metric of the empirical Fisher information of what the table returns, averaged over tokens: with g the slope of the loss
 there, the expectation of (g . (a - b))^2. Two words of one meaning lie near each other in it, and so do two that do not
-matter to the task. A token whose row is not stored reads the nearest one that is, which keeps more of a text than the
-unknown token does, or the pieces that a smaller tokenizer would make of a word; and the tokenizer stays as it is.
+matter to the task. A token whose row is not stored reads the nearest one that is. The tokenizer stays as it is, so that
+a text has as many tokens as before; a smaller one would break words into more.
 """
 
 from __future__ import annotations
