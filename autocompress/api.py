@@ -20,6 +20,7 @@ from autocompress.forecast import forecast as _forecast
 from autocompress.pareto import Front
 from autocompress.plan import MODEL_SITE, Recover
 from autocompress.records import Candidate
+from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace
 from autocompress.study import Study
 from autocompress.transforms import check_plan
@@ -186,7 +187,7 @@ def validate(run: RunConfig) -> dict[str, Any]:
         workshop = Workshop(run, Path(scratch))
         loaded = model.load(workshop.source, labels=workshop.task.labels)
     space = bind(space_file, loaded.shape, tokens=run.target.tokens)
-    ladder = space.ladder()
+    ladder = list(uniform_ladder(space))
     for params in ladder:
         plan = space.plan(params)
         check_plan(plan, loaded.shape)

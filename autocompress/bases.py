@@ -315,11 +315,14 @@ class Bases:
             named = {site: [d.to_dict() for d in decisions] for site, decisions in options.items()}
             rows = self.calibration_batches(_SENSITIVITY_ROWS)
 
+            def piece(site: str, decision: Decision) -> Piece:
+                return self.piece(base, site, (decision,), scores)
+
             def make(folder: Path) -> None:
                 what = "the full model" if student is None else f"a {student.words()}"
                 self.progress(f"measuring the sensitivity of {what} to single decisions")
                 with torch_threads(machine.cores()):
-                    found = Sensitivity.measure(base, scores, options, rows, seed=self.run.seed)
+                    found = Sensitivity.measure(base, scores, options, rows, piece, seed=self.run.seed)
                 (folder / "sensitivity.json").write_text(found.to_json(), encoding="utf-8")
 
             about = {"base": base.base, "scores": scores.name, "options": named, "rows": _SENSITIVITY_ROWS}

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 from autocompress.anatomy import ModelShape, Site
 from autocompress.errors import ConfigError, PlanError
@@ -28,20 +27,21 @@ from autocompress.plan import (
     Student,
     TrimVocabulary,
 )
-from autocompress.space import AXES, BitsAxis, KeepAxis, RankAxis, SearchSpace, Value
+from autocompress.space import AXES, BitsAxis, KeepAxis, RankAxis, SearchSpace, Value, bits_of
 
 Chooser = Callable[[str, Sequence[Value]], Value]
 Effect = dict[tuple[str, type[Decision]], Decision | None]
 DropOrder = Callable[[str], Sequence[int]]
-_Picker = Callable[[str, Sequence[Value], Callable[[Value], Effect]], Value]
+Picker = Callable[[str, Sequence[Value], Callable[[Value], Effect]], Value]
 
 FULL = "full"
 NO_STUDENT = "full"
 _NEURON_STEP = 32
 _RANK_STEP = 32
-"""Fractions become multiples of these, so that 4-bit groups fill them."""
-_FOUR_BIT_GROUP = 64
-_TABLE_STEP = 64
+"""Fractions become multiples of these, so that groups of narrow weights fill them."""
+_GROUP = 64
+"""Weights that share a step below 8 bits, where the widths allow it."""
+TABLE_STEP = 64
 """Fractions of the vocabulary become multiples of this."""
 
 _DECISION_OF: dict[str, type[Decision]] = {
@@ -83,7 +83,7 @@ class BoundSpace:
 
     def decode(self, choose: Chooser) -> CompressionPlan:
         """Build a plan; ``choose(name, choices)`` is asked once for each parameter that has a choice."""
-        return self._walk(lambda name, choices, _: choose(name, choices))
+        return self.walk(lambda name, choices, _: choose(name, choices))
 
     def plan(self, params: Mapping[str, Value]) -> CompressionPlan:
         """Build the plan of given parameters; a parameter left out takes its first choice.
@@ -120,14 +120,14 @@ class BoundSpace:
             found[name] = next(fitting, choices[0])
             return found[name]
 
-        if self._walk(pick) != plan:
+        if self.walk(pick) != plan:
             raise PlanError(f"plan {plan.plan_id}: space {self.space.name} cannot express it ({plan.words()})")
         return found
 
     def options(self, shape: ModelShape) -> dict[str, list[Decision]]:
         """Return, for each site of a model of ``shape``, every decision that some choice makes there on its own."""
         found: dict[str, list[Decision]] = {}
-        if lengths := self._lengths():
+        if lengths := self.lengths():
             found[MODEL_SITE] = [cut for choice in lengths if (cut := self._cut(choice)) is not None]
         for name, site in shape.sites().items():
             for rule in self.space.rules:
@@ -138,102 +138,17 @@ class BoundSpace:
                             found.setdefault(name, []).extend(d for d in decisions if d is not None)
         return found
 
-    def ladder(self) -> list[dict[str, Value]]:
-        """Return the parameters of uniform plans: each student, bit width, width, rank, depth, vocabulary, length.
-
-        Some of their products, too.
-        """
-        return list(self.rungs())
-
     def _cut(self, choice: Value) -> MaxTokens | None:
         if isinstance(choice, str):
             return None
         return MaxTokens(tokens=choice if isinstance(choice, int) else max(1, round(choice * self.tokens)))
 
-    def rungs(self) -> Iterator[dict[str, Value]]:
-        """Yield the ladder, so that a student is asked for only when its turn comes.
-
-        What needs no student comes first, as distilling one takes time; among those the narrow ones, which are
-        measured soonest and give a front of several points within the first minute.
-        """
-        students = list(self.space.students)
-        axes = {name: self._levels(name) for name in ("heads", "neurons", "rank")}
-        vocabularies = self._vocabularies()
-        widths = sorted({*axes["heads"], *axes["neurons"]}, reverse=True)
-        recipes: list[dict[str, Any]] = [{"bits": 8, "embeddings": 8}]
-        recipes += [{"width": w, "bits": 8, "embeddings": 4} for w in reversed(widths)]
-        recipes += [{"bits": 8, "embeddings": 4}, {"bits": 4, "embeddings": 4}]
-        recipes += [{"drop": 1, "bits": 8, "embeddings": 4}]
-        recipes += [{"rank": axes["rank"][0], "bits": 8, "embeddings": 4}] if axes["rank"] else []
-        recipes += [{"vocabulary": v, "bits": 8, "embeddings": 8} for v in vocabularies]
-        recipes += [{"tokens": t, "bits": 8, "embeddings": 4} for t in self._lengths()]
-        recipes += [{"student": s, "bits": 8, "embeddings": 4} for s in students]
-        recipes += [{"student": s, "vocabulary": v, "bits": 8, "embeddings": 8} for s in students for v in vocabularies]
-        recipes += [{"student": s, "bits": 8, "embeddings": 8} for s in students]
-        recipes += [{"student": s, "bits": 4, "embeddings": 4} for s in students]
-        recipes += [{"student": s, "width": w, "bits": 8, "embeddings": 4} for s in students for w in widths[:1]]
-        recipes += [{"student": s, "drop": 1, "bits": 8, "embeddings": 4} for s in students]
-        recipes += [{"rank": r, "bits": 8, "embeddings": 4} for r in axes["rank"][1:]]
-        recipes += [{"drop": 2, "bits": 8, "embeddings": 4}]
-        # What a recipe does not name stays at its most: 16 bits cost the most time and save size only.
-        recipes += [{"student": s} for s in students] or [{}]
-        if not any(rule.bits for rule in self.space.rules):
-            recipes += [{"width": w} for w in widths] + [{"rank": r} for r in axes["rank"]] + [{"drop": 1}]
-            recipes += [{"vocabulary": v} for v in vocabularies]
-        seen: set[str] = set()
-        for recipe in recipes:
-            params = self._seed(recipe)
-            plan_id = self.plan(params).plan_id
-            if plan_id not in seen:
-                seen.add(plan_id)
-                yield params
-
-    def _seed(self, recipe: Mapping[str, Any]) -> dict[str, Value]:
-        params: dict[str, Value] = {}
-
-        def pick(name: str, choices: Sequence[Value], effect: Callable[[Value], Effect]) -> Value:
-            value: Value
-            if name == "student":
-                value = recipe.get("student", NO_STUDENT)
-            elif name == "max_tokens":
-                value = recipe.get("tokens", _most(choices))
-            elif "." not in name:  # drop_blocks; a rule's parameters have dots
-                value = min(recipe.get("drop", 0), max(int(c) for c in choices))
-            else:
-                axis = name.rsplit(".", 2)[1]  # a rule's name may hold dots
-                if axis == "bits":
-                    key = "embeddings" if any(site == "embeddings" for site, _ in effect(choices[0])) else "bits"
-                    value = recipe.get(key, max(int(c) for c in choices))
-                else:
-                    key = axis if axis in ("rank", "vocabulary") else "width"
-                    value = recipe.get(key, _most(choices))
-                value = _closest(value, choices)
-            params[name] = value
-            return value
-
-        self._walk(pick)
-        return params
-
-    def _lengths(self) -> list[Value]:
+    def lengths(self) -> list[Value]:
+        """Return every choice that cuts texts."""
         return [choice for choice in self.space.max_tokens or () if self._cut(choice) is not None]
 
-    def _vocabularies(self) -> list[Value]:
-        """Return every choice of a vocabulary but the one that keeps most, larger ones first."""
-        axes = (rule.vocabulary for rule in self.space.rules if rule.vocabulary is not None)
-        found = {c for axis in axes for c in axis.choices if c != _most(axis.choices)}
-        return sorted(found, key=lambda c: _kept(c, self.shape.vocabulary, _TABLE_STEP), reverse=True)
-
-    def _levels(self, axis_name: str) -> list[float]:
-        found = {
-            float(choice)
-            for rule in self.space.rules
-            if (axis := rule.axes().get(axis_name)) is not None
-            for choice in axis.choices
-            if isinstance(choice, float) and choice < 1
-        }
-        return sorted(found, reverse=True)
-
-    def _walk(self, pick: _Picker) -> CompressionPlan:
+    def walk(self, pick: Picker) -> CompressionPlan:
+        """Build a plan; ``pick(name, choices, effect)`` is asked once for each parameter that has a choice."""
         decisions: list[tuple[str, Decision]] = []
 
         def ask(name: str, choices: Sequence[Value], effect: Callable[[Value], Effect]) -> Value:
@@ -289,6 +204,8 @@ def bind(space: SearchSpace, shape: ModelShape, *, tokens: int, drop_order: Drop
                     f"({', '.join(_KINDS[axis_name])})"
                 )
             for site in fitting:
+                if axis_name == "bits" and site.kind == "embedding" and any(isinstance(c, str) for c in axis.choices):
+                    raise ConfigError(f"{where}: bits at {site.name}: nothing is multiplied there; say 4, not w4a8")
                 if (site.name, axis_name) in decided:
                     raise ConfigError(f"{where}: {axis_name} at {site.name} is decided by two rules")
                 decided.add((site.name, axis_name))
@@ -328,8 +245,8 @@ def students_of(space: SearchSpace, shape: ModelShape) -> dict[str, Student]:
                 raise ConfigError(f"{where}.{field}: must be <= {limit}, got {value}")
         student = Student(
             blocks=blocks,
-            heads=_kept(spec.heads, heads, 1),
-            neurons=_kept(spec.neurons, neurons, _NEURON_STEP),
+            heads=kept(spec.heads, heads, 1),
+            neurons=kept(spec.neurons, neurons, _NEURON_STEP),
             epochs=spec.epochs,
         )
         if shape.of_student(student) == shape:
@@ -338,19 +255,17 @@ def students_of(space: SearchSpace, shape: ModelShape) -> dict[str, Student]:
     return found
 
 
-def quantize_decision(bits: int, site: Site, rank: int = 0) -> Quantize:
-    """Return what ``bits`` mean at ``site``: integer arithmetic at 8 bits in linear layers, groups at 4 bits.
+def quantize_decision(choice: Value, site: Site, rank: int = 0) -> Quantize:
+    """Return what bits mean at ``site``: integer arithmetic at 8 bits in linear layers, and where it is said (w4a8).
 
     Groups divide every input width at the site, that of the second factor (``rank``) included.
     """
-    if bits == 8:
-        return Quantize(weight_bits=8, activation_bits=16 if site.kind == "embedding" else 8)
-    if bits == 4:
-        group = _FOUR_BIT_GROUP
-        while any(width % group for width in (site.inner, site.outer, rank)):
-            group //= 2
-        return Quantize(weight_bits=4, group_size=group)
-    return Quantize(weight_bits=16)
+    bits = bits_of(choice)
+    integers = isinstance(choice, str) or (bits == 8 and site.kind != "embedding")
+    group = _GROUP if bits < 8 else 0
+    while group and any(width % group for width in (site.inner, site.outer, rank)):
+        group //= 2
+    return Quantize(weight_bits=bits, activation_bits=8 if integers else 16, group_size=group)
 
 
 def _effect(axis_name: str, sites: Sequence[Site], ranks: Mapping[str, int]) -> Callable[[Value], Effect]:
@@ -361,7 +276,7 @@ def _effect(axis_name: str, sites: Sequence[Site], ranks: Mapping[str, int]) -> 
 def _decide(axis_name: str, choice: Value, site: Site, rank: int) -> Decision | None:
     """Turn a choice into the decision at ``site``, or None where it leaves the site as it is."""
     if axis_name == "bits":
-        return quantize_decision(int(choice), site, rank)
+        return quantize_decision(choice, site, rank)
     if axis_name == "rank":
         if isinstance(choice, str):
             return None
@@ -373,16 +288,17 @@ def _decide(axis_name: str, choice: Value, site: Site, rank: int) -> Decision | 
         # At a pruned width a rank can cease to save anything; the whole layer is then the smaller one.
         return LowRank(rank=rank) if rank <= limit else None
     if axis_name == "heads":
-        heads = _kept(choice, site.parts, 1)
+        heads = kept(choice, site.parts, 1)
         return PruneHeads(keep=heads) if heads < site.parts else None
     if axis_name == "vocabulary":
-        rows = _kept(choice, site.parts, _TABLE_STEP)
+        rows = kept(choice, site.parts, TABLE_STEP)
         return TrimVocabulary(keep=rows) if rows < site.parts else None
-    neurons = _kept(choice, site.parts, _NEURON_STEP)
+    neurons = kept(choice, site.parts, _NEURON_STEP)
     return PruneNeurons(keep=neurons) if neurons < site.parts else None
 
 
-def _kept(choice: Value, parts: int, step: int) -> int:
+def kept(choice: Value, parts: int, step: int) -> int:
+    """Return how many of ``parts`` a choice keeps: a fraction in multiples of ``step``, or a count."""
     if isinstance(choice, int):
         return min(choice, parts)
     step = step if parts >= 2 * step else 1
@@ -413,16 +329,3 @@ def _check_counts(where: str, axis_name: str, axis: KeepAxis | BitsAxis | RankAx
     for choice in axis.choices:
         if limit is not None and isinstance(choice, int) and choice > limit:
             raise ConfigError(f"{where}: {axis_name} at {site.name}: must be <= {limit}, got {choice}")
-
-
-def _most(choices: Sequence[Value]) -> Value:
-    """Return the choice that keeps most: all, or the largest."""
-    whole = next((c for c in choices if isinstance(c, str) or (isinstance(c, float) and c == 1.0)), None)
-    return whole if whole is not None else max(choices, key=float)
-
-
-def _closest(value: Value, choices: Sequence[Value]) -> Value:
-    if value in choices or isinstance(value, str):
-        return value if value in choices else choices[0]
-    numbers = [c for c in choices if not isinstance(c, str)]
-    return min(numbers, key=lambda c: abs(float(c) - float(value))) if numbers else choices[0]

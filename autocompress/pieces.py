@@ -26,7 +26,7 @@ from autocompress.plan import Decision, PruneHeads, PruneNeurons, Quantize, Trim
 from autocompress.transforms import HANDLERS
 from autocompress.transforms.moments import Moments, same_in_the_mean
 from autocompress.transforms.prune import Importance, columns_of
-from autocompress.transforms.quantize import ActivationRange, Activations, Packed, compensated, packed
+from autocompress.transforms.quantize import ActivationRange, Activations, Packed, packed
 from autocompress.transforms.vocabulary import trimmed
 
 _FILE = "piece.safetensors"
@@ -113,9 +113,9 @@ def make_piece(
 def _read_at(model: EncoderModel, site: str, quantize: Quantize | None, scores: Importance) -> dict[str, Moments]:
     """Return the moments of what the site's layers read, by path, where they are known and weights are fitted by them.
 
-    At 8 bits rounding errors are too small for that.
+    From 8 bits on, rounding errors are too small for that.
     """
-    if quantize is None or quantize.weight_bits != 4 or not site.startswith("block."):
+    if quantize is None or quantize.weight_bits >= 8 or not site.startswith("block."):
         return {}
     _, number, kind = site.split(".")
     block, shape = int(number), model.shape.blocks[int(number)]
@@ -156,7 +156,7 @@ def _stored(layer: nn.Linear, quantize: Quantize | None, moments: Moments | None
     weight, bias = _array(layer.weight), None if layer.bias is None else _array(layer.bias)
     if quantize is None or moments is None:
         return packed(weight, quantize), bias
-    found = compensated(weight, quantize.group_size, moments.gram(centred=bias is not None).numpy())
+    found = packed(weight, quantize, gram=moments.gram(centred=bias is not None).numpy())
     kept = same_in_the_mean(layer, torch.from_numpy(found.restored()), moments)
     return found, None if kept is None else _array(kept)
 
@@ -175,24 +175,11 @@ class StandIn:
 
 
 def stand_ins(model: EncoderModel, site: str, decision: Decision, scores: Importance) -> dict[str, StandIn]:
-    """Return, by path, layers of the original shape that act as the site's layers do after ``decision``.
+    """Return, by path, layers of the original shape that act as the site's layers do after a structural decision.
 
     Only for judging decisions before anything is built: a score comes from a built artefact. What is pruned is zero in
     the layer that reads it.
     """
-    if isinstance(decision, TrimVocabulary):
-        path = model.layout.embeddings[0]
-        assert scores.tokens is not None, "trimming needs to know what is read"
-        rows, index = trimmed(_array(model.module.get_parameter(f"{path}.weight")), decision, scores.tokens)
-        return {path: StandIn(rows[index])}
-    if isinstance(decision, Quantize) and site == "embeddings":
-        tables = {p: _array(model.module.get_parameter(f"{p}.weight")) for p in model.layout.linears(site)}
-        return {p: StandIn(packed(table, decision, looked_up=True).restored()) for p, table in tables.items()}
-    if isinstance(decision, Quantize):
-        read = _read_at(model, site, decision, scores)
-        layers = {p: layer for path in model.layout.linears(site) for p, layer in linear_modules(model, path)}
-        stored = {path: _stored(layer, decision, read.get(path)) for path, layer in layers.items()}
-        return {path: StandIn(weight.restored(), bias) for path, (weight, bias) in stored.items()}
     columns = _columns(model, site, [decision], scores)
     if columns is not None:
         path = model.layout.linears(site)[-1]
@@ -207,6 +194,21 @@ def stand_ins(model: EncoderModel, site: str, decision: Decision, scores: Import
             bias = None if second.bias is None else _array(second.bias)
             found[path] = StandIn(_array(second.weight) @ _array(first.weight), bias)
         return found
+
+
+def unpacked(model: EncoderModel, site: str, piece: Piece) -> dict[str, StandIn]:
+    """Return, by path, layers of the original shape with the weights of a piece that changes no shape."""
+    paths = [name for path in model.layout.linears(site) for name in _names(model, site, path)]
+    factors = [factor for layer in piece for factor in layer]
+    found = {}
+    for path, factor in zip(paths, factors, strict=True):
+        rows = factor.weight.restored()
+        found[path] = StandIn(rows if factor.index is None else rows[factor.index], factor.bias)
+    return found
+
+
+def _names(model: EncoderModel, site: str, path: str) -> list[str]:
+    return [path] if site == "embeddings" else [name for name, _ in linear_modules(model, path)]
 
 
 def linear_modules(model: EncoderModel, path: str) -> list[tuple[str, nn.Linear]]:
@@ -226,6 +228,8 @@ def save_piece(piece: Piece, folder: Path) -> None:
             tensors[f"{i}.{j}.values.{factor.weight.bits}"] = factor.weight.values
             if factor.weight.scales is not None:
                 tensors[f"{i}.{j}.scales"] = factor.weight.scales
+            if factor.weight.multiples is not None:
+                tensors[f"{i}.{j}.multiples"] = factor.weight.multiples
             if factor.bias is not None:
                 tensors[f"{i}.{j}.bias"] = factor.bias
             if factor.span is not None:
@@ -244,7 +248,7 @@ def read_piece(folder: Path) -> Piece:
         if what == "values":
             span = tensors.get(f"{i}.{j}.span")
             layers.setdefault(int(i), {})[int(j)] = Factor(
-                Packed(int(bits[0]), values, tensors.get(f"{i}.{j}.scales")),
+                Packed(int(bits[0]), values, tensors.get(f"{i}.{j}.scales"), tensors.get(f"{i}.{j}.multiples")),
                 tensors.get(f"{i}.{j}.bias"),
                 None if span is None else ActivationRange(float(span[0]), float(span[1])),
                 tensors.get(f"{i}.{j}.index"),

@@ -114,13 +114,13 @@ class TrimVocabulary(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Decision):
-    """Store a site's weights in ``weight_bits`` and, at 8 bits, compute on 8-bit activations.
+    """Store a site's weights in ``weight_bits`` and, with ``activation_bits`` of 8, compute in 8-bit integers.
 
     Args:
-        weight_bits: 16 (IEEE half precision storage), 8 (per output channel) or 4 (per group along the input).
+        weight_bits: 16 (IEEE half precision storage), 8 (per output channel), 4, 3 or 2 (per group along the input).
         activation_bits: 8 for integer arithmetic, 16 for arithmetic on unquantised activations.
         scheme: ``symmetric`` weights; the only grid offered so far.
-        group_size: weights that share a scale along the input dimension, 0 for a whole channel.
+        group_size: weights that share a step along the input dimension, 0 for a whole channel.
     """
 
     structural: ClassVar[bool] = False
@@ -132,21 +132,24 @@ class Quantize(Decision):
     def __post_init__(self) -> None:
         _require_int(self, "weight_bits", 1)
         _require_int(self, "group_size", 0)
-        if self.weight_bits not in (4, 8, 16):
-            raise PlanError(f"Quantize.weight_bits: must be one of 4, 8, 16, got {self.weight_bits!r}")
+        if self.weight_bits not in (2, 3, 4, 8, 16):
+            raise PlanError(f"Quantize.weight_bits: must be one of 2, 3, 4, 8, 16, got {self.weight_bits!r}")
         if self.activation_bits not in (8, 16):
             raise PlanError(f"Quantize.activation_bits: must be 8 or 16, got {self.activation_bits!r}")
-        if self.activation_bits == 8 and self.weight_bits != 8:
-            raise PlanError(
-                f"Quantize.activation_bits: 8 goes with weight_bits 8 only, got weight_bits {self.weight_bits}"
-            )
+        if self.activation_bits == 8 and self.weight_bits == 16:
+            raise PlanError("Quantize.activation_bits: 8 goes with weight_bits of 8 or fewer, got weight_bits 16")
         if self.scheme != "symmetric":
             raise PlanError(f"Quantize.scheme: must be 'symmetric', got {self.scheme!r}")
-        if (self.weight_bits == 4) != (self.group_size > 0):
+        if (self.weight_bits < 8) != (self.group_size > 0):
             raise PlanError(
-                f"Quantize.group_size: must be > 0 at 4 bits and 0 otherwise, got {self.group_size} at "
+                f"Quantize.group_size: must be > 0 below 8 bits and 0 otherwise, got {self.group_size} at "
                 f"{self.weight_bits} bits"
             )
+
+    @property
+    def whole_steps(self) -> bool:
+        """Whether the steps of groups are whole multiples of a unit of their row, instead of floats."""
+        return self.weight_bits < 4 or (self.weight_bits == 4 and self.activation_bits == 8)
 
     def words(self) -> str:
         return f"w{self.weight_bits}" + ("a8" if self.activation_bits == 8 else "")

@@ -197,8 +197,9 @@ class Predictor:
 def _extras(products: Sequence[Product], after: ModelShape) -> np.ndarray:
     """Return what fills the files besides weights: the graph's description grows with its nodes."""
     weights = [p for p in products if p.kind != "index"]
-    by_bits = [sum(p.bits == bits for p in weights) for bits in (4, 8, 16)]
-    drawn = sum(p.bits == 8 and p.kind != "embedding" and not p.shares for p in products)
+    by_bits = [sum(p.bits == bits and not p.whole_steps for p in weights) for bits in (4, 8, 16)]
+    by_bits += [sum(p.bits == bits and p.whole_steps for p in weights) for bits in (4, 3, 2)]
+    drawn = sum(p.integers and not p.shares for p in products)
     return np.array([1.0, len(after.blocks), len(weights), *by_bits, drawn, len(weights) < len(products)])
 
 
@@ -212,8 +213,13 @@ def _work(products: Sequence[Product], after: ModelShape, read: float) -> np.nda
     """
     found = [1.0, float(len(after.blocks))]
     for kind in ("attention", "ffn"):
-        for widths in ((8,), (4,), (16, 32)):
-            chosen = [p for p in products if p.kind == kind and p.bits in widths]
+        # What is stored in few bits is unpacked for integer products once, when the file is loaded.
+        arithmetics: list[list[Product]] = [[], [], []]
+        for product in products:
+            if product.kind == kind:
+                unpacked_anew = product.bits == 4 and not product.whole_steps
+                arithmetics[0 if product.integers else 1 if unpacked_anew else 2].append(product)
+        for chosen in arithmetics:
             found += [
                 read * sum(p.outer * p.inner for p in chosen) / 1e6,
                 len(chosen) / 10,

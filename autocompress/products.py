@@ -22,9 +22,11 @@ class Product:
         outer: rows.
         inner: columns.
         bits: 32 where nothing is decided.
-        group: weights that share a scale, at 4 bits.
+        group: weights that share a step, below 8 bits.
         bias: whether it has one.
         shares: whether it reads the same tensor as the one before it, as keys and values do.
+        integers: whether it is multiplied by 8-bit numbers.
+        whole_steps: whether the steps of its groups are whole multiples of a unit of their row.
     """
 
     kind: str
@@ -34,6 +36,8 @@ class Product:
     group: int = 0
     bias: bool = True
     shares: bool = False
+    integers: bool = False
+    whole_steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,17 @@ def products_of(plan: CompressionPlan, shape: ModelShape, sizes: Sizes) -> list[
     def add(site: str, kind: str, pairs: Iterable[tuple[int, int]]) -> None:
         decision = quantize.get(site)
         bits, group = (32, 0) if decision is None else (decision.weight_bits, decision.group_size)
+        stored = {
+            "integers": decision is not None and decision.activation_bits == 8 and kind != "embedding",
+            "whole_steps": decision is not None and decision.whole_steps,
+        }
         rank = ranks[site].rank if site in ranks else 0
         for number, (outer, inner) in enumerate(pairs):
             shares = kind == "attention" and number in (1, 2)
             if rank:
-                found.append(Product(kind, rank, inner, bits, group, bias=False, shares=shares))
-            biased = kind != "embedding"
-            found.append(Product(kind, outer, rank or inner, bits, group, bias=biased, shares=shares and not rank))
+                found.append(Product(kind, rank, inner, bits, group, bias=False, shares=shares, **stored))
+            biased, shares = kind != "embedding", shares and not rank
+            found.append(Product(kind, outer, rank or inner, bits, group, biased, shares, **stored))
 
     (vocabulary, width), *others = sizes.tables
     trim = plan.of_type(TrimVocabulary).get("embeddings")

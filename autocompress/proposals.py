@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from autocompress.binding import BoundSpace
 from autocompress.plan import CompressionPlan
 from autocompress.samplers import most_promising, mutated
-from autocompress.seeds import sensitivity_ladder
+from autocompress.seeds import sensitivity_ladder, uniform_ladder
 
 if TYPE_CHECKING:
     from autocompress.study import Study
@@ -43,7 +43,7 @@ class Proposals:
         self._rng = random.Random(f"{study.seed}:{len(trials.get_trials(deepcopy=False))}")  # noqa: S311
 
     def _make_seeds(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        yield from (("uniform", params) for params in self._space.rungs())
+        yield from (("uniform", params) for params in uniform_ladder(self._space))
         if self._of.predictor is not None and self._of.learn():
             most = int(_SENSITIVITY_SHARE * self._of.run.search.trials)
             ladder = sensitivity_ladder(self._space, self._of.predictor, self._of.reference.size_bytes)

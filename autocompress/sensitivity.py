@@ -13,7 +13,7 @@ from torch.nn import functional
 from autocompress.anatomy import ModelShape
 from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
-from autocompress.pieces import StandIn, stand_ins
+from autocompress.pieces import Piece, StandIn, stand_ins, unpacked
 from autocompress.plan import Decision, LowRank, MaxTokens, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.task import Batch
 from autocompress.transforms.prune import Importance
@@ -37,10 +37,13 @@ class Sensitivity:
         scores: Importance,
         options: Mapping[str, Sequence[Decision]],
         batches: Sequence[Batch],
+        piece: Callable[[str, Decision], Piece],
         *,
         seed: int,
     ) -> Sensitivity:
         """Estimate what each of ``options`` (by site) does on its own to the class probabilities.
+
+        What is left to the runtime, such as bits, is judged by its ``piece``, which candidates are made of, too.
 
         To second order the divergence is half the mean of p_c (dlog p_c / dy . delta y)^2, summed over classes c
         (Martens 2020, "New Insights and Perspectives on the Natural Gradient Method", eq. 13), where delta y is what
@@ -53,12 +56,17 @@ class Sensitivity:
         for site, decisions in options.items():
             for decision in decisions:
                 axis, level = level_of(model.shape, site, decision)
+                points = curves.setdefault((site, axis), [])
+                if level in dict(points):  # 4 bits with and without integer products lose the same
+                    continue
                 if isinstance(decision, MaxTokens):
-                    found = sum(_cut(model, batch, decision.tokens) for batch in batches)
-                    curves.setdefault((site, axis), []).append((level, found / rows))
+                    points.append((level, sum(_cut(model, batch, decision.tokens) for batch in batches) / rows))
                     continue
                 try:
-                    layers = stand_ins(model, site, decision, scores)
+                    if decision.structural:
+                        layers = stand_ins(model, site, decision, scores)
+                    else:
+                        layers = unpacked(model, site, piece(site, decision))
                 except PlanError:
                     # Such as groups that do not fill a narrower table: a candidate that decides so fails by itself.
                     continue
@@ -67,8 +75,8 @@ class Sensitivity:
                 for flow in flows:
                     moved = sum(flow[path].moved(*change) for path, change in changes.items())
                     total += 0.5 * float(torch.as_tensor(moved).square().sum())
-                curves.setdefault((site, axis), []).append((level, total / rows))
-        return cls({key: tuple(sorted(points)) for key, points in curves.items()})
+                points.append((level, total / rows))
+        return cls({key: tuple(sorted(points)) for key, points in curves.items() if points})
 
     def to_json(self) -> str:
         return json.dumps([[site, axis, points] for (site, axis), points in self.curves.items()])

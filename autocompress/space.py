@@ -61,6 +61,7 @@ StudentBlocks = Annotated[tuple[int, ...] | float, BeforeValidator(_student_bloc
 Keep = Annotated[int | float, BeforeValidator(_fraction_or_count)]
 Rank = Annotated[int | float | Literal["full"], BeforeValidator(_rank)]
 Length = Annotated[int | float | Literal["full"], BeforeValidator(_length)]
+Bits = Literal[16, 8, 4, 3, 2, "w4a8", "w3a8", "w2a8"]
 Value = int | float | str
 
 
@@ -77,7 +78,9 @@ class KeepAxis(Axis):
 
 
 class BitsAxis(Axis):
-    choices: tuple[Literal[16, 8, 4], ...] = Field(min_length=1)
+    choices: tuple[Bits, ...] = Field(
+        min_length=1, description="of weights; w4a8 is 4 bits, multiplied as integers by activations of 8"
+    )
 
 
 class RankAxis(Axis):
@@ -93,6 +96,11 @@ class StudentSpec(Section):
 
 class DropSpec(Section):
     at_most: int = Field(ge=0)
+
+
+def bits_of(choice: Value) -> int:
+    """Return the bits of a weight that a choice of bits says."""
+    return int(choice[1]) if isinstance(choice, str) else int(choice)
 
 
 def _all_differ(name: str, choices: Sequence[object]) -> None:

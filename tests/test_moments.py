@@ -13,12 +13,14 @@ from torch import nn
 from autocompress import task
 from autocompress.config import DataConfig
 from autocompress.model import EncoderModel, understand
-from autocompress.plan import CompressionPlan, Decision, DropBlocks, LowRank, PruneNeurons
-from autocompress.transforms import apply_plan
+from autocompress.plan import CompressionPlan, Decision, DropBlocks, LowRank, PruneNeurons, Quantize
+from autocompress.transforms import apply_plan, quantize
 from autocompress.transforms.factorize import factorized
 from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
 from autocompress.transforms.prune import Importance, importance
 from autocompress.transforms.quantize import compensated, per_group
+
+NARROW = [Quantize(weight_bits=bits, activation_bits=a, group_size=8) for bits in (4, 3, 2) for a in (16, 8)]
 
 TOKENS, WIDTH, OUT = 400, 24, 10
 
@@ -53,28 +55,70 @@ def test_factors_fitted_to_the_input_return_what_is_nearer(layer: nn.Linear, rea
     assert error(wanted, fitted(read).detach()) < error(wanted, plain(read).detach())
 
 
-def test_rounding_errors_are_made_up_for(layer: nn.Linear, read: torch.Tensor) -> None:
+@pytest.mark.parametrize("decision", NARROW, ids=Quantize.words)
+def test_rounding_errors_are_made_up_for(layer: nn.Linear, read: torch.Tensor, decision: Quantize) -> None:
     weight = layer.weight.detach().numpy()
     wanted = read @ layer.weight.detach().T
-    plain, fitted = per_group(weight, 8), compensated(weight, 8, moments_of(read).gram(centred=False).numpy())
-    assert fitted.values.min() >= -8
-    assert fitted.values.max() <= 7
+    gram = moments_of(read).gram(centred=False).numpy()
+    plain, fitted = per_group(weight, decision), compensated(weight, decision, gram)
+    assert fitted.values.min() >= -(2 ** (decision.weight_bits - 1))
+    assert fitted.values.max() <= 2 ** (decision.weight_bits - 1) - 1
     assert fitted.values.shape == plain.values.shape
-    assert np.array_equal(fitted.scales, fitted.scales.astype(np.float16)), "as they are stored"  # type: ignore[union-attr]
+    assert fitted.scales is not None
+    if decision.whole_steps:
+        assert fitted.multiples is not None
+        assert np.abs(fitted.values.astype(int) * fitted.multiples).max() <= 127
+    else:
+        assert np.array_equal(fitted.scales, fitted.scales.astype(np.float16)), "as they are stored"
     before, after = (error(wanted, read @ torch.from_numpy(p.restored()).T) for p in (plain, fitted))
     assert after < 0.7 * before
 
 
-def test_without_correlations_there_is_nothing_to_make_up_for() -> None:
+@pytest.mark.parametrize("decision", NARROW, ids=Quantize.words)
+def test_choosing_values_anew_makes_no_error_larger(
+    layer: nn.Linear, read: torch.Tensor, monkeypatch: pytest.MonkeyPatch, decision: Quantize
+) -> None:
+    weight, gram = layer.weight.detach().numpy(), moments_of(read).gram(centred=False).numpy()
+
+    def lost(passes: int) -> float:
+        monkeypatch.setattr(quantize, "_PASSES", passes)
+        apart = weight - compensated(weight, decision, gram).restored()
+        return float(np.trace(apart @ gram @ apart.T))
+
+    errors = [lost(passes) for passes in (0, 1, 2, 4)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.99 * errors[0]
+
+
+def test_one_weight_makes_up_for_another_by_hand() -> None:
+    """Two inputs that are nearly the same and a step of 1: what 0.4 loses when it becomes 0, its neighbour takes.
+
+    The first group holds the largest weight, 7, so that its step is 1; rounded by itself, 0.4 becomes 0 twice.
+    """
+    weight = np.array([[7.0, 0.4, 0.4, 0.4]], dtype=np.float32)
+    gram = np.eye(4)
+    gram[1:, 1:] = 0.99 + 0.01 * np.eye(3)
+    decision = Quantize(weight_bits=4, group_size=4)
+    assert per_group(weight, decision).restored().sum() == pytest.approx(7.0, rel=0.2)
+    found = compensated(weight, decision, gram).restored()
+    assert found[0, 1:].sum() == pytest.approx(1.2, abs=0.3)
+
+
+@pytest.mark.parametrize("decision", NARROW, ids=Quantize.words)
+def test_without_correlations_there_is_nothing_to_make_up_for(
+    monkeypatch: pytest.MonkeyPatch, decision: Quantize
+) -> None:
+    monkeypatch.setattr(quantize, "_PASSES", 0)
     weight = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
-    found, plain = compensated(weight, 8, np.eye(16)), per_group(weight, 8)
+    found, plain = compensated(weight, decision, np.eye(16)), per_group(weight, decision)
     assert np.array_equal(found.values, plain.values)
 
 
-def test_weights_next_to_nothing_stay_finite() -> None:
+@pytest.mark.parametrize("decision", NARROW, ids=Quantize.words)
+def test_weights_next_to_nothing_stay_finite(decision: Quantize) -> None:
     weight = np.full((2, 16), 1e-12, dtype=np.float32)
     weight[0] = 0.0
-    found = compensated(weight, 8, np.eye(16)).restored()
+    found = compensated(weight, decision, np.eye(16)).restored()
     assert np.isfinite(found).all()
     assert np.abs(found).max() < 1e-4
 

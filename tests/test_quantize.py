@@ -75,61 +75,114 @@ class TestPerChannel:
         weight = weights()
         before = weight.copy()
         per_channel(weight)
-        per_group(weight, 16)
+        per_group(weight, narrow(4))
         assert np.array_equal(weight, before)
 
 
+NARROW = [(4, 16), (4, 8), (3, 8), (3, 16), (2, 8), (2, 16)]
+"""Bits of weights and activations."""
+
+
+def narrow(bits: int, activation_bits: int = 16, group_size: int = 16) -> Quantize:
+    return Quantize(weight_bits=bits, activation_bits=activation_bits, group_size=group_size)
+
+
 @pytest.mark.parametrize("group_size", [1, 2, 16, 64])
+@pytest.mark.parametrize(("bits", "activation_bits"), NARROW)
 class TestPerGroup:
-    def test_shapes_and_grid(self, group_size: int) -> None:
-        found = per_group(weights(), group_size)
+    def test_shapes_and_grid(self, bits: int, activation_bits: int, group_size: int) -> None:
+        found = per_group(weights(), narrow(bits, activation_bits, group_size))
         assert found.values.shape == (24, 64 // group_size, group_size)
         assert found.values.dtype == np.int8
-        assert found.scales.shape == (24, 64 // group_size, 1)
-        assert found.scales.dtype == np.float32
-        assert found.values.min() >= -8
-        assert found.values.max() <= 7
+        assert found.values.min() >= -(2 ** (bits - 1))
+        assert found.values.max() <= 2 ** (bits - 1) - 1
         assert found.restored().shape == (24, 64)
+        assert found.restored().dtype == np.float32
+        if (bits, activation_bits) == (4, 16):
+            assert found.multiples is None
+            assert found.scales.shape == (24, 64 // group_size, 1)
+            assert np.array_equal(found.scales, found.scales.astype(np.float16)), "steps are half-precision floats"
+        else:
+            assert found.scales.shape == (24, 1, 1)
+            assert found.multiples.shape == (24, 64 // group_size, 1)
+            assert found.multiples.dtype == np.int8
+            assert found.multiples.all()
+        assert found.scales.dtype == np.float32
 
-    def test_the_squared_error_is_at_most_that_of_rounding(self, group_size: int) -> None:
-        """Whatever clip is taken, it is no worse than the unclipped grid, whose error is half a step a weight."""
+    @pytest.mark.parametrize("largest", [64, 127])
+    def test_unpacked_numbers_fit_into_what_is_multiplied(
+        self, bits: int, activation_bits: int, group_size: int, largest: int
+    ) -> None:
+        found = per_group(weights(), narrow(bits, activation_bits, group_size), largest=largest)
+        if found.multiples is not None:
+            unpacked = found.values.astype(int) * found.multiples
+            assert np.abs(unpacked).max() <= largest
+            assert np.allclose(found.restored(), unpacked.reshape(24, 64) * found.scales[:, 0], rtol=1e-6)
+
+    def test_the_squared_error_is_at_most_that_of_rounding(
+        self, bits: int, activation_bits: int, group_size: int
+    ) -> None:
+        """Whatever step is taken, it is no worse than the one that clips nothing: half a step a weight at most.
+
+        A step that is a multiple of a unit misses it by half a unit, and the largest value by as many.
+        """
         weight = weights()
         grouped = weight.reshape(24, -1, group_size)
-        error = np.square(per_group(weight, group_size).restored().reshape(grouped.shape) - grouped).sum(axis=2)
-        step = np.abs(grouped).max(axis=2) / 7
-        assert np.all(error <= group_size * np.square(step / 2) * (1 + 1e-4))
+        found = per_group(weight, narrow(bits, activation_bits, group_size))
+        error = np.square(found.restored().reshape(grouped.shape) - grouped).sum(axis=2)
+        most = 2 ** (bits - 1) - 1
+        step = np.abs(grouped).max(axis=2) / most
+        off = 0 if found.multiples is None else found.scales[..., 0]
+        # A multiple of one unit at least, which then stands in for smaller steps.
+        bound = group_size * np.square(np.maximum(step, off) / 2 + (most + 0.5) * off / 2)
+        assert np.all(error <= bound * (1 + 1e-2) + 1e-12)
 
-    def test_searching_a_clip_is_never_worse_than_none(self, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_searching_a_step_is_never_worse_than_clipping_nothing(
+        self, bits: int, activation_bits: int, group_size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         weight = weights(seed=1)
         grouped = weight.reshape(24, -1, group_size)
+        decision = narrow(bits, activation_bits, group_size)
 
         def error() -> np.ndarray:
-            restored = per_group(weight, group_size).restored().reshape(grouped.shape)
+            restored = per_group(weight, decision).restored().reshape(grouped.shape)
             return np.asarray(np.square(restored.astype(np.float64) - grouped).sum(axis=2))
 
         searched = error()
-        assert quantize._CLIPS[0] == 1.0
-        monkeypatch.setattr(quantize, "_CLIPS", (1.0,))
+        monkeypatch.setattr(quantize, "_CLIPS", ())
         plain = error()
         assert np.all(searched <= plain * (1 + 1e-5) + 1e-12)
-        if group_size >= 16:
+        if group_size == 16:
             assert searched.sum() < 0.99 * plain.sum()
 
-    def test_groups_of_zeros_stay_zeros(self, group_size: int) -> None:
+    def test_groups_of_zeros_stay_zeros(self, bits: int, activation_bits: int, group_size: int) -> None:
         weight = weights()
         weight[2] = 0
         weight[5, :group_size] = 0
-        found = per_group(weight, group_size)
+        found = per_group(weight, narrow(bits, activation_bits, group_size))
         assert np.isfinite(found.scales).all()
-        assert np.all(found.scales > 0)
+        assert np.all(found.scales != 0)
         assert not found.restored()[2].any()
         assert not found.restored()[5, :group_size].any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_step_turns_the_end_with_more_room_to_where_it_is_needed(bits: int, activation_bits: int, sign: int) -> None:
+    """-2 to 1 at 2 bits: a group whose largest magnitude is positive needs a negative step to be kept exactly."""
+    values = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=np.float32)
+    weight = sign * np.tile(values, 8)[None]
+    found = per_group(weight, narrow(bits, activation_bits, group_size=len(values)))
+    assert np.allclose(found.restored(), weight, rtol=1e-3)
+    steps = found.scales if found.multiples is None else found.multiples * found.scales
+    assert np.all(np.sign(steps) == sign)
 
 
 def test_weights_on_a_grid_are_kept_exactly() -> None:
     steps = np.random.default_rng(0).integers(-7, 8, (6, 32)).astype(np.float32)
     steps[:, ::16] = 7
-    assert np.allclose(per_group(0.25 * steps, 16).restored(), 0.25 * steps, atol=1e-7)
+    assert np.allclose(per_group(0.25 * steps, narrow(4)).restored(), 0.25 * steps, atol=1e-7)
     steps = np.random.default_rng(0).integers(-127, 128, (6, 32)).astype(np.float32)
     steps[:, 0] = 127
     assert np.allclose(per_channel(0.5 * steps).restored(), 0.5 * steps, atol=1e-5)
@@ -143,7 +196,10 @@ class TestPacked:
             (Quantize(weight_bits=16), 16, np.float16),
             (Quantize(weight_bits=8), 8, np.int8),
             (Quantize(weight_bits=8, activation_bits=8), 8, np.int8),
-            (Quantize(weight_bits=4, group_size=16), 4, np.int8),
+            (narrow(4), 4, np.int8),
+            (narrow(4, 8), 4, np.int8),
+            (narrow(3, 8), 3, np.int8),
+            (narrow(2), 2, np.int8),
         ],
     )
     def test_it_is_stored_as_the_decision_says(self, decision: Quantize | None, bits: int, kind: type) -> None:
@@ -152,11 +208,13 @@ class TestPacked:
         assert (found.bits, found.values.dtype, found.shape) == (bits, kind, (6, 32))
         assert (found.scales is None) == (bits >= 16)
         largest = np.abs(weight).max(axis=1, keepdims=True)
-        steps = {32: 0, 16: 2.0**-11, 8: 0.5 / (64 if machine.adds_in_16_bits() else 127), 4: 1 / 7}
+        steps = {32: 0, 16: 2.0**-11, 8: 0.5 / (64 if machine.adds_in_16_bits() else 127), 4: 1 / 7, 3: 1 / 3, 2: 1}
         assert np.all(np.abs(found.restored() - weight) <= steps[bits] * largest + 1e-6)
-        values = {32: 4, 16: 2, 8: 1, 4: 0.5}[bits] * 6 * 32
-        scales = {32: 0, 16: 0, 8: 6, 4: 6 * 2}[bits] * 4
-        assert found.stored_bytes == values + scales
+        values = bits * 6 * 32 // 8
+        one_a_row, one_a_group = 6 * 4, 6 * 2
+        floats = {32: 0, 16: 0, 8: one_a_row, 4: 4 * one_a_group}.get(bits, 0)
+        expected = floats if found.multiples is None else one_a_row + one_a_group
+        assert found.stored_bytes == values + expected
 
     @pytest.mark.parametrize("overflows", [False, True])
     def test_eight_and_four_bits_are_those_of_the_arithmetic(
@@ -166,11 +224,13 @@ class TestPacked:
         weight = weights()
         for decision, expected in (
             (Quantize(weight_bits=8), per_channel(weight, largest=64 if overflows else 127)),
-            (Quantize(weight_bits=4, group_size=32), per_group(weight, 32)),
+            (narrow(4, group_size=32), per_group(weight, narrow(4, group_size=32))),
+            (narrow(3, 8, 32), per_group(weight, narrow(3, 8, 32), largest=64 if overflows else 127)),
         ):
             found = packed(weight, decision)
             table = packed(weight, decision, looked_up=True)
-            assert np.array_equal(table.values, per_channel(weight).values) or decision.weight_bits == 4
+            whole = per_channel(weight) if decision.weight_bits == 8 else per_group(weight, decision)
+            assert np.array_equal(table.restored(), whole.restored()), "nothing is multiplied by a table"
             assert np.array_equal(found.values, expected.values)
             assert np.array_equal(found.scales, expected.scales)
 
@@ -179,17 +239,20 @@ class TestPacked:
         scales = np.array([[[1.0], [2.0]], [[0.5], [4.0]]], dtype=np.float32)
         expected = [[-8, -7, -6, -5, -8, -6, -4, -2], [0, 0.5, 1, 1.5, 16, 20, 24, 28]]
         assert Packed(4, values, scales).restored().tolist() == expected
+        multiples, units = np.array([[[1], [-2]], [[1], [3]]], dtype=np.int8), np.array([[[0.5]], [[2.0]]], np.float32)
+        found = Packed(4, values, units, multiples).restored()
+        assert found.tolist() == [[-4, -3.5, -3, -2.5, 4, 3, 2, 1], [0, 2, 4, 6, 24, 30, 36, 42]]
 
 
 def test_a_group_has_a_scale_of_its_own() -> None:
     weight = np.concatenate([np.full((1, 16), 0.001), np.full((1, 16), 100.0)], axis=1).astype(np.float32)
-    assert np.allclose(per_group(weight, 16).restored(), weight, rtol=1e-5)
-    assert not np.allclose(per_group(weight, 32).restored(), weight, rtol=1e-2)
+    assert np.allclose(per_group(weight, narrow(4)).restored(), weight, rtol=1e-3)
+    assert not np.allclose(per_group(weight, narrow(4, group_size=32)).restored(), weight, rtol=1e-2)
 
 
 def test_groups_that_do_not_fill_a_row_are_refused() -> None:
     with pytest.raises(PlanError, match=r"group_size: must divide the input width 40, got 16"):
-        per_group(weights(4, 40), 16)
+        per_group(weights(4, 40), narrow(4))
 
 
 def test_groups_are_checked_against_every_input_width() -> None:

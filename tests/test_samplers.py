@@ -21,6 +21,7 @@ from autocompress.binding import BoundSpace, bind
 from autocompress.config import SearchConfig, validated
 from autocompress.pareto import hypervolume
 from autocompress.samplers import TPE_HISTORY, SamplerName, make_sampler, most_promising, mutated
+from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace, Value, shipped_spaces
 
 SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4, vocabulary=1000)
@@ -287,7 +288,7 @@ def random_params(space: BoundSpace, rng: random.Random) -> dict[str, Value]:
 @pytest.mark.parametrize("name", shipped_spaces())
 def test_mutations_are_valid_and_differ_from_their_parent(name: str) -> None:
     space, rng = bound(name), random.Random(7)
-    parents = [*(asked(space, p) for p in space.ladder()), *(random_params(space, rng) for _ in range(20))]
+    parents = [*(asked(space, p) for p in uniform_ladder(space)), *(random_params(space, rng) for _ in range(20))]
     changes = []
     for n in range(500):
         if n % 2:
@@ -304,7 +305,7 @@ def test_mutations_are_valid_and_differ_from_their_parent(name: str) -> None:
 
 def test_one_seed_gives_the_same_mutations() -> None:
     space = bound("encoder-joint")
-    parents = space.ladder()
+    parents = list(uniform_ladder(space))
     found = [[mutated(space, parents, rng) for _ in range(20)] for rng in map(random.Random, (1, 1, 2))]
     assert found[0] == found[1]
     assert found[0] != found[2]

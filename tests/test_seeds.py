@@ -67,7 +67,7 @@ rules:
 def harm_of(decision: Decision) -> float:
     """Return what a decision loses; nothing only where it leaves everything as it is."""
     if isinstance(decision, Quantize):
-        return {16: 0.0, 8: 0.01, 4: 0.1}[decision.weight_bits]
+        return {16: 0.0, 8: 0.01, 4: 0.1, 3: 0.2, 2: 0.5}[decision.weight_bits]
     if isinstance(decision, PruneHeads):
         return 0.04 * (4 - decision.keep)
     if isinstance(decision, PruneNeurons):
@@ -93,8 +93,9 @@ class FakePredictor:
 
     def latency(self, plan: CompressionPlan) -> float:
         products = [p for p in products_of(plan, SHAPE, SIZES) if p.kind in ("attention", "ffn")]
-        speed = {32: 1.0, 16: 1.0, 8: 0.4, 4: 0.9}
-        return sum(p.outer * p.inner * speed[p.bits] for p in products) / (4 * 3 * 64 * 256)
+        speed = {32: 1.0, 16: 1.0, 4: 0.9}
+        work = (p.outer * p.inner * (0.4 if p.integers else speed[p.bits]) for p in products)
+        return sum(work) / (4 * 3 * 64 * 256)
 
     def cost(self, plan: CompressionPlan) -> float:
         self.asked.append(plan)

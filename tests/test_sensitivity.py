@@ -17,7 +17,7 @@ from autocompress import model, task
 from autocompress.binding import bind
 from autocompress.config import DataConfig
 from autocompress.model import EncoderModel, understand
-from autocompress.pieces import stand_ins
+from autocompress.pieces import Piece, make_piece, unpacked
 from autocompress.plan import (
     MODEL_SITE,
     CompressionPlan,
@@ -33,6 +33,7 @@ from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.transforms import apply_plan
 from autocompress.transforms.prune import Importance, importance
+from autocompress.transforms.quantize import observe
 
 W16, W4 = Quantize(weight_bits=16), Quantize(weight_bits=4, group_size=8)
 
@@ -46,7 +47,10 @@ class Given:
     batches: list[task.Batch]
 
     def measure(self, site: str, *decisions: Decision, seed: int = 0) -> Sensitivity:
-        return Sensitivity.measure(self.model, self.scores, {site: decisions}, self.batches, seed=seed)
+        return Sensitivity.measure(self.model, self.scores, {site: decisions}, self.batches, self.piece, seed=seed)
+
+    def piece(self, site: str, decision: Decision) -> Piece:
+        return make_piece(self.model, site, (decision,), self.scores, observe(self.model, self.batches))
 
     def cost(self, site: str, decision: Decision) -> float:
         """Return the one divergence that is measured for one decision."""
@@ -63,7 +67,7 @@ class Given:
         if decision.structural:
             apply_plan(changed, CompressionPlan(((site, decision),)), self.scores)
         else:
-            for path, layer in stand_ins(self.model, site, decision, self.scores).items():
+            for path, layer in unpacked(self.model, site, self.piece(site, decision)).items():
                 changed.module.get_parameter(f"{path}.weight").data.copy_(torch.from_numpy(layer.weight))
         before, after = self.log_p(self.model), self.log_p(changed)
         return float((before.exp() * (before - after)).sum(dim=1).mean())
@@ -173,9 +177,8 @@ def test_every_family_can_be_measured(family: str, given: Given) -> None:
     of = understand(make_model(family, labels=LABELS, **sizes), base="test")
     batches = [given.batches[0]]
     options = bind(SearchSpace.load("encoder-small"), of.shape, tokens=64).options(of.shape)
-    found = Sensitivity.measure(
-        of, importance(of, batches, counts=counts_of(of.shape.vocabulary, batches)), options, batches, seed=0
-    )
+    given = Given(of, importance(of, batches, counts=counts_of(of.shape.vocabulary, batches)), batches)
+    found = Sensitivity.measure(of, given.scores, options, batches, given.piece, seed=0)
     assert {site for site, _ in found.curves} == set(options)
     assert all(np.isfinite(y) and y >= 0 for points in found.curves.values() for _, y in points)
     assert found.at("embeddings", "bits", 4) > found.at("embeddings", "bits", 16) > 0
@@ -186,9 +189,8 @@ def test_what_cannot_be_carried_out_is_left_out(given: Given) -> None:
     of = understand(make_model("electra", labels=LABELS, embedding_size=16), base="test")
     batches = [given.batches[0]]
     options = bind(SearchSpace.load("encoder-small"), of.shape, tokens=64).options(of.shape)
-    found = Sensitivity.measure(
-        of, importance(of, batches, counts=counts_of(of.shape.vocabulary, batches)), options, batches, seed=0
-    )
+    given = Given(of, importance(of, batches, counts=counts_of(of.shape.vocabulary, batches)), batches)
+    found = Sensitivity.measure(of, given.scores, options, batches, given.piece, seed=0)
     assert found.at("embeddings", "bits", 16) < found.at("embeddings", "bits", 8)
 
 

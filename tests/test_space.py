@@ -25,6 +25,7 @@ from autocompress.plan import (
     Student,
     TrimVocabulary,
 )
+from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace, Value, shipped_spaces
 
 MINILM = ModelShape(hidden=384, blocks=(BlockShape(heads=12, head_size=32, neurons=1536),) * 6, vocabulary=1000)
@@ -94,7 +95,7 @@ class TestShippedSpaces:
 
     def test_every_seed_of_the_ladder_finds_back_to_its_parameters(self, name: str, shape: str) -> None:
         space = bind(SearchSpace.load(name), SHAPES[shape], tokens=64)
-        seeds = space.ladder()
+        seeds = list(uniform_ladder(space))
         plans = [space.plan(params) for params in seeds]
         assert len(seeds) >= 2
         assert len({plan.plan_id for plan in plans}) == len(plans)
@@ -135,14 +136,14 @@ def test_single_axis_spaces_make_decisions_of_their_axis_only() -> None:
 
 def test_the_ladder_starts_with_eight_bits_and_keeps_the_uncompressed_widths() -> None:
     space = bind(SearchSpace.load("encoder-joint"), MINILM, tokens=64)
-    plan = space.plan(space.ladder()[0])
+    plan = space.plan(next(uniform_ladder(space)))
     assert {type(decision) for _, decision in plan} == {Quantize}
     assert {q.weight_bits for q in plan.of_type(Quantize).values()} == {8}
 
 
 def test_the_ladder_holds_products_of_axes() -> None:
     space = bind(SearchSpace.load("encoder-joint"), MINILM, tokens=64)
-    kinds = [frozenset(type(decision) for _, decision in space.plan(params)) for params in space.ladder()]
+    kinds = [frozenset(type(decision) for _, decision in space.plan(params)) for params in uniform_ladder(space)]
     for wanted in (
         {Student, Quantize},
         {PruneHeads, PruneNeurons, Quantize},
@@ -157,14 +158,14 @@ def test_the_ladder_reads_the_axis_of_a_rule_whose_name_holds_dots() -> None:
     axes = "neurons: {choices: [1.0, 0.5], tie: all}, bits: {choices: [8, 16], tie: all}"
     rules = f"rules: [{{match: 'block.*.ffn', name: %s, {axes}}}]"
     plain, dotted = (bound(rules % name) for name in ("ffn", "all.the.ffn"))
-    assert [plain.plan(p) for p in plain.ladder()] == [dotted.plan(p) for p in dotted.ladder()]
+    assert [plain.plan(p) for p in uniform_ladder(plain)] == [dotted.plan(p) for p in list(uniform_ladder(dotted))]
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("rules: [{match: '*', bits: [3]}]", ("rules.0.bits.choices.0:", "16, 8 or 4", "got 3")),
-        ("rules: [{match: '*', bits: [-8]}]", ("16, 8 or 4", "got -8")),
+        ("rules: [{match: '*', bits: [5]}]", ("rules.0.bits.choices.0:", "16, 8, 4, 3, 2, 'w4a8'", "got 5")),
+        ("rules: [{match: '*', bits: [-8]}]", ("16, 8, 4, 3, 2, 'w4a8'", "got -8")),
         ("rules: [{match: '*', heads: [1.2]}]", ("rules.0.heads.choices.0:", "> 0 and <= 1", "got 1.2")),
         ("rules: [{match: '*', heads: [0]}]", ("whole count >= 1", "got 0")),
         ("rules: [{match: '*', heads: [-0.5]}]", ("> 0 and <= 1", "got -0.5")),
@@ -369,13 +370,13 @@ def test_lengths_are_fractions_of_the_targets_or_counts() -> None:
     found = [space.plan({"max_tokens": choice}).of_type(MaxTokens) for choice in ("full", 0.5, 48)]
     assert found == [{}, *({MODEL_SITE: MaxTokens(tokens=tokens)} for tokens in (32, 48))]
     assert space.options(MINILM)[MODEL_SITE] == [MaxTokens(tokens=32), MaxTokens(tokens=48)]
-    assert [space.plan(params).of_type(MaxTokens) for params in space.ladder()] == found
+    assert [space.plan(params).of_type(MaxTokens) for params in uniform_ladder(space)] == found
 
 
 def test_the_ladder_keeps_most_where_it_does_not_trim() -> None:
     """Counts have no 1.0 among them, and lengths no full."""
     space = bound("max_tokens: [16, 48]\nrules: [{match: embeddings, vocabulary: [900, 300, 100], bits: [8, 16]}]")
-    plans = [space.plan(params) for params in space.ladder()]
+    plans = [space.plan(params) for params in uniform_ladder(space)]
     kept = [plan.of_type(TrimVocabulary)["embeddings"].keep for plan in plans]
     assert {*kept} == {900, 300, 100}
     assert kept.count(900) > len(kept) / 2
@@ -385,7 +386,7 @@ def test_the_ladder_keeps_most_where_it_does_not_trim() -> None:
 
 def test_the_ladder_trims_the_model_and_its_students() -> None:
     space = bind(SearchSpace.load("encoder-joint"), MINILM, tokens=64)
-    plans = [space.plan(params) for params in space.ladder()]
+    plans = [space.plan(params) for params in uniform_ladder(space)]
     for student in (None, *space.students.values()):
         levels = {
             trim.keep
@@ -456,7 +457,7 @@ def test_a_plan_that_the_space_cannot_express_is_refused() -> None:
 def test_a_space_without_choices_has_one_plan_and_no_parameters() -> None:
     space = bound("rules: [{match: embeddings, bits: [8]}]")
     assert space.parameters(space.plan({})) == {}
-    assert space.ladder() == [{}]
+    assert list(uniform_ladder(space)) == [{}]
 
 
 def test_load_takes_a_shipped_name_or_a_path(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from autocompress.identity import identity_of
 from autocompress.journal import repair_tail
 from autocompress.plan import MODEL_SITE, CompressionPlan, Recover, Student
 from autocompress.records import Candidate, Measurement, Stopped
+from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace
 from autocompress.study import Study, excesses
 
@@ -142,13 +143,13 @@ def test_no_more_are_running_than_the_budget_leaves(drive: Callable[..., Study])
 
 
 def test_seeds_come_first_in_the_order_of_the_ladder(drive: Callable[..., Study]) -> None:
-    ladder = [SMALL.plan(params).plan_id for params in SMALL.ladder()]
+    ladder = [SMALL.plan(params).plan_id for params in uniform_ladder(SMALL)]
     study = drive(f"search.trials={len(ladder) + 5}")
     told = evaluate(study)
     assert plan_ids(told[: len(ladder)]) == ladder
     assert [c.origin for c in told[: len(ladder)]] == ["uniform"] * len(ladder)
     assert {c.origin for c in told[len(ladder) :]} <= {"sampler", "mutation"}
-    assert told[0].params == SMALL.ladder()[0]
+    assert told[0].params == next(uniform_ladder(SMALL))
 
 
 def test_a_search_without_seeds_has_none(drive: Callable[..., Study]) -> None:
@@ -516,7 +517,7 @@ def test_a_study_of_version_0_1_reads_and_continues(drive: Callable[..., Study],
     )
     old.set_user_attr("identity", {"schema": 1, **identity_of(run_of(), model="m", data="d", space=TINY)})
     expected = {}
-    ladder = TINY.ladder()
+    ladder = list(uniform_ladder(TINY))
     for number, params in enumerate(ladder):
         old.enqueue_trial(params, user_attrs={"origin": "seed"})
         trial = old.ask()
@@ -581,7 +582,7 @@ def test_a_larger_number_of_trials_continues_a_study(drive: Callable[..., Study]
 
 
 def test_seeds_are_not_enqueued_again(drive: Callable[..., Study]) -> None:
-    ladder = [SMALL.plan(params).plan_id for params in SMALL.ladder()]
+    ladder = [SMALL.plan(params).plan_id for params in uniform_ladder(SMALL)]
     found: list[str] = []
     for trials in (4, 9, len(ladder)):
         study = drive(f"search.trials={trials}")
@@ -591,7 +592,7 @@ def test_seeds_are_not_enqueued_again(drive: Callable[..., Study]) -> None:
 
 
 def test_interrupted_trials_are_asked_for_again_and_not_counted(drive: Callable[..., Study], folder: Path) -> None:
-    budget = len(SMALL.ladder())
+    budget = len(list(uniform_ladder(SMALL)))
     study = drive(f"search.trials={budget}")
     evaluate(study, 2)
     lost = [study.ask() or pytest.fail("nothing asked for") for _ in range(3)]
@@ -634,20 +635,20 @@ def test_an_interrupted_trial_is_the_next_to_be_evaluated(drive: Callable[..., S
 
 
 def test_a_trial_that_is_interrupted_again_and_again_stays_one(drive: Callable[..., Study]) -> None:
-    budget = len(SMALL.ladder())
+    budget = len(list(uniform_ladder(SMALL)))
     for attempt in range(4):
         study = drive(f"search.trials={budget}")
         assert study.interrupted == min(attempt, 1)
         study.ask()
         study.close()
     told = evaluate(drive(f"search.trials={budget}"))
-    assert sorted(plan_ids(told)) == sorted(SMALL.plan(params).plan_id for params in SMALL.ladder())
+    assert sorted(plan_ids(told)) == sorted(SMALL.plan(params).plan_id for params in uniform_ladder(SMALL))
 
 
 def test_a_driver_killed_between_any_two_records_loses_no_seed(
     drive: Callable[..., Study], tmp_path: Path, folder: Path
 ) -> None:
-    ladder = sorted(TINY.plan(params).plan_id for params in TINY.ladder())
+    ladder = sorted(TINY.plan(params).plan_id for params in uniform_ladder(TINY))
     trials = f"search.trials={len(ladder)}"
     study = drive(trials, space=TINY)
     evaluate(study, 1)

@@ -204,6 +204,12 @@ def products(model: EncoderModel) -> dict[str, tuple[str, ...]]:
     return {path: tuple(name for name, _ in linear_modules(model, path)) for path in paths}
 
 
+def joined(values: np.ndarray, shifts: Sequence[int]) -> np.ndarray:
+    """Return bytes of as many numbers each as there are ``shifts``, moved up by so many bits; uint8, 1-D."""
+    padded = np.pad(values, (0, -len(values) % len(shifts))).reshape(-1, len(shifts))
+    return np.asarray(np.bitwise_or.reduce(padded << np.array(shifts, dtype=np.uint8), axis=1))
+
+
 def stand_in_value(number: int) -> float:
     """Return what fills the ``number``-th tensor of a stand-in; equal tensors would be merged, and run faster."""
     return 0.01 + 1e-5 * number

@@ -34,6 +34,7 @@ from autocompress.runtimes.base import (
     Session,
     Template,
     example_inputs,
+    joined,
     products,
     stand_in_value,
 )
@@ -75,7 +76,8 @@ class ONNXRuntime(Runtime):
         """Refuse 4-bit groups that the kernels do not have."""
         for site, decision in plan.of_type(Quantize).items():
             group = decision.group_size
-            if decision.weight_bits == 4 and (group < _SMALLEST_GROUP or group & (group - 1)):
+            narrow = decision.weight_bits == 4 and not decision.whole_steps
+            if narrow and (group < _SMALLEST_GROUP or group & (group - 1)):
                 raise PlanError(
                     f"{site}: onnxruntime stores 4 bits in groups of a power of two >= {_SMALLEST_GROUP}, got {group}"
                 )
@@ -127,7 +129,10 @@ class ONNXRuntime(Runtime):
         weights = product.outer * product.inner
         if product.bits == 8:
             return weights + 4 * product.outer
-        return weights * product.bits / 8 + (4 * weights / product.group if product.bits == 4 else 0)
+        stored = weights * product.bits / 8
+        if product.whole_steps:
+            return stored + weights / product.group + 4 * product.outer
+        return stored + (4 * weights / product.group if product.bits == 4 else 0)
 
     def load(self, artifact: Artifact, target: TargetConfig) -> ONNXSession:
         import onnxruntime
@@ -231,7 +236,7 @@ class _Writer:
             last = position == len(layer) - 1
             summed = output if last else f"{name}/{position}"
             product = summed if factor.bias is None else f"{name}/{position}/product"
-            nodes += self._product(source, factor.weight, f"{name}/{position}", product)
+            nodes += self._product(source, factor, f"{name}/{position}", product)
             if factor.bias is not None:
                 bias = self._constant(f"{name}/{position}/bias", factor.bias)
                 nodes.append(self._make("Add", [product, bias], summed))
@@ -251,7 +256,8 @@ class _Writer:
             return [node, readers[0]]
         return [node]
 
-    def _product(self, source: str, weight: Packed, name: str, output: str) -> list[Any]:
+    def _product(self, source: str, factor: Factor, name: str, output: str) -> list[Any]:
+        weight = factor.weight
         if weight.bits == 32:
             values = self._constant(f"{name}/weight", weight.values.T)
             return [self._make("MatMul", [source, values], output)]
@@ -264,7 +270,17 @@ class _Writer:
             values = self._constant(f"{name}/weight", weight.values.T)
             scales = self._constant(f"{name}/scale", weight.scales[:, 0])
             return [self._make("DynamicQuantizeMatMul", [source, values, scales], output, contrib=True)]
-        unsigned = (weight.values + 8).astype(np.uint8)
+        if weight.multiples is not None:
+            nodes = self._unpacked(weight, name)
+            nodes.append(self._make("Transpose", [nodes[-1].output[0]], f"{name}/transposed", perm=[1, 0]))
+            scales = self._constant(f"{name}/scale", weight.scales[:, 0, 0])
+            values = nodes[-1].output[0]
+            if factor.span is not None:
+                return [*nodes, self._make("DynamicQuantizeMatMul", [source, values, scales], output, contrib=True)]
+            nodes.append(self._make("Cast", [values], f"{name}/f32", to=self._onnx.TensorProto.FLOAT))
+            nodes.append(self._make("Mul", [f"{name}/f32", scales], f"{name}/weight"))
+            return [*nodes, self._make("MatMul", [source, f"{name}/weight"], output)]
+        unsigned = weight.from_zero()
         values = self._constant(f"{name}/weight", unsigned[..., 0::2] | (unsigned[..., 1::2] << 4))
         scales = self._constant(f"{name}/scale", weight.scales.reshape(-1))
         attributes = {
@@ -276,6 +292,60 @@ class _Writer:
             "accuracy_level": 4,
         }
         return [self._make("MatMulNBits", [source, values, scales], output, contrib=True, **attributes)]
+
+    def _unpacked(self, weight: Packed, name: str) -> list[Any]:
+        """Return nodes of which the last one gives narrow values times their multiples, int8 ``out x in``.
+
+        They read constants alone, so that the runtime computes them once, when it loads the file. A number of 3 bits
+        has the lower two in one constant and the third in another.
+        """
+        types = self._onnx.TensorProto
+        assert weight.multiples is not None
+        values = weight.from_zero().reshape(-1)
+        nodes = self._plane(values & 3, 2, f"{name}/low") if weight.bits == 3 else []
+        nodes += self._plane(values >> 2, 1, f"{name}/high") if weight.bits == 3 else []
+        if weight.bits == 3:
+            up = self._constant(f"{name}/up", np.array(2, dtype=np.uint8))
+            nodes.append(self._make("BitShift", [f"{name}/high", up], f"{name}/third", direction="LEFT"))
+            nodes.append(self._make("BitwiseOr", [f"{name}/low", f"{name}/third"], f"{name}/values"))
+        else:
+            nodes += self._plane(values, weight.bits, f"{name}/values")
+        shapes: dict[str, np.ndarray] = {
+            "grouped": np.array(weight.values.shape, dtype=np.int64),
+            "shape": np.array(weight.shape, dtype=np.int64),
+            "zero": np.array(weight.zero, dtype=np.float32),
+            "multiples": weight.multiples,
+        }
+        of = {what: self._constant(f"{name}/{what}", value) for what, value in shapes.items()}
+        return [
+            *nodes,
+            self._make("Reshape", [f"{name}/values", of["grouped"]], f"{name}/groups"),
+            self._make("Cast", [f"{name}/groups"], f"{name}/float", to=types.FLOAT),
+            self._make("Sub", [f"{name}/float", of["zero"]], f"{name}/signed"),
+            self._make("Cast", [of["multiples"]], f"{name}/multiples/float", to=types.FLOAT),
+            self._make("Mul", [f"{name}/signed", f"{name}/multiples/float"], f"{name}/steps"),
+            self._make("Reshape", [f"{name}/steps", of["shape"]], f"{name}/flat"),
+            self._make("Cast", [f"{name}/flat"], f"{name}/int8", to=types.INT8),
+        ]
+
+    def _plane(self, values: np.ndarray, bits: int, output: str) -> list[Any]:
+        """Return nodes that unpack ``values`` (uint8, 1-D) of ``bits`` bits, the first one at the low end of a byte."""
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        parts = {
+            "bytes": joined(values, shifts.tolist())[:, None],
+            "shifts": shifts[None],
+            "mask": np.array(2**bits - 1, dtype=np.uint8),
+            "all": np.array([-1], dtype=np.int64),
+            "start": np.array([0], dtype=np.int64),
+            "stop": np.array([len(values)], dtype=np.int64),
+        }
+        of = {what: self._constant(f"{output}/{what}", value) for what, value in parts.items()}
+        return [
+            self._make("BitShift", [of["bytes"], of["shifts"]], f"{output}/shifted", direction="RIGHT"),
+            self._make("BitwiseAnd", [f"{output}/shifted", of["mask"]], f"{output}/masked"),
+            self._make("Reshape", [f"{output}/masked", of["all"]], f"{output}/padded"),
+            self._make("Slice", [f"{output}/padded", of["start"], of["stop"]], output),
+        ]
 
     def table(self, path: str, factor: Factor, site: str) -> None:
         """Replace the embedding table at ``path``, ``rows x width``."""
@@ -289,9 +359,9 @@ class _Writer:
             nodes.append(self._make("Gather", [index, rows], f"{name}/row"))
             rows = f"{name}/row/i64"
             nodes.append(self._make("Cast", [f"{name}/row"], rows, to=self._onnx.TensorProto.INT64))
-        if weight.bits == 4:
+        if weight.bits == 4 and weight.multiples is None:
             assert weight.scales is not None
-            unsigned = (weight.values + 8).astype(np.uint8).reshape(weight.shape)
+            unsigned = weight.from_zero().reshape(weight.shape)
             values = self._constant(f"{name}/table", unsigned[:, 0::2] | (unsigned[:, 1::2] << 4))
             scales = self._constant(f"{name}/scale", weight.scales[..., 0])
             attributes = {
@@ -302,10 +372,13 @@ class _Writer:
             }
             inputs = [values, rows, scales]
             nodes.append(self._make("GatherBlockQuantized", inputs, output, contrib=True, **attributes))
-        elif weight.bits == 8:
-            assert weight.scales is not None
-            values = self._constant(f"{name}/table", weight.values)
-            scales = self._constant(f"{name}/scale", weight.scales)
+        elif weight.scales is not None:
+            if weight.bits == 8:
+                values = self._constant(f"{name}/table", weight.values)
+            else:
+                nodes += self._unpacked(weight, f"{name}/table")
+                values = nodes[-1].output[0]
+            scales = self._constant(f"{name}/scale", weight.scales.reshape(-1, 1))
             nodes += [
                 self._make("Gather", [values, rows], f"{name}/int8"),
                 self._make("Cast", [f"{name}/int8"], f"{name}/f32", to=self._onnx.TensorProto.FLOAT),
@@ -342,17 +415,35 @@ class _Writer:
         read = {name for node in graph.node for name in node.input}
         graph.initializer.extend(t for t in self._graph.initializer if t.name in read)
         graph.initializer.extend(self._added)
+        _shorten(graph)
 
     def _constant(self, name: str, value: np.ndarray) -> str:
         self._added.append(self._onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
-    def _make(self, kind: str, inputs: list[str], output: str, *, contrib: bool = False, **attributes: int) -> Any:
+    def _make(
+        self, kind: str, inputs: list[str], output: str, *, contrib: bool = False, **attributes: int | str | list[int]
+    ) -> Any:
         self.contrib |= contrib
         domain = _CONTRIB if contrib else ""
         node = self._onnx.helper.make_node(kind, inputs, [output], name=f"{output}/{kind}", domain=domain)
         node.attribute.extend(self._onnx.helper.make_attribute(name, value) for name, value in attributes.items())
         return node
+
+
+def _shorten(graph: Any) -> None:
+    """Number all tensors but inputs and outputs: the exporter's names take as many bytes as a small layer."""
+    short = {port.name: port.name for ports in (graph.input, graph.output) for port in ports}
+    names = [name for node in graph.node for name in (*node.input, *node.output) if name]
+    for name in dict.fromkeys(names):
+        short.setdefault(name, f"n{len(short)}")
+    for node in graph.node:
+        node.name = ""
+        for ports in (node.input, node.output):
+            for position, name in enumerate(ports):
+                ports[position] = short.get(name, name)
+    for tensor in graph.initializer:
+        tensor.name = short[tensor.name]
 
 
 def _scope(path: str) -> str:

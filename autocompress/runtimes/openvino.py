@@ -35,6 +35,7 @@ from autocompress.runtimes.base import (
     Session,
     Template,
     example_inputs,
+    joined,
     products,
     stand_in_value,
 )
@@ -135,7 +136,10 @@ class OpenVINORuntime(Runtime):
         weights = product.outer * product.inner
         if product.bits == 8:
             return weights + (2 if product.kind == "embedding" else 4) * product.outer
-        return weights * product.bits / 8 + (2 * weights / product.group if product.bits == 4 else 0)
+        stored = weights * product.bits / 8
+        if product.whole_steps:
+            return stored + weights / product.group + 4 * product.outer
+        return stored + (2 * weights / product.group if product.bits == 4 else 0)
 
     def load(self, artifact: Artifact, target: TargetConfig) -> OpenVINOSession:
         core = _openvino().Core()
@@ -285,13 +289,31 @@ class _Writer:
         if weight.bits == 8:
             values = self._op.convert(self._op.constant(weight.values), "f32")
             return self._op.multiply(values, self._op.constant(weight.scales))
-        tensor = self._ov.Tensor(self._ov.Type.i4, self._ov.Shape(weight.values.shape))
-        nibbles = weight.values.reshape(-1).view(np.uint8) & 0x0F
-        tensor.data[:] = (nibbles[0::2] | (nibbles[1::2] << 4)).view(tensor.data.dtype).reshape(tensor.data.shape)
-        values = self._op.convert(self._op.constant(tensor), "f16")
-        scaled = self._op.multiply(values, self._op.constant(weight.scales.astype(np.float16)))
-        flat = self._op.reshape(scaled, self._op.constant(np.array(weight.shape, dtype=np.int64)), False)
-        return self._op.convert(flat, "f32")
+        flat = self._op.constant(np.array(weight.shape, dtype=np.int64))
+        values = self._narrow(weight)
+        if weight.multiples is None:
+            scaled = self._op.multiply(
+                self._op.convert(values, "f16"), self._op.constant(weight.scales.astype(np.float16))
+            )
+            return self._op.convert(self._op.reshape(scaled, flat, False), "f32")
+        # Nothing here depends on inputs. In 32 bits the plugin folds all of it into one matrix of 8-bit numbers when it
+        # loads the file; products in 8 bits, and what looks like scales to it, it would leave as nodes. So multiples
+        # are stored from 0 on, too, which they are brought back from by an addition.
+        stored = self._op.constant(weight.multiples.view(np.uint8) ^ np.uint8(128))
+        whole, raised = (self._op.convert(part, "i32") for part in (values, stored))
+        if weight.bits < 4:
+            whole = self._op.subtract(whole, self._op.constant(np.array(weight.zero, dtype=np.int32)))
+        multiples = self._op.add(raised, self._op.constant(np.array(-128, dtype=np.int32)))
+        whole = self._op.convert(self._op.reshape(self._op.multiply(whole, multiples), flat, False), "i8")
+        return self._op.multiply(self._op.convert(whole, "f32"), self._op.constant(weight.scales[..., 0]))
+
+    def _narrow(self, weight: Packed) -> Any:
+        """Return the constant of values of 4, 3 or 2 bits, ``out x groups x group``; below 4 from 0 on."""
+        types = self._ov.Type
+        kind = {4: types.i4, 3: types.u3, 2: types.u2}[weight.bits]
+        tensor = self._ov.Tensor(kind, self._ov.Shape(weight.values.shape))
+        tensor.data[:] = _bytes_of(weight).view(tensor.data.dtype).reshape(tensor.data.shape)
+        return self._op.constant(tensor)
 
     def _quantized(self, value: Any, span: ActivationRange, source: Any) -> Any:
         """Return ``value`` on the grid of ``span``; what stands for the same ``source`` is quantised once."""
@@ -301,6 +323,23 @@ class _Writer:
             low, high = (self._op.constant(np.array(end, dtype=np.float32)) for end in (span.low, span.high))
             self._quantized_inputs[key] = self._op.fake_quantize(value, low, high, low, high, 256)
         return self._quantized_inputs[key].output(0)
+
+
+def _bytes_of(weight: Packed) -> np.ndarray:
+    """Return values of 4, 3 or 2 bits as OpenVINO's types hold them, uint8; the last byte is filled up.
+
+    Halves and quarters of a byte begin at its low end. Of eight values of 3 bits two bytes hold the lower two bits of
+    each, beginning at the high end, and a third one the highest bits in the same order.
+    """
+    values = weight.values.reshape(-1)
+    if weight.bits == 4:
+        return joined(values.view(np.uint8) & 0x0F, (0, 4))
+    values = weight.from_zero().reshape(-1)
+    if weight.bits == 2:
+        return joined(values, (0, 2, 4, 6))
+    padded = np.pad(values, (0, -len(values) % 8))
+    lower, upper = joined(padded & 3, (6, 4, 2, 0)), np.packbits(padded >> 2)
+    return np.concatenate([lower.reshape(-1, 2), upper[:, None]], axis=1).reshape(-1)
 
 
 def _scope(path: str) -> str:

@@ -1,10 +1,17 @@
 """The arithmetic of quantisation, shared by the runtimes.
 
-Weights are symmetric: per output channel at 8 bits, per group along the input at 4 bits, where the scale of each group
-is the one of a few that leaves the smallest squared error. Where it is known what a layer reads, weights at 4 bits make
-up for each other's rounding (GPTQ). Where the CPU's integer products overflow, weights at 8 bits
-use 7 of them. Activations at 8 bits use one asymmetric range per layer input, the mean over calibration rows of each
-row's smallest and largest value.
+Weights at 8 bits are symmetric, with a scale per output channel. At 4, 3 and 2 bits each group along the input has a
+step of its own. There is one more number below zero than above it, so a step may be negative: the end with more room is
+turned to the side that needs it. Of a few steps the one is taken that leaves the smallest error. Where it is known what
+a layer reads, weights make up for each other's rounding (GPTQ).
+
+Where products are computed in integers, steps are whole multiples of one unit per output channel, so that the runtime
+unpacks a group to 8-bit numbers, once, when it loads the file, and computes as fast as with weights that are stored in
+8 bits: Lin et al. 2024, "QServe: W4A8KV4 Quantization and System Co-design for Efficient LLM Serving", section 4.1.
+Where the CPU's integer products overflow, weights use 7 bits of them.
+
+Activations at 8 bits use one asymmetric range per layer input, the mean over calibration rows of each row's smallest
+and largest value.
 """
 
 from __future__ import annotations
@@ -24,8 +31,11 @@ from autocompress.model import EncoderModel
 from autocompress.plan import Quantize
 from autocompress.task import Batch
 
-_CLIPS = (1.0, 0.92, 0.84)
-"""Shares of a group's largest magnitude that are tried as the end of the 4-bit grid."""
+_CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68)
+"""Shares of a group's largest magnitude that are tried as the far end of its grid, besides that which clips nothing."""
+_PASSES = 2
+"""Times that values are chosen anew after GPTQ; more gain little."""
+_TINY = float(np.finfo(np.float16).smallest_subnormal)
 
 
 def check_groups(site: Site, decision: Quantize, rank: int) -> None:
@@ -41,17 +51,20 @@ def check_groups(site: Site, decision: Quantize, rank: int) -> None:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight matrix in the numbers that are stored: ``values * scales`` approximates it.
+    """A weight matrix in the numbers that are stored: ``values * multiples * scales`` approximates it.
 
     Args:
-        bits: 32, 16, 8 or 4.
-        values: float32 or float16 ``out x in``; int8 ``out x in`` at 8 bits, ``out x groups x group`` at 4.
-        scales: float32, ``out x 1`` at 8 bits, ``out x groups x 1`` at 4, None where values are floats.
+        bits: 32, 16, 8, 4, 3 or 2.
+        values: float32 or float16 ``out x in``; int8 ``out x in`` at 8 bits, ``out x groups x group`` below.
+        scales: float32, ``out x 1`` at 8 bits; below, ``out x 1 x 1`` where there are multiples, else
+            ``out x groups x 1``; None where values are floats.
+        multiples: how many times its row's scale the step of a group is, int8 ``out x groups x 1``, or None.
     """
 
     bits: int
     values: np.ndarray
     scales: np.ndarray | None = None
+    multiples: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,32 +73,51 @@ class Packed:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of values and float32 scales in a file that packs two 4-bit numbers in one byte."""
-        values = self.values.size // 2 if self.bits == 4 else self.values.nbytes
-        return values + (0 if self.scales is None else self.scales.nbytes)
+        """Bytes of values, multiples and float32 scales in a file that leaves no bits between narrow numbers."""
+        values = self.values.size * self.bits // 8
+        return values + sum(part.nbytes for part in (self.scales, self.multiples) if part is not None)
+
+    @property
+    def zero(self) -> int:
+        """What is added to values below 8 bits where they are stored from 0 on."""
+        return int(2 ** (self.bits - 1))
+
+    def from_zero(self) -> np.ndarray:
+        """Return values below 8 bits as they are stored from 0 on, uint8."""
+        return (self.values + np.int8(self.zero)).view(np.uint8)
 
     def restored(self) -> np.ndarray:
         """Return the approximation, ``out x in``, float32."""
-        scaled = self.values if self.scales is None else self.values * self.scales
+        values = self.values if self.multiples is None else self.values * self.multiples
+        scaled = values if self.scales is None else values * self.scales
         return np.asarray(scaled, dtype=np.float32).reshape(self.shape)
 
 
-def packed(weight: np.ndarray, decision: Quantize | None, *, looked_up: bool = False) -> Packed:
+def packed(
+    weight: np.ndarray, decision: Quantize | None, *, looked_up: bool = False, gram: np.ndarray | None = None
+) -> Packed:
     """Return ``weight`` (``out x in``, float32) as ``decision`` stores it, or as it is.
 
     Args:
         weight: of a linear layer, or an embedding table.
         decision: what is decided at its site.
         looked_up: whether it is a table, which nothing is multiplied by.
+        gram: second moments of what the layer reads, ``in x in``, where fewer than 8 bits are fitted to them.
+
+    Raises:
+        PlanError: if groups do not fill a row.
     """
     if decision is None:
         return Packed(32, np.ascontiguousarray(weight, dtype=np.float32))
     if decision.weight_bits == 16:
         return Packed(16, weight.astype(np.float16))
-    if decision.weight_bits == 4:
-        return per_group(weight, decision.group_size)
     # Where sums of integer products would overflow, weights leave one bit to them.
-    return per_channel(weight, largest=64 if machine.adds_in_16_bits() and not looked_up else 127)
+    largest = 64 if machine.adds_in_16_bits() and not looked_up else 127
+    if decision.weight_bits == 8:
+        return per_channel(weight, largest=largest)
+    if gram is None:
+        return per_group(weight, decision, largest=largest)
+    return compensated(weight, decision, gram, largest=largest)
 
 
 def per_channel(weight: np.ndarray, *, largest: int = 127) -> Packed:
@@ -96,68 +128,149 @@ def per_channel(weight: np.ndarray, *, largest: int = 127) -> Packed:
     return Packed(8, values, scales.astype(np.float32))
 
 
-def per_group(weight: np.ndarray, group_size: int) -> Packed:
-    """Quantise ``weight`` (``out x in``) to 4 bits, -8..7, with one scale per ``group_size`` inputs.
+def per_group(weight: np.ndarray, decision: Quantize, *, largest: int = 127) -> Packed:
+    """Quantise ``weight`` (``out x in``) below 8 bits, each number by itself.
 
     Raises:
         PlanError: if the groups do not fill a row.
     """
-    rows, width = weight.shape
-    if width % group_size:
-        raise PlanError(f"Quantize.group_size: must divide the input width {width}, got {group_size}")
-    grouped = weight.reshape(rows, width // group_size, group_size).astype(np.float32)
-    largest = np.abs(grouped).max(axis=2, keepdims=True)
-    largest[largest == 0] = 7.0
-    best_values, best_scales, best_error = None, None, None
-    for clip in _CLIPS:
-        scales = largest * np.float32(clip / 7.0)
-        values = np.clip(np.rint(grouped / scales), -8, 7)
-        error = np.square(values * scales - grouped).sum(axis=2, keepdims=True)
-        if best_values is None:
-            best_values, best_scales, best_error = values, scales, error
-        else:
-            better = error < best_error
-            best_values = np.where(better, values, best_values)
-            best_scales = np.where(better, scales, best_scales)
-            best_error = np.where(better, error, best_error)
-    assert best_values is not None and best_scales is not None
-    return Packed(4, best_values.astype(np.int8), best_scales.astype(np.float32))
+    grid = _Grid.of(weight, decision, largest)
+    grouped = weight.reshape(len(weight), -1, decision.group_size).astype(np.float32)
+    steps = np.concatenate([grid.steps(grouped[:, n]) for n in range(grouped.shape[1])], axis=1)[..., None]
+    return grid.packed(grid.rounded(grouped, steps), steps)
 
 
-def compensated(weight: np.ndarray, group_size: int, gram: np.ndarray) -> Packed:
+def compensated(weight: np.ndarray, decision: Quantize, gram: np.ndarray, *, largest: int = 127) -> Packed:
     """Quantise like `per_group`, the inputs of a row one after the other, so that later ones make up for earlier ones.
 
     What rounding one of them changes in the output is taken out of those that are not rounded yet as well as their
     correlations allow: Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-    Transformers", algorithm 1, with groups for blocks.
+    Transformers", algorithm 1, with groups for blocks. Errors count for the choice of a step by what the later ones
+    cannot make up for, eq. 2 there.
 
     Args:
         weight: ``out x in``.
-        group_size: divides ``in``.
+        decision: fewer than 8 bits.
         gram: ``in x in``, float64, second moments of the input; positive definite.
+        largest: magnitude up to which the unpacked numbers of integer products go.
     """
-    rows, width = weight.shape
+    grid, size = _Grid.of(weight, decision, largest), decision.group_size
     # The upper factor of the inverse: its row n tells how those after n make up for n.
     upper = np.linalg.cholesky(np.linalg.inv(gram)).T
     left = weight.astype(np.float64)
-    values = np.empty((rows, width // group_size, group_size), dtype=np.int8)
-    scales = np.empty((rows, width // group_size, 1), dtype=np.float32)
-    for group, start in enumerate(range(0, width, group_size)):
-        end = start + group_size
-        # As it is stored: rounding the scale is an error that can be made up for, too.
-        found = per_group(left[:, start:end], group_size).scales
-        assert found is not None
-        step = np.maximum(found[:, 0, 0].astype(np.float16), np.finfo(np.float16).tiny)
-        scales[:, group, 0] = step
-        errors = np.empty((rows, group_size))
+    values = np.empty((len(left), left.shape[1] // size, size))
+    steps = np.empty((*values.shape[:2], 1))
+    for group, start in enumerate(range(0, left.shape[1], size)):
+        end = start + size
+        steps[:, group] = step = grid.steps(left[:, start:end], 1 / np.square(np.diag(upper)[start:end]))
+        errors = np.empty((len(left), size))
         for column in range(start, end):
-            rounded = np.clip(np.rint(left[:, column] / step), -8, 7)
+            rounded = grid.rounded(left[:, column], step[:, 0])
             values[:, group, column - start] = rounded
-            error = (left[:, column] - rounded * step) / upper[column, column]
+            error = (left[:, column] - rounded * step[:, 0]) / upper[column, column]
             left[:, column + 1 : end] -= np.outer(error, upper[column, column + 1 : end])
             errors[:, column - start] = error
         left[:, end:] -= errors @ upper[start:end, end:]
-    return Packed(4, values, scales)
+    for _ in range(_PASSES):
+        _refine(weight, gram, grid, values, steps)
+    return grid.packed(values, steps)
+
+
+def _refine(weight: np.ndarray, gram: np.ndarray, grid: _Grid, values: np.ndarray, steps: np.ndarray) -> None:
+    """Choose each step and each value anew, given all others, in place; none of it makes the output's error larger.
+
+    Coordinate descent, as in Behdin et al. 2023, "QuantEase: Optimization-based Quantization for Language Models",
+    algorithm 1, with the step of a group as one more coordinate.
+    """
+    size = values.shape[2]
+    # Half the slope of the output's squared error by each weight, with the sign turned.
+    pull = (weight - (values * steps).reshape(weight.shape)) @ gram
+    for group in range(values.shape[1]):
+        inside = slice(group * size, (group + 1) * size)
+        within, before = gram[inside, inside], values[:, group] * steps[:, group]
+        bent = np.maximum(((values[:, group] @ within) * values[:, group]).sum(axis=1, keepdims=True), _TINY)
+        best = steps[:, group] + (pull[:, inside] * values[:, group]).sum(axis=1, keepdims=True) / bent
+        step = grid.allowed(best)
+        here = pull[:, inside] - (values[:, group] * step - before) @ within
+        for column in range(size):
+            old = values[:, group, column] * step[:, 0]
+            values[:, group, column] = grid.rounded(old + here[:, column] / within[column, column], step[:, 0])
+            here -= np.outer(values[:, group, column] * step[:, 0] - old, within[column])
+        steps[:, group] = step
+        pull -= (values[:, group] * step - before) @ gram[inside]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The numbers that groups of a matrix can be stored in.
+
+    Args:
+        bits: of a value, from ``lowest`` to ``-lowest - 1``.
+        units: ``out x 1``, what steps are whole multiples of, or None where they are half-precision floats.
+        most: the largest multiple.
+    """
+
+    bits: int
+    units: np.ndarray | None
+    most: int
+
+    @classmethod
+    def of(cls, weight: np.ndarray, decision: Quantize, largest: int) -> _Grid:
+        """Return that of ``weight``, ``out x in``, whose unpacked numbers go up to ``largest``.
+
+        Raises:
+            PlanError: if the groups do not fill a row.
+        """
+        if weight.shape[1] % decision.group_size:
+            raise PlanError(
+                f"Quantize.group_size: must divide the input width {weight.shape[1]}, got {decision.group_size}"
+            )
+        bits = decision.weight_bits
+        most = largest // 2 ** (bits - 1)
+        if not decision.whole_steps:
+            return cls(bits, None, most)
+        units = np.abs(weight).max(axis=1, keepdims=True) / (most * 2 ** (bits - 1))
+        return cls(bits, np.where(units == 0, 1.0, units).astype(np.float32), most)
+
+    @property
+    def lowest(self) -> int:
+        return -int(2 ** (self.bits - 1))
+
+    def rounded(self, weight: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Return the nearest values at given steps."""
+        return np.asarray(np.clip(np.rint(weight / steps), self.lowest, -self.lowest - 1))
+
+    def steps(self, group: np.ndarray, costs: np.ndarray | float = 1.0) -> np.ndarray:
+        """Return the best of a few steps for one group of each row, ``out x group``, as ``out x 1``.
+
+        Args:
+            group: its weights.
+            costs: what a squared error counts, by column.
+        """
+        farthest = np.take_along_axis(group, np.abs(group).argmax(axis=1)[:, None], axis=1)
+        ends = [self.lowest + 1, *(side * self.lowest / clip for side in (1, -1) for clip in _CLIPS)]
+        best, least = self.allowed(farthest / ends[0]), np.inf
+        for end in ends:
+            steps = self.allowed(farthest / end)
+            errors = (costs * np.square(self.rounded(group, steps) * steps - group)).sum(axis=1, keepdims=True)
+            best, least = np.where(errors < least, steps, best), np.minimum(errors, least)
+        return best
+
+    def allowed(self, steps: np.ndarray) -> np.ndarray:
+        """Return the steps that can be stored next to ``steps``, none of them zero."""
+        if self.units is None:
+            # As it is stored: rounding the step is an error that can be made up for, too.
+            half = steps.astype(np.float16).astype(np.float32)
+            return np.asarray(np.where(half == 0, np.copysign(_TINY, steps), half))
+        multiples = np.clip(np.rint(steps / self.units), -self.most, self.most)
+        return np.asarray(np.where(multiples == 0, np.copysign(1.0, steps), multiples) * self.units)
+
+    def packed(self, values: np.ndarray, steps: np.ndarray) -> Packed:
+        """Return ``values`` at ``steps`` (``out x groups x group``, ``out x groups x 1``) as they are stored."""
+        if self.units is None:
+            return Packed(self.bits, values.astype(np.int8), steps.astype(np.float32))
+        units = self.units[..., None]
+        return Packed(self.bits, values.astype(np.int8), units, np.rint(steps / units).astype(np.int8))
 
 
 @dataclass(frozen=True)
