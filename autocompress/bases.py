@@ -243,7 +243,8 @@ class Bases:
                     teacher,
                     rows,
                     budget,
-                    # What is pruned is in the blocks; the tables are half of what the optimiser would move.
+                    # What is pruned is in the blocks; the tables are half of what the optimiser would move. Those of a
+                    # narrower student, too: to train them took several times as long and made it no better.
                     frozen=target.layout.embeddings,
                     example=example,
                     seed=self.run.seed,

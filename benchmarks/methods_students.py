@@ -40,8 +40,8 @@ PLAIN = {
 OTHERS = {
     "relu": {"blocks": 1.0, "heads": 0.5, "neurons": 0.5, "activation": "relu"},
     "half as wide": {"blocks": 1.0, "heads": 0.5, "neurons": 0.5, "hidden": 0.5},
-    "half as wide, relu": {"blocks": 1.0, "heads": 0.25, "neurons": 0.25, "hidden": 0.5, "activation": "relu"},
-    "3 blocks, each run twice": {"blocks": 1.0, "heads": 0.5, "neurons": 0.5, "share": 2},
+    "half as wide with relu": {"blocks": 1.0, "heads": 0.25, "neurons": 0.25, "hidden": 0.5, "activation": "relu"},
+    "3 blocks run twice": {"blocks": 1.0, "heads": 0.5, "neurons": 0.5, "share": 2},
 }
 
 
