@@ -55,11 +55,15 @@ class ModelShape:
         hidden: width between the blocks.
         blocks: heads and FFN neurons, block by block.
         vocabulary: rows of the table of tokens; 0 where that is not known.
+        activation: name of the FFN's activation function.
+        runs: times that each block is run in a row; its sites are there once.
     """
 
     hidden: int
     blocks: tuple[BlockShape, ...]
     vocabulary: int = 0
+    activation: str = "gelu"
+    runs: int = 1
 
     def sites(self) -> Mapping[str, Site]:
         """Return all sites by name, in the order of the forward pass."""
@@ -80,7 +84,9 @@ class ModelShape:
         blocks = tuple(
             dataclasses.replace(self.blocks[b], heads=student.heads, neurons=student.neurons) for b in student.blocks
         )
-        return dataclasses.replace(self, blocks=blocks)
+        return ModelShape(
+            student.hidden or self.hidden, blocks, self.vocabulary, student.activation or self.activation, student.share
+        )
 
     def without(self, drop: DropBlocks) -> ModelShape:
         kept = tuple(block for number, block in enumerate(self.blocks) if number not in drop.blocks)
@@ -96,10 +102,11 @@ class ModelShape:
 
         It is asked for at every step of building a plan, so it makes no shapes in between.
         """
-        blocks = list(self.blocks)
+        blocks, begun = list(self.blocks), self
         for site, decision in plan:
             if isinstance(decision, Student):
-                blocks = list(self.of_student(decision).blocks)
+                begun = self.of_student(decision)
+                blocks = list(begun.blocks)
             elif isinstance(decision, DropBlocks):
                 blocks = [block for number, block in enumerate(blocks) if number not in decision.blocks]
             elif isinstance(decision, (PruneHeads, PruneNeurons)):
@@ -109,7 +116,7 @@ class ModelShape:
                     blocks[number] = BlockShape(decision.keep, size, neurons)
                 else:
                     blocks[number] = BlockShape(heads, size, decision.keep)
-        return ModelShape(self.hidden, tuple(blocks), self.vocabulary)
+        return ModelShape(begun.hidden, tuple(blocks), self.vocabulary, begun.activation, begun.runs)
 
 
 def before_drop(site: str, kept: Sequence[int]) -> str:

@@ -18,7 +18,6 @@ from autocompress.evaluate import Workshop
 from autocompress.forecast import Forecast
 from autocompress.forecast import forecast as _forecast
 from autocompress.pareto import Front
-from autocompress.plan import MODEL_SITE, Recover
 from autocompress.records import Candidate
 from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace
@@ -116,8 +115,8 @@ def recover(candidate: Candidate, *, epochs: float | None = None, progress: Prog
     """
     folder = _home(candidate)
     run = RunConfig.from_file(folder / "run.yaml")
-    wanted = Recover(epochs=run.recovery.epochs if epochs is None else epochs, hidden=run.recovery.hidden)
-    plan = candidate.plan.with_decision(MODEL_SITE, wanted)
+    recovery = run.recovery
+    plan = candidate.plan.recovered(epochs=recovery.epochs if epochs is None else epochs, hidden=recovery.hidden)
     study = Study(folder, run, writable=True)
     try:
         if (known := study.measured(plan)) is not None:  # a score stays with the artefact that it was taken from

@@ -29,8 +29,9 @@ from autocompress.space import SearchSpace
 from autocompress.task import Batch, Split
 from autocompress.transforms import apply_plan
 from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
-from autocompress.transforms.prune import Importance, importance, keep_blocks, keep_heads, keep_neurons
+from autocompress.transforms.prune import Importance, importance
 from autocompress.transforms.quantize import Activations, observe
+from autocompress.transforms.student import begun, channel_scores
 from autocompress.transforms.vocabulary import TokenUse
 
 Progress = training.Progress
@@ -242,7 +243,8 @@ class Bases:
                     teacher,
                     rows,
                     budget,
-                    # What is pruned is in the blocks; the tables are half of what the optimiser would move.
+                    # What is pruned is in the blocks; the tables are half of what the optimiser would move. Those of a
+                    # narrower student, too: to train them took several times as long and made it no better.
                     frozen=target.layout.embeddings,
                     example=example,
                     seed=self.run.seed,
@@ -283,13 +285,21 @@ class Bases:
 
     def cut(self, student: Student) -> EncoderModel:
         """Return the parts of the teacher that a student begins as."""
-        _, scores = self.base(None)
-        built = self.teacher.clone()
-        keep_blocks(built, student.blocks)
-        for number, block in enumerate(student.blocks):
-            keep_heads(built, number, scores.best_heads(block, student.heads))
-            keep_neurons(built, number, scores.best_neurons(block, student.neurons))
-        return built
+        return begun(self.teacher, student, self.base(None)[1], self._channels() if student.hidden else None)
+
+    def _channels(self) -> torch.Tensor:
+        """Return how important the channels between the teacher's blocks are, ``hidden``."""
+
+        def make(folder: Path) -> None:
+            self.progress(f"scoring {self.teacher.shape.hidden} channels on {len(self.calibration)} calibration rows")
+            with torch_threads(machine.cores()):
+                scores = channel_scores(
+                    self.teacher, self.calibration_batches(), autocast=lambda: training.autocast(self.precision())
+                )
+            save_file({"channels": scores}, folder / "channels.safetensors")
+
+        key = self._key(precision=self.precision(), code=code_version(("transforms/student.py",)))
+        return self.bank.load("channels", key, make, lambda f: load_file(f / "channels.safetensors")["channels"])
 
     @cached_property
     def _space_file(self) -> SearchSpace:

@@ -38,6 +38,7 @@ FULL = "full"
 NO_STUDENT = "full"
 _NEURON_STEP = 32
 _RANK_STEP = 32
+_CHANNEL_STEP = 32
 """Fractions become multiples of these, so that groups of narrow weights fill them."""
 _GROUP = 64
 """Weights that share a step below 8 bits, where the widths allow it."""
@@ -234,20 +235,28 @@ def students_of(space: SearchSpace, shape: ModelShape) -> dict[str, Student]:
         if isinstance(spec.blocks, tuple):
             blocks = spec.blocks
         else:
-            count = max(1, round(spec.blocks * depth))
+            # Of the depth that is run: of shared blocks fewer are stored.
+            count = max(1, round(spec.blocks * depth) // spec.share)
             blocks = tuple(i * depth // count for i in range(count))
         if any(b >= depth for b in blocks):
             raise ConfigError(f"{where}.blocks: must be < {depth}, got {max(blocks)}")
         heads = min(shape.blocks[b].heads for b in blocks)
         neurons = min(shape.blocks[b].neurons for b in blocks)
-        for field, value, limit in (("heads", spec.heads, heads), ("neurons", spec.neurons, neurons)):
-            if isinstance(value, int) and value > limit:
+        limits = {"heads": heads, "neurons": neurons, "hidden": shape.hidden, "share": depth // len(blocks)}
+        for field, limit in limits.items():
+            if isinstance(value := getattr(spec, field), int) and value > limit:
                 raise ConfigError(f"{where}.{field}: must be <= {limit}, got {value}")
+        if spec.activation == shape.activation:
+            raise ConfigError(f"{where}.activation: {spec.activation} is what the model has; leave it out")
+        hidden = kept(spec.hidden, shape.hidden, _CHANNEL_STEP)
         student = Student(
             blocks=blocks,
             heads=kept(spec.heads, heads, 1),
             neurons=kept(spec.neurons, neurons, _NEURON_STEP),
             epochs=spec.epochs,
+            activation=spec.activation or "",
+            hidden=hidden if hidden < shape.hidden else 0,
+            share=spec.share,
         )
         if shape.of_student(student) == shape:
             raise ConfigError(f"{where}: is as large as the model itself")

@@ -10,7 +10,7 @@ from typing import Any
 from autocompress.binding import BoundSpace
 from autocompress.config import RunConfig
 from autocompress.records import LATENCY_PROTOCOL
-from autocompress.space import SearchSpace
+from autocompress.space import SearchSpace, StudentSpec
 
 
 def identity_of(run: RunConfig, *, model: str, data: str, space: BoundSpace) -> dict[str, Any]:
@@ -32,6 +32,11 @@ def _choices_of(space: SearchSpace) -> str:
     """Return all that a space says, without what earlier versions did not know and it does not use."""
     unknown: dict[str, Any] = {"max_tokens": True} if space.max_tokens is None else {}
     unknown["rules"] = {n: {"vocabulary"} for n, rule in enumerate(space.rules) if rule.vocabulary is None}
+    later = StudentSpec().model_dump(include={"activation", "hidden", "share"})
+    unknown["students"] = {
+        name: {field for field, default in later.items() if getattr(spec, field) == default}
+        for name, spec in space.students.items()
+    }
     return space.model_dump_json(exclude=unknown)
 
 

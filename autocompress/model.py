@@ -343,7 +343,9 @@ def _find(module: nn.Module) -> tuple[Layout, ModelShape]:
     tokens: Any = module.get_input_embeddings()  # type: ignore[operator]
     tables = [(p, m) for p, m in outside if isinstance(m, nn.Embedding)]
     embeddings = tuple(p for p, m in sorted(tables, key=lambda table: table[1] is not tokens))
-    return Layout(path, roles, embeddings, head), ModelShape(hidden, tuple(shapes), tokens.num_embeddings)
+    activation = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
+    shape = ModelShape(hidden, tuple(shapes), tokens.num_embeddings, str(activation or ""))
+    return Layout(path, roles, embeddings, head), shape
 
 
 def _linears(block: nn.Module) -> list[str]:

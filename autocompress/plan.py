@@ -19,6 +19,8 @@ from autocompress.errors import PlanError
 PLAN_SCHEMA = 1
 MODEL_SITE = "model"
 """Site name of decisions that concern the whole model."""
+ACTIVATIONS = ("relu",)
+"""Activation functions of the FFN that a student may have in place of the teacher's."""
 
 
 def _require_int(owner: object, field: str, low: int, high: int | None = None) -> None:
@@ -194,6 +196,9 @@ class Student(Decision):
         heads: attention heads kept in each block.
         neurons: FFN neurons kept in each block.
         epochs: distillation budget in passes over the training rows.
+        activation: the FFN's activation function; empty for the teacher's.
+        hidden: channels kept of the width between the blocks; 0 for all of them.
+        share: times that each block is run in a row, with one set of weights.
     """
 
     scope: ClassVar[Literal["site", "model"]] = "model"
@@ -201,6 +206,9 @@ class Student(Decision):
     heads: int
     neurons: int
     epochs: float = 1.0
+    activation: str = ""
+    hidden: int = 0
+    share: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -208,9 +216,25 @@ class Student(Decision):
         _require_int(self, "heads", 1)
         _require_int(self, "neurons", 1)
         _require_epochs(self, self.epochs)
+        if self.activation not in ("", *ACTIVATIONS):
+            raise PlanError(
+                f"Student.activation: must be {' or '.join(ACTIVATIONS)}, or empty for the teacher's, got "
+                f"{self.activation!r}"
+            )
+        _require_int(self, "hidden", 0)
+        _require_int(self, "share", 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        # As it was written before there were such students: the ids of the others' plans stay what they are.
+        whole = {"activation": "", "hidden": 0, "share": 1}
+        return {name: value for name, value in super().to_dict().items() if whole.get(name) != value}
 
     def words(self) -> str:
-        return f"student of {len(self.blocks)} blocks x {self.heads} heads x {self.neurons} neurons"
+        said = [f"student of {len(self.blocks)} blocks x {self.heads} heads x {self.neurons} neurons"]
+        said += [f"{self.hidden} wide"] if self.hidden else []
+        said += [f"with {self.activation}"] if self.activation else []
+        said += [f"each block run {self.share} times"] if self.share > 1 else []
+        return ", ".join(said)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +334,16 @@ class CompressionPlan:
         """Return this plan with one more decision, in place of one of the same type at that site."""
         kept = tuple((s, d) for s, d in self.decisions if s != site or type(d) is not type(decision))
         return CompressionPlan((*kept, (site, decision)))
+
+    def recovered(self, *, epochs: float, hidden: float) -> CompressionPlan:
+        """Return this plan with a recovery at its end, block by block where these are as wide as the teacher's.
+
+        Args:
+            epochs: passes over the training rows.
+            hidden: weight of what differs from the teacher between the blocks; a narrower student goes without.
+        """
+        narrower = any(student.hidden for student in self.of_type(Student).values())
+        return self.with_decision(MODEL_SITE, Recover(epochs=epochs, hidden=0.0 if narrower else hidden))
 
     @functools.cached_property
     def plan_id(self) -> str:

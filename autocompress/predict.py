@@ -17,7 +17,7 @@ import numpy as np
 
 from autocompress.anatomy import ModelShape, before_drop
 from autocompress.fits import FEWEST, Fit, latency_fit, least_squares
-from autocompress.plan import MODEL_SITE, CompressionPlan, DropBlocks, LowRank, MaxTokens, Recover, Student
+from autocompress.plan import ACTIVATIONS, MODEL_SITE, CompressionPlan, DropBlocks, LowRank, MaxTokens, Recover, Student
 from autocompress.products import Product, Sizes, products_of
 from autocompress.records import OBJECTIVES, Candidate
 from autocompress.sensitivity import Sensitivity, level_of
@@ -196,11 +196,13 @@ class Predictor:
 
 def _extras(products: Sequence[Product], after: ModelShape) -> np.ndarray:
     """Return what fills the files besides weights: the graph's description grows with its nodes."""
-    weights = [p for p in products if p.kind != "index"]
+    # A weight that several products share is stored once, but each of them is a node.
+    weights = [p for p in products if p.kind != "index" for _ in range(_runs(p, after))]
     by_bits = [sum(p.bits == bits and not p.whole_steps for p in weights) for bits in (4, 8, 16)]
     by_bits += [sum(p.bits == bits and p.whole_steps for p in weights) for bits in (4, 3, 2)]
-    drawn = sum(p.integers and not p.shares for p in products)
-    return np.array([1.0, len(after.blocks), len(weights), *by_bits, drawn, len(weights) < len(products)])
+    drawn = sum(p.integers and not p.shares for p in weights)
+    trimmed = any(p.kind == "index" for p in products)
+    return np.array([1.0, len(after.blocks) * after.runs, len(weights), *by_bits, drawn, trimmed])
 
 
 def _work(products: Sequence[Product], after: ModelShape, read: float) -> np.ndarray:
@@ -211,14 +213,14 @@ def _work(products: Sequence[Product], after: ModelShape, read: float) -> np.nda
         after: the shape that it leads to.
         read: share of the target's tokens that is not cut off.
     """
-    found = [1.0, float(len(after.blocks))]
+    found = [1.0, float(len(after.blocks) * after.runs)]
     for kind in ("attention", "ffn"):
         # What is stored in few bits is unpacked for integer products once, when the file is loaded.
         arithmetics: list[list[Product]] = [[], [], []]
         for product in products:
             if product.kind == kind:
                 unpacked_anew = product.bits == 4 and not product.whole_steps
-                arithmetics[0 if product.integers else 1 if unpacked_anew else 2].append(product)
+                arithmetics[0 if product.integers else 1 if unpacked_anew else 2] += [product] * after.runs
         for chosen in arithmetics:
             found += [
                 read * sum(p.outer * p.inner for p in chosen) / 1e6,
@@ -227,10 +229,16 @@ def _work(products: Sequence[Product], after: ModelShape, read: float) -> np.nda
                 read * sum(p.inner for p in chosen) / 1e4,
             ]
     # Every head compares every token with every other one.
-    found += [read * read * sum(b.heads for b in after.blocks) / 10]
-    found += [read * sum(b.neurons for b in after.blocks) / 1e3]
+    found += [read * read * after.runs * sum(b.heads for b in after.blocks) / 10]
+    neurons = read * after.runs * sum(b.neurons for b in after.blocks) / 1e3
+    cheap = after.activation in ACTIVATIONS
+    found += [0.0 if cheap else neurons, neurons if cheap else 0.0]
     embedding = next(p.bits for p in products if p.kind == "embedding")
     return np.array([*found, read * (embedding == 8), read * (embedding == 4)])
+
+
+def _runs(product: Product, after: ModelShape) -> int:
+    return after.runs if product.kind in ("attention", "ffn") else 1
 
 
 def _student(plan: CompressionPlan) -> Student | None:

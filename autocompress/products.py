@@ -57,10 +57,23 @@ class Sizes:
 
         return cls(sizes(model.layout.embeddings), sizes(model.layout.head))
 
+    def narrowed(self, hidden: int, kept: int) -> Sizes:
+        """Return them with every width between the blocks (``hidden``) cut to ``kept``; classes stay as many."""
+
+        def width(size: int) -> int:
+            return kept if size == hidden else size
+
+        *inner, (classes, last) = self.head
+        tables = tuple((rows, width(columns)) for rows, columns in self.tables)
+        return Sizes(tables, (*((width(outer), width(columns)) for outer, columns in inner), (classes, width(last))))
+
 
 def products_of(plan: CompressionPlan, shape: ModelShape, sizes: Sizes) -> list[Product]:
-    """Return every matrix of the model that ``plan`` leads to from one of ``shape``."""
+    """Return every matrix of the model that ``plan`` leads to from one of ``shape``; shared ones once."""
     quantize, ranks = plan.of_type(Quantize), plan.of_type(LowRank)
+    after = shape.after(plan)
+    if after.hidden != shape.hidden:
+        sizes = sizes.narrowed(shape.hidden, after.hidden)
     found: list[Product] = []
 
     def add(site: str, kind: str, pairs: Iterable[tuple[int, int]]) -> None:
@@ -83,10 +96,10 @@ def products_of(plan: CompressionPlan, shape: ModelShape, sizes: Sizes) -> list[
     if trim is not None:
         found.append(Product("index", vocabulary, 1, trim.index_bits, bias=False))
     add("embeddings", "embedding", [(vocabulary if trim is None else trim.keep, width), *others])
-    for number, block in enumerate(shape.after(plan).blocks):
+    for number, block in enumerate(after.blocks):
         width = block.heads * block.head_size
-        attention = [(width, shape.hidden)] * 3 + [(shape.hidden, width)]
+        attention = [(width, after.hidden)] * 3 + [(after.hidden, width)]
         add(f"block.{number}.attention", "attention", attention)
-        add(f"block.{number}.ffn", "ffn", [(block.neurons, shape.hidden), (shape.hidden, block.neurons)])
+        add(f"block.{number}.ffn", "ffn", [(block.neurons, after.hidden), (after.hidden, block.neurons)])
     add("head", "head", sizes.head)
     return found

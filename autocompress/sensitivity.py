@@ -73,7 +73,7 @@ class Sensitivity:
                 changes = {path: _change(model, path, layer) for path, layer in layers.items()}
                 total = 0.0
                 for flow in flows:
-                    moved = sum(flow[path].moved(*change) for path, change in changes.items())
+                    moved = sum(use.moved(*change) for path, change in changes.items() for use in flow[path])
                     total += 0.5 * float(torch.as_tensor(moved).square().sum())
                 points.append((level, total / rows))
         return cls({key: tuple(sorted(points)) for key, points in curves.items() if points})
@@ -131,14 +131,14 @@ def _cut(model: EncoderModel, batch: Batch, tokens: int) -> float:
     return float(functional.kl_div(cut, full, log_target=True, reduction="sum"))
 
 
-def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator) -> dict[str, _Flow]:
-    """Run a batch forward and backward; returns what every layer read and its slope, by path."""
+def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator) -> dict[str, list[_Flow]]:
+    """Run a batch forward and backward; returns what every layer read and its slope at each of its uses, by path."""
     paths = [path for site in model.shape.sites() for path in model.layout.linears(site)]
-    caught: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    caught: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
     def note(path: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            caught[path] = (inputs[0].detach(), output)
+            caught.append((path, inputs[0].detach(), output))
 
         return hook
 
@@ -148,17 +148,17 @@ def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator) -> dict
             log_p = functional.log_softmax(model.module(**batch.inputs()).logits, dim=-1)
             signs = torch.randint(0, 2, log_p.shape, generator=generator) * 2.0 - 1.0
             signed = (signs * (0.5 * log_p.detach()).exp() * log_p).sum()
-            slopes = torch.autograd.grad(signed, [output for _, output in caught.values()])
+            slopes = torch.autograd.grad(signed, [output for _, _, output in caught])
     finally:
         for handle in handles:
             handle.remove()
-    flows = {}
-    for (path, (read, _)), slope in zip(caught.items(), slopes, strict=True):
+    flows: dict[str, list[_Flow]] = {}
+    for (path, read, _), slope in zip(caught, slopes, strict=True):
         rows = len(batch.labels)
         if len(read) != rows:  # positions are looked up once for all rows
             read = read.expand(rows, *read.shape[1:])
             slope = slope.expand(rows, *slope.shape[1:]) / rows
-        flows[path] = _Flow(read, slope)
+        flows.setdefault(path, []).append(_Flow(read, slope))
     return flows
 
 

@@ -88,10 +88,13 @@ class RankAxis(Axis):
 
 
 class StudentSpec(Section):
-    blocks: StudentBlocks = 1.0
+    blocks: StudentBlocks = Field(1.0, description="part of the depth that is run, or blocks that it begins as")
     heads: Keep = 1.0
     neurons: Keep = 1.0
     epochs: float = Field(1.0, gt=0, le=100)
+    activation: Literal["relu"] | None = Field(None, description="of the FFN, in place of the model's")
+    hidden: Keep = Field(1.0, description="channels that are kept of the width between the blocks")
+    share: int = Field(1, ge=1, le=100, description="times that each block is run in a row, with one set of weights")
 
 
 class DropSpec(Section):

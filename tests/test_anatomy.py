@@ -38,6 +38,24 @@ def test_a_student_takes_its_blocks_and_widths() -> None:
     assert shape == ModelShape(384, (BlockShape(4, 32, 512),) * 3)
 
 
+def test_a_student_of_another_architecture_keeps_it_through_all_that_follows() -> None:
+    student = Student(blocks=(1, 3), heads=4, neurons=512, activation="relu", hidden=192, share=2)
+    expected = ModelShape(192, (BlockShape(4, 32, 512),) * 2, activation="relu", runs=2)
+    assert SHAPE.of_student(student) == SHAPE.after([(MODEL_SITE, student)]) == expected
+    # One site for each set of weights, as wide as the student.
+    assert list(expected.sites()) == [
+        "embeddings",
+        *(f"block.{n}.{kind}" for n in (0, 1) for kind in ("attention", "ffn")),
+        "head",
+    ]
+    assert {site.outer for site in expected.sites().values()} == {192}
+    rest = SHAPE.after(
+        [(MODEL_SITE, student), (MODEL_SITE, DropBlocks(blocks=(0,))), ("block.0.attention", PruneHeads(keep=1))]
+    )
+    assert rest == ModelShape(192, (BlockShape(1, 32, 512),), activation="relu", runs=2)
+    assert expected.without(DropBlocks(blocks=(0,))).pruned(0, heads=1) == rest
+
+
 def test_dropping_and_pruning_apply_in_order() -> None:
     mixed = ModelShape(384, tuple(BlockShape(12, 32, 100 * (n + 1)) for n in range(4)))
     plan = CompressionPlan(

@@ -232,6 +232,14 @@ def test_artefacts_that_fill_the_memory_are_confirmed_in_parts(
         assert all(f"points {part}" in line for part, line in zip(parts, said[::2], strict=True))
 
 
+A_STUDENT = {
+    "relu": Student(blocks=(0, 2), heads=2, neurons=32, epochs=0.1, activation="relu"),
+    "narrow": Student(blocks=(0, 2), heads=2, neurons=32, epochs=0.1, hidden=16),
+    "shared": Student(blocks=(1,), heads=2, neurons=32, epochs=0.1, share=3),
+    "all": Student(blocks=(1,), heads=2, neurons=32, epochs=0.1, activation="relu", hidden=16, share=2),
+}
+
+
 class TestStitched:
     """That what is stitched from pieces is the model which the plan makes, and that pieces are made once."""
 
@@ -246,8 +254,28 @@ class TestStitched:
                 (MODEL_SITE, DropBlocks(blocks=(0,))),
                 ("block.0.ffn", LowRank(rank=3)),
             ),
+            ((MODEL_SITE, A_STUDENT["relu"]), ("block.1.ffn", PruneNeurons(keep=9))),
+            (
+                (MODEL_SITE, A_STUDENT["narrow"]),
+                (MODEL_SITE, DropBlocks(blocks=(1,))),
+                ("block.0.attention", PruneHeads(keep=1)),
+            ),
+            (
+                (MODEL_SITE, A_STUDENT["shared"]),
+                ("block.0.attention", PruneHeads(keep=1)),
+                ("block.0.ffn", LowRank(rank=5)),
+            ),
+            ((MODEL_SITE, A_STUDENT["all"]), (MODEL_SITE, Recover(epochs=0.1)), ("block.0.ffn", PruneNeurons(keep=9))),
+            (
+                (MODEL_SITE, A_STUDENT["shared"]),
+                (MODEL_SITE, Recover(epochs=0.1, hidden=30)),
+                ("block.0.ffn", LowRank(rank=5)),
+            ),
         ],
-        ids=["structure", "dropped", "student", "student, dropped"],
+        ids=[
+            *("structure", "dropped", "student", "student, dropped", "relu", "narrow, dropped", "shared"),
+            *("all, recovered", "shared, recovered block by block"),
+        ],
     )
     def test_it_is_the_model_of_the_plan(self, shop: Workshop, tmp_path: Path, decisions: Any) -> None:
         import torch
@@ -290,6 +318,7 @@ class TestStitched:
         assert counterparts(DropBlocks(blocks=(2,))) == [(0, 0), (1, 2)]
         assert counterparts(student) == [(0, 1), (1, 2)]
         assert counterparts(student, DropBlocks(blocks=(0,))) == [(0, 2)]
+        assert counterparts(A_STUDENT["shared"]) == [(0, 2)]
 
     def test_a_recovered_model_can_be_trimmed_and_cut(self, shop: Workshop, tmp_path: Path) -> None:
         recovered = CompressionPlan(
@@ -327,3 +356,28 @@ class TestStitched:
         shifted = CompressionPlan(((MODEL_SITE, DropBlocks(blocks=(0,))), ("block.0.ffn", LowRank(rank=5))))
         with_guide(shop).build(shifted, tmp_path / "third")
         assert len(made) == 3
+
+    @pytest.mark.parametrize("name", A_STUDENT)
+    def test_a_student_of_another_architecture_is_scored_as_its_size_was_counted(
+        self, shop: Workshop, name: str
+    ) -> None:
+        sites = shop.teacher.shape.of_student(A_STUDENT[name]).sites()
+        eight = (
+            (site, dataclasses.replace(W8A8, activation_bits=16 if s.kind == "embedding" else 8))
+            for site, s in sites.items()
+        )
+        plan = CompressionPlan(((MODEL_SITE, A_STUDENT[name]), *eight))
+        measured = shop.evaluate(plan)
+        assert measured.rows == 60
+        folder = shop.artefacts / plan.plan_id
+        assert Artifact.open(folder).plan == plan
+        # The weights' file holds what was counted, but for normalisations, positions and the alignment of constants.
+        counted = shop.predictor.size_bytes(plan)
+        assert counted < (folder / "model.bin").stat().st_size < 1.25 * counted + 3000
+        assert shop.needs_training(plan) is False
+
+
+def test_a_students_key_is_that_of_before_other_architectures(shop: Workshop) -> None:
+    student = Student(blocks=(0, 2), heads=2, neurons=32, epochs=0.1)
+    made_from = shop._distilled_from(student.to_dict(), shop._budget(student.epochs))
+    assert made_from["what"] == {"type": "Student", "blocks": (0, 2), "heads": 2, "neurons": 32, "epochs": 0.1}

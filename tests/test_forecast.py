@@ -139,3 +139,14 @@ def test_plans_that_the_runtime_refuses_are_passed_by(
     # A search records such a plan as failed and goes on.
     found = forecast(tiny_run([f"model.id={bert_headed_folder}", "target.runtime=onnxruntime"]))
     assert found.candidate_seconds > 0
+
+
+@pytest.mark.slow
+def test_students_of_every_architecture_are_foreseen(
+    tiny_run: Callable[..., RunConfig], bert_headed_folder: Path
+) -> None:
+    run = tiny_run([f"model.id={bert_headed_folder}", "space=encoder-architectures"])
+    found = forecast(run)
+    assert found.students_seconds > 0
+    # The full model and five students at 3 widths of attention, FFN and embeddings, 3 vocabularies and 2 of the head.
+    assert found.plans == 6 * 3 * 3 * 3 * 3 * 2

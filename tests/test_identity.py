@@ -55,10 +55,15 @@ def test_a_difference_is_said_in_short() -> None:
 
 @pytest.mark.parametrize(
     ("space", "written"),
-    [("encoder-small", "2b38ce694140"), ("encoder-pruning", "95b7ad439dca"), ("encoder-students", "a7a9e8875845")],
+    [
+        ("encoder-small", "2b38ce694140"),
+        ("encoder-pruning", "95b7ad439dca"),
+        ("encoder-students", "a7a9e8875845"),
+        ("encoder-inputs", "a22e70e95aad"),
+    ],
 )
-def test_studies_of_spaces_from_before_vocabulary_and_length_go_on(space: str, written: str) -> None:
-    """With what version 0.1 wrote for the same file."""
+def test_studies_of_spaces_go_on_that_do_not_use_what_came_later(space: str, written: str) -> None:
+    """With what was written for the same file before lengths, vocabularies and other architectures of students."""
     assert identity(space)["space"] == f"{space} {written}"
 
 
@@ -71,3 +76,13 @@ def test_vocabulary_and_length_belong_to_a_study() -> None:
         for space in spaces
     }
     assert len(found) == 3
+
+
+def test_architectures_of_students_belong_to_a_study() -> None:
+    changes: list[dict[str, object]] = [{}, {"activation": "relu"}, {"hidden": 0.5}, {"hidden": 16}, {"share": 2}]
+    found = set()
+    for change in changes:
+        students = {"a": {"blocks": [1], "heads": 2, **change}}
+        space = SearchSpace.model_validate({"schema": 1, "name": "s", "students": students})
+        found.add(str(identity_of(RunConfig(), model="m", data="d", space=bind(space, SHAPE, tokens=64))["space"]))
+    assert len(found) == len(changes)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,10 @@ EVERY_DECISION: tuple[tuple[str, Decision], ...] = (
 )
 
 
+def a_student(**more: Any) -> Student:
+    return Student(blocks=(0, 2, 4), heads=6, neurons=512, **{"epochs": 2, **more})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -69,6 +74,15 @@ EVERY_DECISION: tuple[tuple[str, Decision], ...] = (
         (lambda: DropBlocks(blocks=(1, 1)), "must be ascending block numbers >= 0, got (1, 1)"),
         (lambda: DropBlocks(blocks=(-1,)), "must be ascending block numbers >= 0, got (-1,)"),
         (lambda: Student(blocks=(0,), heads=0, neurons=1), "Student.heads: must be an integer >= 1, got 0"),
+        (
+            lambda: a_student(activation="gelu"),
+            "Student.activation: must be relu, or empty for the teacher's, got 'gelu'",
+        ),
+        (lambda: a_student(activation=1), "Student.activation: must be relu, or empty for the teacher's, got 1"),
+        (lambda: a_student(hidden=-1), "Student.hidden: must be an integer >= 0, got -1"),
+        (lambda: a_student(hidden=0.5), "Student.hidden: must be an integer >= 0, got 0.5"),
+        (lambda: a_student(share=0), "Student.share: must be an integer >= 1, got 0"),
+        (lambda: a_student(share=True), "Student.share: must be an integer >= 1, got True"),
         (lambda: Recover(epochs=0), "Recover.epochs: must be > 0 and <= 100, got 0"),
         (lambda: Recover(epochs=float("nan")), "Recover.epochs: must be > 0 and <= 100, got nan"),
         (lambda: Recover(epochs=101), "Recover.epochs: must be > 0 and <= 100, got 101"),
@@ -248,3 +262,41 @@ def test_recovery_from_logits_alone_keeps_its_old_id() -> None:
     assert drawn.plan_id != plain.plan_id
     assert CompressionPlan.from_json(drawn.to_json()) == drawn
     assert drawn.words() == "recovered 1 epochs block by block"
+
+
+def test_a_student_without_the_later_fields_keeps_its_old_id() -> None:
+    """As such plans were written, and named, before students could have other architectures."""
+    plan = CompressionPlan(((MODEL_SITE, a_student()), ("block.0.ffn", W8)))
+    assert plan.to_json() == (
+        '{"decisions":[{"blocks":[0,2,4],"epochs":2.0,"heads":6,"neurons":512,"site":"model","type":"Student"},'
+        '{"activation_bits":8,"group_size":0,"scheme":"symmetric","site":"block.0.ffn","type":"Quantize",'
+        '"weight_bits":8}],"schema":1}'
+    )
+    assert plan.plan_id == "13354b661bd687fe"
+    explicit = CompressionPlan(((MODEL_SITE, a_student(activation="", hidden=0, share=1)), ("block.0.ffn", W8)))
+    assert explicit.plan_id == plan.plan_id
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("activation", "relu", ", with relu"),
+        ("hidden", 192, ", 192 wide"),
+        ("share", 2, ", each block run 2 times"),
+    ],
+)
+def test_a_student_of_another_architecture_is_another_one(field: str, value: Any, said: str) -> None:
+    student = a_student(**{field: value})
+    plan = CompressionPlan(((MODEL_SITE, student),))
+    plain = CompressionPlan(((MODEL_SITE, a_student()),))
+    assert plan.plan_id != plain.plan_id
+    assert json.loads(plan.to_json())["decisions"][0][field] == value
+    assert CompressionPlan.from_json(plan.to_json()) == plan
+    assert plan.words() == plain.words() + said
+
+
+def test_what_is_recovered_is_drawn_to_the_teacher_where_it_is_as_wide() -> None:
+    for given, drawn in ((CompressionPlan(), 30.0), (a_student(share=2), 30.0), (a_student(hidden=192), 0.0)):
+        plan = given if isinstance(given, CompressionPlan) else CompressionPlan(((MODEL_SITE, given),))
+        found = plan.recovered(epochs=2, hidden=30)
+        assert found == plan.with_decision(MODEL_SITE, Recover(epochs=2, hidden=drawn))

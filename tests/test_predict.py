@@ -304,3 +304,28 @@ def test_errors_are_those_of_predictions_made_before(learned: Predictor) -> None
     assert predictor.errors == expected, "nothing was measured"
     predictor.note(measured(32, plans[32]))
     assert [len(found) for found in predictor.errors.values()] == [2, 2]
+
+
+def test_what_is_shared_is_stored_once_and_run_as_often() -> None:
+    """Work and nodes grow with the runs, stored bytes do not; a cheaper activation is work of its own kind."""
+    once = Student(blocks=(0,), heads=4, neurons=256)
+    described = {
+        name: PREDICTOR._features(CompressionPlan(((MODEL_SITE, student),)))
+        for name, student in {
+            "once": once,
+            "thrice": dataclasses.replace(once, share=3),
+            "relu": dataclasses.replace(once, activation="relu"),
+            "three": dataclasses.replace(once, blocks=(0, 1, 2)),
+            "narrow": dataclasses.replace(once, hidden=16),
+        }.items()
+    }
+    assert described["thrice"].counted == described["once"].counted < described["three"].counted
+    assert np.array_equal(described["thrice"].work, described["three"].work)
+    assert np.array_equal(described["thrice"].extras, described["three"].extras)
+    moved = described["relu"].work - described["once"].work
+    assert sorted(moved[moved != 0]) == [-0.256, 0.256]
+    assert described["relu"].counted == described["once"].counted
+    # 2000 and 64 x 64 and 2 x 64, and what reads or writes 64 channels in the block: a quarter of all widths is left.
+    weights = 2000 * 16 + 16 * 16 + 2 * 16 + 4 * 64 * 16 + 2 * 256 * 16
+    biases = 16 + 2 + 3 * 64 + 16 + 256 + 16
+    assert described["narrow"].counted == 4 * (weights + biases)

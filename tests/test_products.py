@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from conftest import FAMILIES, LABELS, make_model
@@ -23,29 +25,30 @@ from autocompress.plan import (
 from autocompress.products import Product, Sizes, products_of
 from autocompress.space import SearchSpace, shipped_spaces
 from autocompress.transforms import apply_plan
-from autocompress.transforms.prune import Importance, keep_blocks, keep_heads, keep_neurons
+from autocompress.transforms.prune import Importance
+from autocompress.transforms.student import begun
 
 W16, W4 = Quantize(weight_bits=16), Quantize(weight_bits=4, group_size=8)
 
 
 def carried_out(of: EncoderModel, plan: CompressionPlan, seed: int) -> EncoderModel:
     """Return the model that ``plan`` makes of ``of``; what is kept is drawn, nothing is distilled."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(blocks: Sequence[BlockShape]) -> Importance:
+        return Importance(
+            tuple(torch.rand(b.heads, generator=generator) for b in blocks),
+            tuple(torch.rand(b.neurons, generator=generator) for b in blocks),
+            tuple(range(len(blocks))),
+        )
+
     built = of.clone()
     for student in plan.of_type(Student).values():
-        keep_blocks(built, student.blocks)
-        for number in range(len(student.blocks)):
-            keep_heads(built, number, list(range(student.heads)))
-            keep_neurons(built, number, list(range(student.neurons)))
-    generator = torch.Generator().manual_seed(seed)
-    blocks = built.shape.blocks
-    scores = Importance(
-        tuple(torch.rand(b.heads, generator=generator) for b in blocks),
-        tuple(torch.rand(b.neurons, generator=generator) for b in blocks),
-        tuple(range(len(blocks))),
-    )
-    apply_plan(built, CompressionPlan(tuple((s, d) for s, d in plan if not isinstance(d, Student))), scores)
+        built = begun(of, student, drawn(of.shape.blocks), torch.rand(of.shape.hidden, generator=generator))
+    own = CompressionPlan(tuple((s, d) for s, d in plan if not isinstance(d, Student)))
+    apply_plan(built, own, drawn(built.shape.blocks))
     for trim in plan.of_type(TrimVocabulary).values():
-        built.replace(built.layout.embeddings[0], nn.Embedding(trim.keep, sizes_of_tokens(of)[1]))
+        built.replace(built.layout.embeddings[0], nn.Embedding(trim.keep, sizes_of_tokens(built)[1]))
     return built
 
 
@@ -104,3 +107,11 @@ def test_products_carry_the_bits_of_their_site() -> None:
     assert TrimVocabulary(keep=2**16 + 1).index_bits == 32
     assert [p.kind for p in products].count("attention") == 8
     assert [(p.kind, p.bits) for p in products[-2:]] == [("head", 32)] * 2
+
+
+@pytest.mark.parametrize("classes", [2, 32])
+def test_a_narrower_model_has_as_many_classes_and_rows(classes: int) -> None:
+    sizes = Sizes(tables=((32, 32), (9, 32)), head=((32, 32), (classes, 32)))
+    assert sizes.narrowed(32, 16) == Sizes(tables=((32, 16), (9, 16)), head=((16, 16), (classes, 16)))
+    projected = Sizes(tables=((100, 8),), head=((32, 8), (32, 32), (2, 32)))
+    assert projected.narrowed(32, 16) == Sizes(tables=((100, 8),), head=((16, 8), (16, 16), (2, 16)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -35,6 +36,7 @@ from autocompress.plan import (
     PruneHeads,
     PruneNeurons,
     Quantize,
+    Student,
     TrimVocabulary,
 )
 from autocompress.products import Sizes, products_of
@@ -43,6 +45,7 @@ from autocompress.runtimes.base import Template, products
 from autocompress.transforms import apply_plan
 from autocompress.transforms.prune import Importance, importance, keep_blocks
 from autocompress.transforms.quantize import ActivationRange, observe, per_channel, per_group
+from autocompress.transforms.student import begun, channel_scores
 from autocompress.transforms.vocabulary import trimmed
 
 TARGET = TargetConfig(tokens=16)
@@ -50,6 +53,7 @@ W16 = Quantize(weight_bits=16)
 W8 = Quantize(weight_bits=8)
 W8A8 = Quantize(weight_bits=8, activation_bits=8)
 W4 = Quantize(weight_bits=4, group_size=16)
+W4A8 = Quantize(weight_bits=4, activation_bits=8, group_size=16)
 
 STRUCTURES: dict[str, tuple[tuple[str, Decision], ...]] = {
     "odd sizes": (("block.0.attention", PruneHeads(keep=3)), ("block.1.ffn", PruneNeurons(keep=37))),
@@ -302,6 +306,161 @@ class TestParity:
         assert len(templates) == 1
         assert np.array_equal(found[0], found[4])
         assert not any(np.allclose(found[0], other, atol=1e-3) for other in found[1:4])
+
+
+STUDENTS = {
+    "relu": Student(blocks=(0, 1), heads=3, neurons=48, activation="relu"),
+    "narrow": Student(blocks=(0, 1), heads=3, neurons=48, hidden=16),
+    "shared": Student(blocks=(1,), heads=4, neurons=48, share=2),
+    "all": Student(blocks=(1,), heads=4, neurons=37, activation="relu", hidden=16, share=2),
+}
+ON_STUDENTS: dict[str, tuple[tuple[str, Decision], ...]] = {
+    "nothing": (),
+    "structure": (
+        ("block.0.attention", PruneHeads(keep=2)),
+        ("block.0.attention", LowRank(rank=3)),
+        ("block.0.ffn", PruneNeurons(keep=17)),
+    ),
+    "bits": (
+        ("embeddings", W8),
+        ("block.0.attention", W8A8),
+        ("block.0.ffn", W16),
+        ("head", W8A8),
+    ),
+    "4 bits": (("block.0.attention", PruneHeads(keep=2)), ("block.0.attention", W4)),
+}
+BUILT_STUDENTS = [
+    *((family, name, "structure", "pieces") for family in FAMILIES for name in STUDENTS),
+    *(("bert", name, "structure", "structured model") for name in STUDENTS),
+    *(("bert", name, decided, "pieces") for name in STUDENTS for decided in ("nothing", "bits", "4 bits")),
+    *(("bert", name, "bits", "structured model") for name in ("narrow", "all")),
+]
+
+
+@pytest.fixture(scope="module")
+def student_of(material: Callable[[str], Material]) -> Callable[[str, str], Material]:
+    """Return a function that gives what is left of a family's model in a student, with scores of its own."""
+    made: dict[tuple[str, str], Material] = {}
+
+    def get(family: str, name: str) -> Material:
+        if (family, name) not in made:
+            given = copy.copy(material(family))
+            channels = channel_scores(given.model, given.calibration)
+            given.model = begun(given.model, STUDENTS[name], given.scores, channels)
+            counts = counts_of(given.model.shape.vocabulary, given.calibration)
+            given.scores = importance(given.model, given.calibration, counts=counts)
+            given.activations = observe(given.model, given.calibration)
+            made[family, name] = given
+        return made[family, name]
+
+    return get
+
+
+class TestStudents:
+    """Students of other architectures are built like the model itself."""
+
+    @pytest.mark.parametrize(("family", "name", "decided", "route"), BUILT_STUDENTS)
+    def test_the_artefact_is_the_student(
+        self,
+        runtime: Runtime,
+        build: Build,
+        student_of: Callable[[str, str], Material],
+        family: str,
+        name: str,
+        decided: str,
+        route: str,
+    ) -> None:
+        given = student_of(family, name)
+        artifact, model = build(given, ON_STUDENTS[decided], route)
+        found = run(runtime, artifact, given.batch)
+        if decided in ("nothing", "structure"):
+            assert np.allclose(found, torch_logits(model, given.batch), atol=1e-4)
+        else:
+            expected = simulated(runtime, model, artifact.plan, given)
+            assert np.abs(found - expected).max() <= 0.05 * np.abs(expected).max()
+
+    def test_its_nodes_are_those_of_the_cheaper_activation(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material], student_of: Any
+    ) -> None:
+        # OpenVINO has a node for GELU; the opset that is exported for ONNX Runtime writes it out with Erf.
+        costly, cheap = ("Gelu", "Relu") if runtime.name == "openvino" else ("Erf", "Relu")
+        whole = node_types(build(material("bert"))[0])
+        assert (whole[costly], whole[cheap]) == (2, 0)
+        found = node_types(build(student_of("bert", "relu"))[0])
+        assert (found[costly], found[cheap]) == (0, 2)
+
+    @pytest.mark.parametrize("bits", [None, W16, W8A8, W4, W4A8], ids=["32", "16", "8", "4", "4a8"])
+    def test_what_is_shared_is_stored_once(
+        self, runtime: Runtime, build: Build, student_of: Callable[[str, str], Material], bits: Quantize | None
+    ) -> None:
+        given = student_of("bert", "shared")
+        sites = [site for site in given.model.shape.sites() if site.startswith("block.")]
+        artifact, model = build(given, [(site, bits) for site in sites] if bits else [])
+        once = given.model.clone()
+        for block in once.block_list():
+            block.times = 1
+        once.shape = dataclasses.replace(once.shape, runs=1)
+        alone = copy.copy(given)
+        alone.model, alone.activations = once, observe(once, given.calibration)
+        single, _ = build(alone, artifact.plan.decisions)
+        # The same weights are run twice: that takes nodes, no numbers.
+        weights = sum(p.numel() for p in given.model.block_list().parameters()) * (bits.weight_bits if bits else 32) / 8
+        heavy = [
+            (a.folder / max(a.files, key=lambda name: name.endswith((".bin", ".onnx")))).stat().st_size
+            for a in (single, artifact)
+        ]
+        described = 0 if runtime.name == "openvino" else _node_bytes(artifact) - _node_bytes(single)
+        assert abs(heavy[1] - heavy[0] - described) <= 400 < weights / 8
+        for path in (path for site in sites for path in linear_paths(model, site)):
+            weight = model.module.get_submodule(path).weight.detach().numpy()
+            width = bits.weight_bits if bits else 32
+            numbers = numbers_of(weight, width, bits, "block.0.ffn")
+            assert sum(holds([one], width, numbers) for one in constants(artifact)) == 1
+
+    @pytest.mark.parametrize("name", STUDENTS)
+    def test_its_bytes_are_those_of_its_products(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material], student_of: Any, name: str
+    ) -> None:
+        """What a student saves in the files is what is counted, but for nodes, normalisations and biases."""
+        given, whole = student_of("bert", name), material("bert")
+        shape, sizes = whole.model.shape, Sizes.of(whole.model)
+        plans = (CompressionPlan(), CompressionPlan(((MODEL_SITE, STUDENTS[name]),)))
+        promised = [sum(runtime.weight_bytes(p) for p in products_of(plan, shape, sizes)) for plan in plans]
+        heavy = max(build(whole)[0].files, key=lambda file: file.endswith((".bin", ".onnx")))
+        stood = [(build(one)[0].folder / heavy).stat().st_size for one in (whole, given)]
+        rest = [sum(p.numel() * 4 for p in one.model.module.parameters() if p.ndim == 1) for one in (whole, given)]
+        described = 0 if runtime.name == "openvino" else _node_bytes(build(whole)[0]) - _node_bytes(build(given)[0])
+        saved = promised[0] - promised[1] + rest[0] - rest[1] + described
+        assert abs(stood[0] - stood[1] - saved) < 800
+
+    def test_a_stand_in_runs_each_block_as_often(
+        self, runtime: Runtime, build: Build, student_of: Callable[[str, str], Material], tmp_path: Path
+    ) -> None:
+        given = student_of("bert", "shared")
+        artifact, _ = build(given)
+        copied = runtime.stand_in(artifact, tmp_path)
+        assert node_types(copied)["MatMul"] == node_types(artifact)["MatMul"]
+        assert np.isfinite(run(runtime, copied, given.batch)).all()
+
+
+def node_types(artifact: Artifact) -> Counter[str]:
+    """Return how many nodes of each type the built files have."""
+    if artifact.runtime == "openvino":
+        import openvino
+
+        nodes = openvino.Core().read_model(artifact.folder / "model.xml").get_ordered_ops()
+        return Counter(node.get_type_name() for node in nodes)
+    import onnx
+
+    return Counter(node.op_type for node in onnx.load(str(artifact.folder / "model.onnx")).graph.node)
+
+
+def _node_bytes(artifact: Artifact) -> int:
+    """Return the bytes of an ONNX file that are not numbers."""
+    import onnx
+
+    file = artifact.folder / "model.onnx"
+    return file.stat().st_size - sum(len(tensor.raw_data) for tensor in onnx.load(str(file)).graph.initializer)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,6 +193,12 @@ def test_the_ladder_reads_the_axis_of_a_rule_whose_name_holds_dots() -> None:
         ("students: {a: {blocks: [-1, 1]}}", ("students.a.blocks:", "got [-1, 1]")),
         ("students: {a: {blocks: []}}", ("students.a.blocks:", "got []")),
         ("students: {a: {epochs: .nan}}", ("students.a.epochs:", "finite number", "got nan")),
+        ("students: {a: {hidden: 0}}", ("students.a.hidden:", "whole count >= 1", "got 0")),
+        ("students: {a: {hidden: 1.5}}", ("students.a.hidden:", "> 0 and <= 1", "got 1.5")),
+        ("students: {a: {share: 0}}", ("students.a.share:", "greater than or equal to 1", "got 0")),
+        ("students: {a: {share: 101}}", ("students.a.share:", "less than or equal to 100", "got 101")),
+        ("students: {a: {share: 1.5}}", ("students.a.share:", "got 1.5")),
+        ("students: {a: {activation: gelu}}", ("students.a.activation:", "relu", "got 'gelu'")),
         ("drop_blocks: {at_most: -1}", ("drop_blocks.at_most:", "greater than or equal to 0", "got -1")),
         ("max_tokens: [full, 0]", ("max_tokens.1:", "whole count >= 1", "got 0")),
         ("max_tokens: []", ("max_tokens:", "at least 1 item")),
@@ -237,7 +244,11 @@ def test_a_file_that_is_wrong_is_refused_with_the_range(text: str, parts: tuple[
         ("students: {a: {blocks: [0, 6]}}", "students.a.blocks: must be < 6, got 6"),
         ("students: {a: {heads: 13}}", "students.a.heads: must be <= 12, got 13"),
         ("students: {a: {neurons: 1537}}", "students.a.neurons: must be <= 1536, got 1537"),
+        ("students: {a: {hidden: 385}}", "students.a.hidden: must be <= 384, got 385"),
+        ("students: {a: {blocks: [0, 1, 2], share: 3}}", "students.a.share: must be <= 2, got 3"),
+        ("students: {a: {share: 7}}", "students.a.share: must be <= 6, got 7"),
         ("students: {a: {}}", "students.a: is as large as the model itself"),
+        ("students: {a: {hidden: 384, share: 1}}", "students.a: is as large as the model itself"),
         ("students: {full: {heads: 2}}", "the name 'full' stands for the uncompressed model"),
     ],
 )
@@ -420,6 +431,31 @@ def test_a_student_is_told_in_numbers_of_the_model() -> None:
     }
 
 
+def test_a_student_may_have_another_architecture() -> None:
+    space = space_of(
+        "students: {relu: {activation: relu}, half: {hidden: 0.5}, third: {hidden: 0.34}, counted: {hidden: 200}, "
+        "shared: {share: 2}, thrice: {blocks: 0.5, share: 3}, listed: {blocks: [1, 4], share: 3}}"
+    )
+    whole = {"heads": 12, "neurons": 1536}
+    every = (0, 1, 2, 3, 4, 5)
+    assert students_of(space, MINILM) == {
+        "relu": Student(blocks=every, **whole, activation="relu"),
+        "half": Student(blocks=every, **whole, hidden=192),
+        # A multiple of 32, as 4-bit groups have to fill it.
+        "third": Student(blocks=every, **whole, hidden=128),
+        "counted": Student(blocks=every, **whole, hidden=200),
+        # As deep as the fraction says, of half and a third as many blocks.
+        "shared": Student(blocks=(0, 2, 4), **whole, share=2),
+        "thrice": Student(blocks=(0,), **whole, share=3),
+        "listed": Student(blocks=(1, 4), **whole, share=3),
+    }
+
+
+def test_a_student_may_not_have_the_models_own_activation() -> None:
+    with pytest.raises(ConfigError, match=r"students\.a\.activation: relu is what the model has; leave it out"):
+        students_of(space_of("students: {a: {activation: relu}}"), dataclasses.replace(MINILM, activation="relu"))
+
+
 def test_counts_and_fractions_of_one_stay_apart() -> None:
     space = bound("rules: [{match: 'block.0.attention', heads: [1.0, 0.5]}]")
     # A parameter that was stored as 1.0 and comes back as 1 still means all heads, not a single one.
@@ -475,6 +511,6 @@ def test_load_takes_a_shipped_name_or_a_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["encoder-jiont", "../encoder-joint", "/etc/passwd", ""])
 def test_load_refuses_what_is_not_shipped(name: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"not a shipped search space \(encoder-bits, .*\) and not a path to a \.yaml"
+        ConfigError, match=r"not a shipped search space \(encoder-.*, encoder-joint, .*\) and not a path to a \.yaml"
     ):
         SearchSpace.load(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,47 @@ REFUSED: dict[str, tuple[tuple[tuple[str, Decision], ...], str]] = {
         ((MODEL_SITE, Student(blocks=(0,), heads=1, neurons=65)),),
         "keeps at most 4 heads and 64 neurons, got 1 and 65",
     ),
+    "a student as wide as the model": (
+        ((MODEL_SITE, Student(blocks=(0,), heads=1, neurons=1, hidden=32)),),
+        r"Student\.hidden must be < 32, or 0 for all of them, got 32",
+    ),
+    "a student of the model's activation": (
+        ((MODEL_SITE, Student(blocks=(0,), heads=1, neurons=1, activation="relu")),),
+        r"Student\.activation: relu is what the model has; leave it empty",
+    ),
+    "a student that runs more blocks than the model": (
+        ((MODEL_SITE, Student(blocks=(0, 2), heads=1, neurons=1, share=2)),),
+        "runs at most 3 blocks, got 2 blocks x 2 times",
+    ),
+    "a block that is not stored": (
+        (
+            (MODEL_SITE, Student(blocks=(0,), heads=1, neurons=8, share=3)),
+            ("block.1.ffn", PruneNeurons(keep=3)),
+        ),
+        r"block\.1\.ffn: no such site",
+    ),
+    "all blocks of a student that runs them twice": (
+        ((MODEL_SITE, Student(blocks=(0,), heads=1, neurons=1, share=2)), (MODEL_SITE, DropBlocks(blocks=(0,)))),
+        "must be < 1 and leave one",
+    ),
+    "groups that do not fill a narrower row": (
+        (
+            (MODEL_SITE, Student(blocks=(0,), heads=4, neurons=64, hidden=24)),
+            ("block.0.ffn", Quantize(weight_bits=4, group_size=16)),
+        ),
+        "group_size must divide the input width 24, got 16",
+    ),
+    "a rank that saves nothing in a narrower layer": (
+        ((MODEL_SITE, Student(blocks=(0,), heads=4, neurons=64, hidden=16)), ("block.0.ffn", LowRank(rank=13))),
+        "rank must be <= 12 to save anything at 64 x 16, got 13",
+    ),
+    "a narrower student drawn to the model's blocks": (
+        (
+            (MODEL_SITE, Student(blocks=(0,), heads=1, neurons=1, hidden=16)),
+            (MODEL_SITE, Recover(epochs=1, hidden=30)),
+        ),
+        r"Recover\.hidden must be 0 where the student is 16 wide, .* which are 32 wide",
+    ),
     "more than the student has": (
         ((MODEL_SITE, Student(blocks=(0,), heads=2, neurons=8)), ("block.0.attention", PruneHeads(keep=3))),
         "keep must be <= 2 heads, got 3",
@@ -333,8 +375,11 @@ class TestRefusals:
     @pytest.mark.parametrize("case", REFUSED)
     def test_what_cannot_be_done_is_refused(self, case: str) -> None:
         decisions, why = REFUSED[case]
+        # A model that has the cheaper activation already, for the students that ask for it.
+        has = [d.activation for _, d in decisions if isinstance(d, Student) and d.activation]
+        shape = dataclasses.replace(SHAPE, activation=has[0]) if has else SHAPE
         with pytest.raises(PlanError, match=why) as caught:
-            check_plan(CompressionPlan(decisions), SHAPE)
+            check_plan(CompressionPlan(decisions), shape)
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(
@@ -346,6 +391,16 @@ class TestRefusals:
             (("block.0.ffn", LowRank(rank=16)), ("block.0.ffn", Quantize(weight_bits=4, group_size=16))),
             ((MODEL_SITE, DropBlocks(blocks=(0, 1))), ("block.0.ffn", PruneNeurons(keep=64))),
             ((MODEL_SITE, Student(blocks=(0, 2), heads=4, neurons=64)), ("block.1.attention", PruneHeads(keep=4))),
+            ((MODEL_SITE, Student(blocks=(0, 1, 2), heads=4, neurons=64, activation="relu")),),
+            ((MODEL_SITE, Student(blocks=(0, 1, 2), heads=4, neurons=64, hidden=31)),),
+            ((MODEL_SITE, Student(blocks=(0, 1, 2), heads=4, neurons=64, hidden=1)),),
+            ((MODEL_SITE, Student(blocks=(1,), heads=4, neurons=64, share=3)),),
+            ((MODEL_SITE, Student(blocks=(0,), heads=4, neurons=64, hidden=16)), ("block.0.ffn", LowRank(rank=12))),
+            (
+                (MODEL_SITE, Student(blocks=(0,), heads=4, neurons=64, activation="relu", share=3)),
+                (MODEL_SITE, Recover(epochs=1, hidden=30)),
+            ),
+            ((MODEL_SITE, Student(blocks=(0,), heads=4, neurons=64, hidden=16)), (MODEL_SITE, Recover(epochs=1))),
         ],
     )
     def test_the_ends_of_the_ranges_are_accepted(self, decisions: tuple[tuple[str, Decision], ...]) -> None:

@@ -103,12 +103,18 @@ class Template:
         inputs: input names in order.
         products: for each linear layer's path, the paths of its products: two where it was factorised before.
         layout: module paths by site.
+        runs: times that each block is run in a row: what stands in one stands in the graph as often.
     """
 
     graph: Any
     inputs: tuple[str, ...]
     products: Mapping[str, tuple[str, ...]]
     layout: Layout
+    runs: int = 1
+
+    def uses(self, site: str) -> int:
+        """Return how often the layers of ``site`` stand in the graph."""
+        return self.runs if site.startswith("block.") else 1
 
 
 class Session(ABC):

@@ -93,7 +93,7 @@ class ONNXRuntime(Runtime):
         import onnx
 
         inputs = tuple(json.loads((folder / TEMPLATE_INPUTS).read_text(encoding="utf-8")))
-        return Template(onnx.load(str(folder / "model.onnx")), inputs, products(model), model.layout)
+        return Template(onnx.load(str(folder / "model.onnx")), inputs, products(model), model.layout, model.shape.runs)
 
     def version(self) -> str:
         import onnx
@@ -110,7 +110,7 @@ class ONNXRuntime(Runtime):
                 if site == "embeddings":
                     writer.table(path, layer[0], site)
                 else:
-                    writer.linear(template.products[path], layer, site)
+                    writer.linear(template.products[path], layer, site, template.uses(site))
         for cut in plan.of_type(MaxTokens).values():
             writer.cut(cut.tokens)
         proto = onnx.ModelProto()
@@ -203,7 +203,21 @@ def _convert(model: EncoderModel, batch: Batch) -> tuple[Any, tuple[str, ...]]:
             opset_version=_OPSET,
             dynamo=False,
         )
-    return onnx.load_model_from_string(content.getvalue()), tuple(example)
+    graph = onnx.load_model_from_string(content.getvalue())
+    _read_directly(graph.graph)
+    return graph, tuple(example)
+
+
+def _read_directly(graph: Any) -> None:
+    """Let nodes read initialisers themselves, of which the exporter hands equal ones on by ``Identity``."""
+    known = {tensor.name for tensor in graph.initializer}
+    handed_on = [node for node in graph.node if node.op_type == "Identity" and node.input[0] in known]
+    origin = {node.output[0]: node.input[0] for node in handed_on}
+    for node in handed_on:
+        graph.node.remove(node)
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = origin.get(name, name)
 
 
 class _Writer:
@@ -221,33 +235,43 @@ class _Writer:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
         self._replaced: dict[str, list[Any]] = {}
-        self._added: list[Any] = []
+        self._added: dict[str, Any] = {}
+        self._made: set[str] = set()
         self._first: list[Any] = []
         self._cut: dict[str, str] = {}
         self.contrib = False
 
-    def linear(self, paths: Sequence[str], layer: Layer, site: str) -> None:
-        """Replace the linear layer whose products stand at ``paths`` by the products of ``layer``."""
-        old = [node for path in paths for node in self._product_and_bias(path, site)]
+    def linear(self, paths: Sequence[str], layer: Layer, site: str, uses: int) -> None:
+        """Replace the linear layer whose products stand at ``paths`` by those of ``layer``, which its uses share."""
+        for use in range(uses):
+            # The exporter numbers a module from its second use on.
+            scopes = [f"{_scope(path)}_{use}" if use else _scope(path) for path in paths]
+            self._use(scopes, layer, f"{_scope(paths[0])}/shared" if uses > 1 else None, site)
+
+    def _use(self, scopes: Sequence[str], layer: Layer, shared: str | None, site: str) -> None:
+        old = [node for scope in scopes for node in self._product_and_bias(scope, site)]
         source = next(name for name in old[0].input if name not in self._tensors)
         name, output = old[0].name, old[-1].output[0]
+        stored = shared or name
         nodes: list[Any] = []
         for position, factor in enumerate(layer):
             last = position == len(layer) - 1
             summed = output if last else f"{name}/{position}"
             product = summed if factor.bias is None else f"{name}/{position}/product"
-            nodes += self._product(source, factor, f"{name}/{position}", product)
+            nodes += self._product(source, factor, f"{stored}/{position}", product)
             if factor.bias is not None:
-                bias = self._constant(f"{name}/{position}/bias", factor.bias)
+                bias = self._constant(f"{stored}/{position}/bias", factor.bias)
                 nodes.append(self._make("Add", [product, bias], summed))
             source = summed
+        # Another use comes later, and reads what the first one unpacks.
+        nodes = [node for node in nodes if node.output[0] not in self._made]
+        self._made.update(node.output[0] for node in nodes)
         for node in old:
             self._replaced[node.name] = []
         # Where the last of the old nodes stood, all that the new ones read is there.
         self._replaced[old[-1].name] = nodes
 
-    def _product_and_bias(self, path: str, site: str) -> list[Any]:
-        scope = _scope(path)
+    def _product_and_bias(self, scope: str, site: str) -> list[Any]:
         node = self._nodes.get(f"{scope}/MatMul") or self._nodes.get(f"{scope}/Gemm")
         if node is None or node.input[1] not in self._tensors:
             raise RuntimeBuildError(f"{site}: not carried out: the exported graph has no product at {scope}")
@@ -414,11 +438,12 @@ class _Writer:
             graph.node.insert(position, node)
         read = {name for node in graph.node for name in node.input}
         graph.initializer.extend(t for t in self._graph.initializer if t.name in read)
-        graph.initializer.extend(self._added)
+        graph.initializer.extend(self._added.values())
         _shorten(graph)
 
     def _constant(self, name: str, value: np.ndarray) -> str:
-        self._added.append(self._onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
+        if name not in self._added:  # another use of the layer has put it there
+            self._added[name] = self._onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
     def _make(

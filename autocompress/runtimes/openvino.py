@@ -102,7 +102,7 @@ class OpenVINORuntime(Runtime):
     def template(self, model: EncoderModel, folder: Path) -> Template:
         inputs = tuple(json.loads((folder / TEMPLATE_INPUTS).read_text(encoding="utf-8")))
         graph = _openvino().Core().read_model(folder / "model.xml")
-        return Template(graph, inputs, products(model), model.layout)
+        return Template(graph, inputs, products(model), model.layout, model.shape.runs)
 
     def version(self) -> str:
         return str(_openvino().__version__)
@@ -115,7 +115,7 @@ class OpenVINORuntime(Runtime):
                 if site == "embeddings":
                     writer.table(path, layer[0], site)
                 else:
-                    writer.linear(template.products[path], layer, site)
+                    writer.linear(template.products[path], layer, site, template.uses(site))
         for cut in plan.of_type(MaxTokens).values():
             writer.cut(cut.tokens)
         try:
@@ -225,11 +225,17 @@ class _Writer:
         self._nodes = {node.get_friendly_name(): node for node in graph.get_ordered_ops()}
         self._quantized_inputs: dict[str, Any] = {}
 
-    def linear(self, paths: Sequence[str], layer: Layer, site: str) -> None:
-        """Replace the linear layer whose products stand at ``paths`` by the products of ``layer``."""
-        first = self._node(f"{_scope(paths[0])}/aten::linear/MatMul", site)
-        product = self._node(f"{_scope(paths[-1])}/aten::linear/MatMul", site)
-        last = self._nodes.get(f"{_scope(paths[-1])}/aten::linear/Add", product)
+    def linear(self, paths: Sequence[str], layer: Layer, site: str, uses: int) -> None:
+        """Replace the linear layer whose products stand at ``paths`` by those of ``layer``, which its uses share."""
+        weights = [self._stored(factor.weight) for factor in layer]
+        for use in range(uses):
+            # The converter numbers what a module does from its second use on.
+            self._use(paths, layer, weights, site, f"_{use}" if use else "")
+
+    def _use(self, paths: Sequence[str], layer: Layer, weights: Sequence[Any], site: str, suffix: str) -> None:
+        first = self._node(f"{_scope(paths[0])}/aten::linear/MatMul{suffix}", site)
+        product = self._node(f"{_scope(paths[-1])}/aten::linear/MatMul{suffix}", site)
+        last = self._nodes.get(f"{_scope(paths[-1])}/aten::linear/Add{suffix}", product)
         source, rank = first.input_value(0), len(last.get_output_partial_shape(0))
         readers = last.output(0).get_target_inputs()
         # Until the whole graph is validated, the source has the width that it had before the layers below it shrank.
@@ -238,7 +244,7 @@ class _Writer:
         for position, factor in enumerate(layer):
             if factor.span is not None:
                 output = self._quantized(output, factor.span, source if position == 0 else output)
-            output = self._op.matmul(output, self._stored(factor.weight), False, True).output(0)
+            output = self._op.matmul(output, weights[position], False, True).output(0)
             if factor.bias is not None:
                 bias = factor.bias.reshape((*[1] * (rank - 1), -1))
                 output = self._op.add(output, self._op.constant(bias)).output(0)

@@ -55,6 +55,11 @@ def check_plan(plan: CompressionPlan, shape: ModelShape) -> None:
     """
     for student in plan.of_type(Student).values():
         _check_student(student, shape)
+        if student.hidden and any(recovery.hidden for recovery in plan.of_type(Recover).values()):
+            raise PlanError(
+                f"model: Recover.hidden must be 0 where the student is {student.hidden} wide, as its blocks cannot be "
+                f"compared with the model's, which are {shape.hidden} wide"
+            )
         shape = shape.of_student(student)
     for drop in plan.of_type(DropBlocks).values():
         depth = len(shape.blocks)
@@ -87,6 +92,14 @@ def _check_student(student: Student, shape: ModelShape) -> None:
                 f"model: a student block keeps at most {block.heads} heads and {block.neurons} neurons, got "
                 f"{student.heads} and {student.neurons}"
             )
+    if student.hidden >= shape.hidden:
+        raise PlanError(f"model: Student.hidden must be < {shape.hidden}, or 0 for all of them, got {student.hidden}")
+    if student.activation == shape.activation:
+        raise PlanError(f"model: Student.activation: {student.activation} is what the model has; leave it empty")
+    if len(student.blocks) * student.share > depth:
+        raise PlanError(
+            f"model: a student runs at most {depth} blocks, got {len(student.blocks)} blocks x {student.share} times"
+        )
 
 
 def apply_plan(model: EncoderModel, plan: CompressionPlan, scores: Importance) -> None:

@@ -105,8 +105,9 @@ def take_moments(model: EncoderModel, batches: Sequence[Batch]) -> list[dict[str
     finally:
         for handle in handles:
             handle.remove()
+    read = max(1, count) * model.shape.runs
     return [
-        {role: Moments(*((total / max(1, count)).float() for total in sums[number, role])) for role in _ROLES}
+        {role: Moments(*((total / read).float() for total in sums[number, role])) for role in _ROLES}
         for number in blocks
     ]
 

@@ -138,7 +138,7 @@ def _fisher(
     table = model.module.get_submodule(model.layout.embeddings[0])
     width = table.get_parameter("weight").shape[1]
     slopes, read = torch.zeros(width, width, dtype=torch.float64), 0
-    captured: dict[tuple[int, str], torch.Tensor] = {}
+    captured: dict[tuple[int, str], list[torch.Tensor]] = {}
     looked_up: list[torch.Tensor] = []
 
     def look_up(_: nn.Module, inputs: object, output: torch.Tensor) -> None:
@@ -153,7 +153,7 @@ def _fisher(
                 # The lowest one: from here on up everything has a gradient, although all parameters are frozen.
                 value.requires_grad_(True)
             value.retain_grad()
-            captured[key] = value
+            captured.setdefault(key, []).append(value)
             return (value, *inputs[1:])
 
         return hook
@@ -174,10 +174,10 @@ def _fisher(
                 with autocast():
                     logits = model.module(**batch.inputs()).logits
                 functional.cross_entropy(logits.float(), batch.labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
-            for (number, role), value in captured.items():
-                assert value.grad is not None
-                # d loss / d gate = sum over tokens (and a head's width) of activation times its gradient, row by row.
-                gate = (value.detach() * value.grad).double().sum(dim=1)
+            for (number, role), values in captured.items():
+                # d loss / d gate = sum over tokens (and a head's width) of activation times its gradient, row by row;
+                # over the runs, too, of a block that is run several times, as its gates are the same in all of them.
+                gate = torch.stack([_gate(value) for value in values]).sum(dim=0)
                 if role == "output":
                     gate = gate.reshape(gate.shape[0], blocks[number].heads, -1).sum(dim=2)
                     heads[number] += gate.square().sum(dim=0)
@@ -198,6 +198,12 @@ def _fisher(
         for parameter, required in frozen:
             parameter.requires_grad_(required)
     return heads, neurons, slopes / max(1, read)
+
+
+def _gate(value: torch.Tensor) -> torch.Tensor:
+    """Return, ``rows x channels``, what a loss's slope is in gates on ``value``, ``rows x tokens x channels``."""
+    assert value.grad is not None
+    return (value.detach() * value.grad).double().sum(dim=1)
 
 
 def _drop_order(

@@ -17,6 +17,7 @@ and largest value.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -295,34 +296,42 @@ class Activations:
 
     Args:
         values: ``tokens x channels`` (``rows x channels`` behind the pooling), float32, by the path of the first layer
-            that reads the tensor.
+            that reads the tensor; of a block that is run several times, one run after the other.
         readers: for each linear layer's path, the path under which its input stands.
         starts: the first token of each row.
+        tokens: of all rows.
     """
 
     values: Mapping[str, np.ndarray]
     readers: Mapping[str, str]
     starts: np.ndarray
+    tokens: int
 
     def read_by(self, path: str) -> np.ndarray:
         """Return the input of the layer at ``path``, ``tokens x channels``."""
         return self.values[self.readers[path]]
 
     def span(self, values: np.ndarray) -> ActivationRange:
-        """Return the 8-bit range of ``values`` (``tokens x channels``): the mean over rows of what each row reaches."""
-        starts = self.starts if len(values) > len(self.starts) else np.arange(len(self.starts))
-        low = np.minimum.reduceat(values.min(axis=1), starts).mean()
-        high = np.maximum.reduceat(values.max(axis=1), starts).mean()
+        """Return the 8-bit range of ``values`` (``tokens x channels``): the mean over rows of what each row reaches.
+
+        Of a layer that is run several times, that is what a row reaches in any of its runs.
+        """
+        rows = len(self.starts)
+        runs, starts = (len(values) // self.tokens, self.starts) if len(values) > rows else (1, np.arange(rows))
+        lows, highs = values.min(axis=1).reshape(runs, -1), values.max(axis=1).reshape(runs, -1)
+        low = np.minimum.reduceat(lows.min(axis=0), starts).mean()
+        high = np.maximum.reduceat(highs.max(axis=0), starts).mean()
         return ActivationRange.around(float(low), float(high))
 
 
 def observe(model: EncoderModel, batches: Sequence[Batch]) -> Activations:
     """Run ``batches`` and keep the input of every linear layer; the model is left unchanged."""
-    found: dict[str, list[np.ndarray]] = {}
+    found: dict[str, list[list[np.ndarray]]] = {}
     readers: dict[str, str] = {}
     lengths: list[int] = []
     mask = torch.zeros(0)
     seen: dict[int, tuple[str, torch.Tensor]] = {}
+    runs: Counter[str] = Counter()
 
     def note(path: str) -> object:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -331,7 +340,11 @@ def observe(model: EncoderModel, batches: Sequence[Batch]) -> Activations:
             first = readers.setdefault(path, seen.setdefault(id(value), (path, value))[0])
             if first == path:
                 tokens = value[mask.bool()] if value.ndim == 3 and value.shape[:2] == mask.shape else value
-                found.setdefault(path, []).append(tokens.flatten(0, -2).numpy().copy())
+                by_run = found.setdefault(path, [])
+                if runs[path] == len(by_run):
+                    by_run.append([])
+                by_run[runs[path]].append(tokens.flatten(0, -2).numpy().copy())
+                runs[path] += 1
 
         return hook
 
@@ -346,9 +359,11 @@ def observe(model: EncoderModel, batches: Sequence[Batch]) -> Activations:
                 mask = batch.attention_mask
                 lengths += mask.sum(dim=1).tolist()
                 seen.clear()
+                runs.clear()
                 model.module(**batch.inputs())
     finally:
         for handle in handles:
             handle.remove()
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-    return Activations({path: np.concatenate(parts) for path, parts in found.items()}, readers, starts)
+    values = {path: np.concatenate([part for parts in by_run for part in parts]) for path, by_run in found.items()}
+    return Activations(values, readers, starts, sum(lengths))
