@@ -25,7 +25,7 @@ from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
 from autocompress.pareto import costs, nondominated_ranks, volume
-from autocompress.plan import MODEL_SITE, CompressionPlan, Recover
+from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.report import page, tables
 from autocompress.report.comparison import Comparison
@@ -195,8 +195,7 @@ def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
     ranks = nondominated_ranks(costs(usable, study.run.objectives))
     known = {c.plan.plan_id for c in study.candidates()}
     for candidate in sorted(usable, key=lambda c: (ranks[usable.index(c)], -c.score.accuracy)):
-        recovery = study.run.recovery
-        plan = candidate.plan.with_decision(MODEL_SITE, Recover(epochs=recovery.epochs, hidden=recovery.hidden))
+        plan = workshop.recovering(candidate.plan)
         # Without structural decisions there is nothing that distillation could win back.
         if not candidate.plan.structural() or plan.plan_id in known or wanted <= 0:
             continue
