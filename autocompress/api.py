@@ -5,15 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from autocompress import delivery, driver, model
 from autocompress.bank import Bank
 from autocompress.bases import Progress, bank_root, silent
 from autocompress.binding import bind
-from autocompress.config import RunConfig
+from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.driver import write_results
-from autocompress.errors import StudyError
+from autocompress.errors import ConfigError, StudyError
 from autocompress.evaluate import Workshop
 from autocompress.forecast import Forecast
 from autocompress.forecast import forecast as _forecast
@@ -102,26 +102,43 @@ def _home(candidate: Candidate) -> Path:
     return candidate.folder
 
 
-def recover(candidate: Candidate, *, epochs: float | None = None, progress: Progress = silent) -> Candidate:
+def recover(
+    candidate: Candidate,
+    *,
+    epochs: float | Literal["auto"] | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Candidate:
     """Distil a candidate's structure from the teacher, build and measure it again, and add it to its study.
 
     Args:
         candidate: a point of a study.
-        epochs: passes over the training rows, by default the run file's ``recovery.epochs``.
+        epochs: passes over the training rows or ``auto``, by default the run file's ``recovery.epochs``.
+        overrides: ``recovery.key=value`` for this point alone, of the options that no student depends on.
         progress: told what happens, a line at a time.
 
     Returns:
         The new candidate, or that of an earlier recovery just like it; the old one stays as it is.
+
+    Raises:
+        ConfigError: if the epochs are out of range, or an override would change more than this point.
+        AutocompressError: if the point cannot be trained, built or measured.
     """
     folder = _home(candidate)
     run = RunConfig.from_file(folder / "run.yaml")
-    recovery = run.recovery
-    plan = candidate.plan.recovered(epochs=recovery.epochs if epochs is None else epochs, hidden=recovery.hidden)
+    if epochs is not None:
+        overrides = (*overrides, f"recovery.epochs={epochs}")
+    asked = RunConfig.from_file(folder / "run.yaml", overrides=overrides)
+    own = {"epochs", *OF_PICKED_POINTS}
+    if asked.model_dump(exclude={"recovery": own}) != run.model_dump(exclude={"recovery": own}):
+        names = ", ".join(f"recovery.{name}" for name in sorted(own))
+        raise ConfigError(f"recover: only {names} can be set for one point, got {', '.join(overrides)}")
+    workshop = Workshop(asked, folder / "artefacts", progress)
+    plan = workshop.recovering(candidate.plan)
     study = Study(folder, run, writable=True)
     try:
         if (known := study.measured(plan)) is not None:  # a score stays with the artefact that it was taken from
             return known
-        workshop = Workshop(run, folder / "artefacts", progress)
         recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
         write_results(study, shared_rows=workshop.task.shared_rows)
     finally:

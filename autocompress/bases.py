@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from autocompress import machine, model, task, training
+from autocompress import machine, model, recovery, soup, task, training
 from autocompress.bank import Bank, default_bank
 from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
-from autocompress.config import RunConfig
+from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece, code_version, make_piece, read_piece, save_piece
-from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, DropBlocks, Recover, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, Recover, Student
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.task import Batch, Split
@@ -229,12 +229,15 @@ class Bases:
         what: str,
         budget: training.TrainingBudget,
         made_from: dict[str, Any],
+        *,
         example: training.Example | None = None,
+        seed: int | None = None,
     ) -> EncoderModel:
-        """Give ``target`` the weights that distillation leads to; they are kept in the bank."""
+        """Give ``target`` the weights that distillation leads to, from the run's seed or another."""
+        seed = self.run.seed if seed is None else seed
 
-        def make(folder: Path) -> None:
-            teacher = self._teacher_logits
+        def train() -> None:
+            teacher = self._teacher_logits if budget.alpha else None
             rows = self.splits["train"]
             self.progress(f"distilling {what} on {len(rows)} rows for {budget.epochs:g} epochs")
             with torch_threads(machine.cores()):
@@ -246,42 +249,50 @@ class Bases:
                     # What is pruned is in the blocks; the tables are half of what the optimiser would move. Those of a
                     # narrower student, too: to train them took several times as long and made it no better.
                     frozen=target.layout.embeddings,
+                    penalised=(target.layout.blocks,),
                     example=example,
-                    seed=self.run.seed,
+                    seed=seed,
                     progress=lambda s: self.progress(f"distilling: {s}"),
                 )
+
+        return self._trained(target, self._distilled_from(made_from, budget, seed), train)
+
+    def _trained(self, target: EncoderModel, key: dict[str, Any], train: Callable[[], None]) -> EncoderModel:
+        """Give ``target`` the weights that ``train`` gives it; they are kept in the bank."""
+
+        def make(folder: Path) -> None:
+            train()
             save_file(
                 {name: tensor.contiguous() for name, tensor in target.module.state_dict().items()},
                 folder / "weights.safetensors",
             )
 
-        folder = self.bank.get("distilled", self._distilled_from(made_from, budget), make)
+        folder = self.bank.get("distilled", key, make)
         target.module.load_state_dict(load_file(folder / "weights.safetensors"), strict=True)
         target.module.eval()
         target.base = folder.name
         return target
 
-    def _budget(self, epochs: float, hidden: float = 0.0) -> training.TrainingBudget:
-        decided = {"epochs": epochs, "hidden": hidden, "precision": self.precision()}
-        return training.TrainingBudget(**self.run.recovery.model_dump() | decided)
+    def _budget(self, decided: Student | Recover) -> training.TrainingBudget:
+        return recovery.budget_of(self.run.recovery, decided, precision=self.precision())
 
-    def _distilled_from(self, what: dict[str, Any], budget: training.TrainingBudget) -> dict[str, Any]:
-        # Without a weight that is 0, as before there was one: what is in the bank stays of use.
-        spent = {name: value for name, value in dataclasses.asdict(budget).items() if name != "hidden" or value}
-        return self._key(what=what, budget=spent, seed=self.run.seed, recipe=training.RECIPE)
+    def _distilled_from(self, what: dict[str, Any], budget: training.TrainingBudget, seed: int) -> dict[str, Any]:
+        # Without options that are 0, as before there were such: what is in the bank stays of use.
+        spent = {n: value for n, value in dataclasses.asdict(budget).items() if n not in OF_PICKED_POINTS or value}
+        return self._key(what=what, budget=spent, seed=seed, recipe=training.RECIPE)
 
     def needs_training(self, plan: CompressionPlan) -> bool:
         """Return whether the student that ``plan`` starts from has not been distilled yet."""
         student = plan.of_type(Student).get(MODEL_SITE)
         if student is None or repr(student) in self._bases:
             return False
-        made_from = self._distilled_from(student.to_dict(), self._budget(student.epochs))
+        made_from = self._distilled_from(student.to_dict(), self._budget(student), self.run.seed)
         return not self.bank.path("distilled", made_from).is_dir()
 
     def _student(self, student: Student) -> EncoderModel:
         # From the teacher's logits alone, which are there for all students: a search waits for them.
-        budget = self._budget(student.epochs)
-        return self._distilled(self.cut(student), f"a {student.words()}", budget, student.to_dict())
+        what = f"a {student.words()}"
+        return self._distilled(self.cut(student), what, self._budget(student), student.to_dict())
 
     def cut(self, student: Student) -> EncoderModel:
         """Return the parts of the teacher that a student begins as."""
@@ -354,24 +365,56 @@ class Bases:
         built = base.clone()
         apply_plan(built, plan, scores)
         wanted = plan.of_type(Recover).get(MODEL_SITE)
-        if wanted is not None:
-            made_from = json.loads(plan.structural().to_json())
-            example = training.Example(self.teacher.module, tuple(self._counterparts(plan)))
-            budget = self._budget(wanted.epochs, wanted.hidden)
-            return self._distilled(built, "a picked structure", budget, {"plan": made_from, "base": base.base}, example)
-        return built
+        return built if wanted is None else self._recovered(built, plan.structural(), wanted)
 
-    def _counterparts(self, plan: CompressionPlan) -> Iterator[tuple[str, str]]:
-        """Yield the path of each block that a plan leaves, and that of the teacher's block that it is to be like.
+    def recovering(self, plan: CompressionPlan) -> CompressionPlan:
+        """Return ``plan`` with the recovery that the run file asks for."""
+        asked = self.run.recovery
+        options = asked.model_dump(include=set(OF_PICKED_POINTS))
+        if asked.epochs != "auto":
+            return plan.recovered(Recover(epochs=asked.epochs, **options))
+        headed = model.head_labels(self.source) is not None
+        passes = recovery.HEADED_EPOCHS if headed else self.run.model.finetune.epochs
+        wanted = plan.recovered(Recover(epochs=1, **options)).of_type(Recover)[MODEL_SITE]
+        affordable = recovery.affordable_epochs(plan, wanted, self.teacher, passes, alpha=asked.alpha)
+        return plan.recovered(dataclasses.replace(wanted, epochs=affordable))
 
-        That is the last one before the next that is left: it has to do the work of those that are gone in between.
-        """
-        shape, student = self.teacher.shape, plan.of_type(Student).get(MODEL_SITE)
-        drop = plan.of_type(DropBlocks).get(MODEL_SITE)
-        taken = student.blocks if student is not None else range(len(shape.blocks))
-        left = [block for number, block in enumerate(taken) if drop is None or number not in drop.blocks]
-        for number, following in enumerate([*left[1:], len(shape.blocks)]):
-            yield f"{self.teacher.layout.blocks}.{number}", f"{self.teacher.layout.blocks}.{following - 1}"
+    def _recovered(self, built: EncoderModel, plan: CompressionPlan, wanted: Recover) -> EncoderModel:
+        """Give ``built``, which is what the other decisions of ``plan`` lead to, the weights of its recovery."""
+        base, budget, example = built.base, self._budget(wanted), recovery.example_of(plan, self.teacher, built)
+
+        def made_from(seeds: int) -> dict[str, Any]:
+            counted = plan.with_decision(MODEL_SITE, dataclasses.replace(wanted, seeds=seeds))
+            return {"plan": json.loads(counted.to_json()), "base": base}
+
+        def one(target: EncoderModel, what: str, seed: int) -> EncoderModel:
+            # By the key that it has where it is not averaged: none of them is trained twice.
+            return self._distilled(target, what, budget, made_from(1), example=example, seed=seed)
+
+        def average() -> None:
+            what, seeds = "a picked structure", [(self.run.seed + n) % 2**32 for n in range(wanted.seeds)]
+            members = [one(built.clone(), f"{what} (seed {seed})", seed).module.state_dict() for seed in seeds]
+            built.module.load_state_dict(self._averaged(members, built.module, budget))
+
+        if wanted.seeds == 1:
+            return one(built, "a picked structure", self.run.seed)
+        return self._trained(built, self._distilled_from(made_from(wanted.seeds), budget, self.run.seed), average)
+
+    def _averaged(
+        self, members: list[dict[str, torch.Tensor]], module: torch.nn.Module, budget: training.TrainingBudget
+    ) -> dict[str, torch.Tensor]:
+        """Return the mean of all members; where rows are held out, of those that do not harm it there."""
+        if not budget.patience:
+            return soup.uniform(members)
+        rows, teacher = self.splits["train"], self._teacher_logits if budget.alpha else None
+        held = training.parted(rows)[1]
+
+        def loss_of(state: soup.State) -> float:
+            module.load_state_dict(state)
+            return training.held_loss(module, teacher, rows, held, budget)
+
+        with torch_threads(machine.cores()):
+            return soup.greedy(members, loss_of)
 
     def piece(self, base: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance) -> Piece:
         """Return what stands at ``site`` of ``base`` after ``decisions``, from the bank."""

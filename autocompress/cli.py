@@ -335,14 +335,16 @@ def recover(
     max_accuracy_drop: MaxDrop = None,
     max_latency_ms: MaxMs = None,
     max_size_mb: MaxMb = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the training rows.")] = None,
+    epochs: Annotated[str | None, typer.Option("--epochs", help="Passes over the training rows, or auto.")] = None,
+    set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Distil a picked point from the teacher, measure it again and add it to the study."""
     chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
     from autocompress import api
 
-    _print(_about(api.recover(chosen, epochs=epochs, progress=_progress)), as_json)
+    named = [] if epochs is None else [f"recovery.epochs={json.dumps(epochs)}"]
+    _print(_about(api.recover(chosen, overrides=[*(set_ or []), *named], progress=_progress)), as_json)
 
 
 @app.command()

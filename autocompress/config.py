@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from autocompress import strict_yaml
 from autocompress.errors import ConfigError
@@ -103,23 +112,77 @@ class SearchConfig(Section):
     keep_artefacts: Literal["front", "all"] = "front"
 
 
+Epochs = Annotated[float, Field(gt=0, le=100)] | Literal["auto"]
+
+
 class RecoveryConfig(Section):
-    epochs: float = Field(1.0, gt=0, le=100, description="distillation passes for a picked point")
+    epochs: Epochs = Field(
+        1.0,
+        description="distillation passes for a picked point; auto for as many as cost no more arithmetic than one "
+        "fine-tuning of the uncompressed model, which is model.finetune.epochs, or 3 where it came with a head",
+    )
     learning_rate: float = Field(3e-4, gt=0, le=1)
     batch_size: int = Field(32, ge=1, le=4096)
     temperature: float = Field(2.0, gt=0, le=100)
-    alpha: float = Field(0.5, ge=0, le=1, description="share of the distillation loss; the rest is the labels'")
+    alpha: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the distillation loss; the rest is the labels'. With 0 here, in hidden and in relations "
+        "a picked point is fine-tuned, and no teacher is run",
+    )
     hidden: float = Field(
         30.0, ge=0, le=1e6, description="weight of what differs from the teacher between the blocks of a picked point"
+    )
+    relations: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="weight of what differs from the teacher in how tokens relate to each other by the queries, keys "
+        "and values of a picked point",
+    )
+    l1: float = Field(
+        0.0, ge=0, le=1e6, description="weight of the sum of magnitudes of the matrices in a picked point's blocks"
+    )
+    l2: float = Field(
+        0.0, ge=0, le=1e6, description="weight of the sum of squares of the matrices in a picked point's blocks"
+    )
+    patience: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="passes without a smaller loss on held rows after which a picked point's training ends; the state "
+        "with the smallest is kept. The held rows are the last tenth of the training rows: search rows would make the "
+        "score that candidates are compared by better than it is. 0 trains on all rows to the end",
+    )
+    seeds: int = Field(
+        1,
+        ge=1,
+        le=32,
+        description="trainings of a picked point, one after the other, whose weights are averaged; with patience, "
+        "without those that raise the loss of the mean on held rows",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="training arithmetic; auto takes bfloat16 where the CPU has instructions for it"
     )
 
+    @field_validator("epochs", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, value: object, handler: ValidatorFunctionWrapHandler) -> Epochs:
+        try:
+            found: Epochs = handler(value)
+        except ValidationError:  # one for each kind of value that is allowed
+            raise ValueError(f"must be auto, or > 0 and <= 100, got {_short(value)}") from None
+        return found
+
 
 class StorageConfig(Section):
     bank: str | None = Field(None, description="folder of reusable pieces; default: the user's cache folder")
     bank_gb: float = Field(20.0, gt=0, le=1e6, description="size (1e9 bytes) above which unused pieces are deleted")
+
+
+OF_PICKED_POINTS = frozenset({"hidden", "relations", "l1", "l2", "patience", "seeds"})
+"""Options of recovery that no student of a search depends on; they are part of the plan of a point, not of a study."""
 
 
 class RunConfig(Section):

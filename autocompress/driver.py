@@ -195,8 +195,7 @@ def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
     ranks = nondominated_ranks(costs(usable, study.run.objectives))
     known = {c.plan.plan_id for c in study.candidates()}
     for candidate in sorted(usable, key=lambda c: (ranks[usable.index(c)], -c.score.accuracy)):
-        recovery = study.run.recovery
-        plan = candidate.plan.recovered(epochs=recovery.epochs, hidden=recovery.hidden)
+        plan = workshop.recovering(candidate.plan)
         # Without structural decisions there is nothing that distillation could win back.
         if not candidate.plan.structural() or plan.plan_id in known or wanted <= 0:
             continue

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autocompress.binding import BoundSpace
-from autocompress.config import RunConfig
+from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.records import LATENCY_PROTOCOL
 from autocompress.space import SearchSpace, StudentSpec
 
@@ -23,8 +23,8 @@ def identity_of(run: RunConfig, *, model: str, data: str, space: BoundSpace) -> 
         "target": run.target.model_dump(),
         "objectives": run.told,
         "latency": LATENCY_PROTOCOL,
-        # Students depend on it; blocks are compared with the teacher's where points are picked only.
-        "recovery": run.recovery.model_dump(exclude={"hidden"}),
+        # Students depend on it; what concerns picked points only stands in their plans.
+        "recovery": run.recovery.model_dump(exclude=set(OF_PICKED_POINTS)),
     }
 
 

@@ -244,24 +244,46 @@ class Recover(Decision):
     Args:
         epochs: passes over the training rows.
         hidden: weight of what differs from the teacher between the blocks; 0 for its logits alone.
+        relations: weight of what differs from it in the relations of queries, keys and values.
+        l1: weight of the sum of magnitudes of the blocks' matrices.
+        l2: weight of the sum of their squares.
+        patience: passes without improvement on held training rows after which it ends; 0 to use all rows and end last.
+        seeds: trainings that are averaged.
     """
 
     scope: ClassVar[Literal["site", "model"]] = "model"
     epochs: float
     hidden: float = 0.0
+    relations: float = 0.0
+    l1: float = 0.0
+    l2: float = 0.0
+    patience: float = 0.0
+    seeds: int = 1
 
     def __post_init__(self) -> None:
         _require_epochs(self, self.epochs)
-        if isinstance(self.hidden, bool) or not isinstance(self.hidden, (int, float)) or not 0 <= self.hidden <= 1e6:
-            raise PlanError(f"Recover.hidden: must be >= 0 and <= 1e6, got {self.hidden!r}")
-        object.__setattr__(self, "hidden", float(self.hidden))
+        for name in ("hidden", "relations", "l1", "l2"):
+            _require_weight(self, name, "1e6")
+        _require_weight(self, "patience", "100")
+        _require_int(self, "seeds", 1, 32)
 
     def to_dict(self) -> dict[str, Any]:
-        # As it was written before there was a weight: the ids of such plans stay what they are.
-        return {name: value for name, value in super().to_dict().items() if name != "hidden" or value}
+        # What is not used is not written, as before there was such an option: the ids of such plans stay what they are.
+        unused = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: value for name, value in super().to_dict().items() if value != unused.get(name)}
 
     def words(self) -> str:
-        return f"recovered {self.epochs:g} epochs" + (" block by block" if self.hidden else "")
+        said = f"recovered {self.epochs:g} epochs" + (" block by block" if self.hidden else "")
+        named = ("relations", "l1", "l2", "patience")
+        more = [f"{name} {getattr(self, name):g}" for name in named if getattr(self, name)]
+        return ", ".join([said, *more, *([f"mean of {self.seeds} seeds"] if self.seeds > 1 else [])])
+
+
+def _require_weight(owner: object, field: str, high: str) -> None:
+    value = getattr(owner, field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= float(high):
+        raise PlanError(f"{type(owner).__name__}.{field}: must be >= 0 and <= {high}, got {value!r}")
+    object.__setattr__(owner, field, float(value))
 
 
 def _require_epochs(owner: object, epochs: object) -> None:
@@ -335,15 +357,14 @@ class CompressionPlan:
         kept = tuple((s, d) for s, d in self.decisions if s != site or type(d) is not type(decision))
         return CompressionPlan((*kept, (site, decision)))
 
-    def recovered(self, *, epochs: float, hidden: float) -> CompressionPlan:
+    def recovered(self, wanted: Recover) -> CompressionPlan:
         """Return this plan with a recovery at its end, block by block where these are as wide as the teacher's.
 
-        Args:
-            epochs: passes over the training rows.
-            hidden: weight of what differs from the teacher between the blocks; a narrower student goes without.
+        A narrower student goes without: between its blocks there is nothing to compare with the teacher's.
         """
-        narrower = any(student.hidden for student in self.of_type(Student).values())
-        return self.with_decision(MODEL_SITE, Recover(epochs=epochs, hidden=0.0 if narrower else hidden))
+        if any(student.hidden for student in self.of_type(Student).values()):
+            wanted = dataclasses.replace(wanted, hidden=0.0)
+        return self.with_decision(MODEL_SITE, wanted)
 
     @functools.cached_property
     def plan_id(self) -> str:

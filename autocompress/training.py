@@ -1,25 +1,21 @@
-"""Training: fine-tune a head, distil a student, recover a picked point - one loop with two losses.
+"""Training: fine-tune a head, distil a student, recover a picked point - one loop with the losses of `losses.py`.
 
-Distillation mixes the temperature-softened Kullback-Leibler divergence to the teacher's logits, scaled by T^2, with
-the labels' cross-entropy (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2). Where the
-teacher is at hand, what stands between the blocks may be drawn to the teacher's, too (Jiao et al. 2020, "TinyBERT:
-Distilling BERT for Natural Language Understanding", eq. 8, with the identity for the learnt map, as both are equally
-wide).
+Where a recovery may end early, the last training rows are held out of it, and the state that does best on them is kept
+(Prechelt 1998, "Early Stopping - But When?"). Candidates are compared on the search rows: a state that was chosen by
+these would have a better score than it deserves.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from autocompress import machine
+from autocompress import losses, machine
 from autocompress.errors import ModelError
 from autocompress.task import Batch, Split
 
@@ -28,6 +24,10 @@ WARMUP = 0.06
 """Share of steps over which the learning rate rises."""
 RECIPE = 2
 """Version of how models are trained, for the keys of what is kept."""
+HELD_SHARE = 0.1
+"""Share of the training rows that is held out where training may end early."""
+CHECK_EPOCHS = 0.25
+"""Passes between two looks at the held rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,10 @@ class TrainingBudget:
         temperature: softening of both distributions, for distillation.
         alpha: share of the distillation loss.
         hidden: weight of the mean squared difference to the teacher between the blocks, where that is at hand.
+        relations: weight of the divergence from its relations of tokens, where that is at hand.
+        l1: weight of the sum of magnitudes of the matrices that are penalised.
+        l2: weight of the sum of their squares.
+        patience: passes without improvement on held rows after which distillation ends; 0 to use all rows and end last.
     """
 
     epochs: float
@@ -51,6 +55,10 @@ class TrainingBudget:
     temperature: float = 2.0
     alpha: float = 0.5
     hidden: float = 0.0
+    relations: float = 0.0
+    l1: float = 0.0
+    l2: float = 0.0
+    patience: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,18 @@ class Example:
     Args:
         module: takes what the smaller model takes; left as it is.
         blocks: pairs of paths: of a block of the smaller model, and of the teacher's block that it is drawn to.
+        related: such pairs of paths, within a block, of the layers that give queries, keys and values.
+        heads: attention heads of the teacher.
     """
 
     module: nn.Module
     blocks: tuple[tuple[str, str], ...]
+    related: tuple[tuple[str, str], ...] = ()
+    heads: int = 1
+
+    def layers(self) -> tuple[tuple[str, str], ...]:
+        """Return such pairs of paths of all layers that give queries, keys and values."""
+        return tuple((f"{a}.{mine}", f"{b}.{its}") for a, b in self.blocks for mine, its in self.related)
 
 
 def finetune(module: nn.Module, rows: Split, budget: TrainingBudget, *, seed: int, progress: Progress) -> None:
@@ -79,11 +95,12 @@ def finetune(module: nn.Module, rows: Split, budget: TrainingBudget, *, seed: in
 
 def distill(
     module: nn.Module,
-    teacher: torch.Tensor,
+    teacher: torch.Tensor | None,
     rows: Split,
     budget: TrainingBudget,
     *,
     frozen: Sequence[str] = (),
+    penalised: Sequence[str] = (),
     example: Example | None = None,
     seed: int,
     progress: Progress,
@@ -95,44 +112,116 @@ def distill(
 
     Args:
         module: the smaller model.
-        teacher: its logits, ``rows x classes``.
-        rows: what both read.
+        teacher: its logits, ``rows x classes``; not needed at ``budget.alpha`` 0.
+        rows: what both read. With ``budget.patience`` the last of them are held out, see `parted`.
         budget: how long and how to train.
         frozen: paths of modules that keep their weights.
-        example: the teacher itself, for ``budget.hidden``; it is run beside the smaller model.
+        penalised: paths of modules whose matrices ``budget.l1`` and ``budget.l2`` hold down.
+        example: the teacher itself, for ``budget.hidden`` and ``budget.relations``; it is run beside the smaller model.
         seed: of the order of rows.
         progress: told the loss now and then.
     """
-    follow = example if budget.hidden else None
-    mine, theirs = zip(*follow.blocks, strict=True) if follow is not None else ((), ())
+    follow = _Following(example, budget) if example is not None and (budget.hidden or budget.relations) else None
+    inside = [p for path in penalised for p in module.get_submodule(path).parameters()]
+    matrices = [p for p in inside if p.dim() == 2] if budget.l1 or budget.l2 else []
 
     def loss(batch: Batch) -> torch.Tensor:
-        with _noted(module, mine) as found, autocast(budget.precision):
+        with losses.noted(module, follow.mine if follow is not None else ()) as found, autocast(budget.precision):
             logits = module(**batch.inputs()).logits.float()
-        soft = functional.kl_div(
-            functional.log_softmax(logits / budget.temperature, dim=-1),
-            functional.log_softmax(teacher[batch.rows] / budget.temperature, dim=-1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        hard = functional.cross_entropy(logits, batch.labels)
-        total = budget.alpha * budget.temperature**2 * soft + (1 - budget.alpha) * hard
+        total = _distance(logits, teacher, batch, budget)
         if follow is not None:
-            with torch.no_grad(), _noted(follow.module, theirs) as wanted, autocast(budget.precision):
-                follow.module(**batch.inputs())
-            read = batch.attention_mask.bool()
-            apart = [(found[a][read].float() - wanted[b][read].float()).square().mean() for a, b in follow.blocks]
-            total = total + budget.hidden * torch.stack(apart).mean()
+            total = total + follow.apart(found, batch)
+        if matrices:
+            total = total + losses.penalty(matrices, l1=budget.l1, l2=budget.l2)
         return total
 
     kept = [p for path in frozen for p in module.get_submodule(path).parameters() if p.requires_grad]
     for parameter in kept:
         parameter.requires_grad_(False)
     try:
-        _train(module, rows, budget, loss, dropout=False, seed=seed, progress=progress)
+        if budget.patience:
+            learnt, held = parted(rows)
+
+            def judge() -> float:
+                return held_loss(module, teacher, rows, held, budget)
+
+            _train(module, learnt, budget, loss, dropout=False, judge=judge, seed=seed, progress=progress)
+        else:
+            _train(module, rows, budget, loss, dropout=False, seed=seed, progress=progress)
     finally:
         for parameter in kept:
             parameter.requires_grad_(True)
+
+
+def parted(rows: Split) -> tuple[Split, range]:
+    """Return the rows to learn from, and the numbers of the last ones, which are held out.
+
+    Training rows stand in the order of a hash of their text, so that the last ones are drawn at random. The
+    uncompressed model may have learnt from them; what is trained here does not.
+    """
+    count = len(rows) - max(1, round(HELD_SHARE * len(rows)))
+    return rows.head(count), range(count, len(rows))
+
+
+def held_loss(
+    module: nn.Module, teacher: torch.Tensor | None, rows: Split, held: Sequence[int], budget: TrainingBudget
+) -> float:
+    """Return the mean loss on held rows, of teacher and labels only.
+
+    The loss and not the accuracy: so few rows tell states apart by their accuracy only where it differs by points. What
+    draws the blocks together and what holds weights down are means to that end.
+
+    Args:
+        module: the smaller model.
+        teacher: its logits on all rows, ``rows x classes``; not needed at ``budget.alpha`` 0.
+        rows: among which the held ones are.
+        held: their numbers.
+        budget: how teacher and labels are mixed.
+    """
+    module.eval()
+    total = 0.0
+    with torch.no_grad():
+        for batch in rows.in_order_of_length(64, among=held):
+            with autocast(budget.precision):
+                logits = module(**batch.inputs()).logits.float()
+            total += float(_distance(logits, teacher, batch, budget)) * len(batch.labels)
+    return total / len(held)
+
+
+def _distance(logits: torch.Tensor, teacher: torch.Tensor | None, batch: Batch, budget: TrainingBudget) -> torch.Tensor:
+    target = teacher[batch.rows] if teacher is not None and budget.alpha else None
+    return losses.distillation(logits, batch.labels, target, alpha=budget.alpha, temperature=budget.temperature)
+
+
+class _Following:
+    """A teacher that runs beside the smaller model and is compared with it within.
+
+    Args:
+        example: the teacher, with what is to be compared.
+        budget: how much each comparison weighs.
+    """
+
+    def __init__(self, example: Example, budget: TrainingBudget) -> None:
+        self.example, self.budget = example, budget
+        self.blocks = example.blocks if budget.hidden else ()
+        self.layers = example.layers() if budget.relations else ()
+        self.mine, self.theirs = zip(*self.blocks, *self.layers, strict=True)
+
+    def apart(self, found: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """Return the weighted distance between what the smaller model's parts returned and what the teacher's do."""
+        module, read = self.example.module, batch.attention_mask.bool()
+        with torch.no_grad(), losses.noted(module, self.theirs) as wanted, autocast(self.budget.precision):
+            module(**batch.inputs())
+        total = torch.zeros(())
+        if self.blocks:
+            apart = [losses.square_apart(found[a], wanted[b], read) for a, b in self.blocks]
+            total = total + self.budget.hidden * torch.stack(apart).mean()
+        if self.layers:
+            heads = self.example.heads
+            apart = [losses.relations_apart(found[a], wanted[b], read, heads) for a, b in self.layers]
+            # Queries, keys and values add up (Wang et al. 2021, section 3.1); blocks count in the mean, as above.
+            total = total + self.budget.relations * torch.stack(apart).sum() / len(self.example.blocks)
+        return total
 
 
 def logits_of(module: nn.Module, rows: Split, *, precision: str = "float32") -> torch.Tensor:
@@ -156,6 +245,7 @@ def _train(
     loss_of: Callable[[Batch], torch.Tensor],
     *,
     dropout: bool = True,
+    judge: Callable[[], float] | None = None,
     seed: int,
     progress: Progress,
 ) -> None:
@@ -166,43 +256,74 @@ def _train(
     per_epoch = math.ceil(len(rows) / budget.batch_size)
     steps = max(1, round(per_epoch * budget.epochs))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(step, steps))
+    best = None if judge is None else _Best(parameters, judge, patience=budget.patience * per_epoch)
+    every = max(1, round(per_epoch * CHECK_EPOCHS))
     # In evaluation mode dropout is off; gradients flow all the same.
     module.train(dropout)
-    step, running = 0, 0.0
-    while step < steps:
-        for batch in rows.shuffled(budget.batch_size, generator)[: steps - step]:
-            loss = loss_of(batch)
-            if not torch.isfinite(loss):
-                raise ModelError(f"training: the loss is {loss.item()} at step {step}; lower the learning rate")
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            step += 1
-            running += (loss.item() - running) / min(step, 50)
-            if step % max(1, steps // 10) == 0 or step == steps:
-                progress(f"step {step}/{steps}, loss {running:.3f}")
+    running = 0.0
+    for step, batch in enumerate(_drawn(rows, budget.batch_size, steps, generator), start=1):
+        loss = loss_of(batch)
+        if not torch.isfinite(loss):
+            raise ModelError(f"training: the loss is {loss.item()} at step {step - 1}; lower the learning rate")
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        running += (loss.item() - running) / min(step, 50)
+        if step % max(1, steps // 10) == 0 or step == steps:
+            progress(f"step {step}/{steps}, loss {running:.3f}")
+        if best is not None and (step % every == 0 or step == steps) and not best.goes_on(step):
+            progress(f"ends at step {step}/{steps}: no better on held rows since step {best.step}")
+            break
+    if best is not None:
+        best.restore()
+        progress(f"kept the state of step {best.step}/{steps}, loss on held rows {best.loss:.3f}")
     module.eval()
 
 
-@contextmanager
-def _noted(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Give what the modules at ``paths`` return while ``module`` runs, ``batch x tokens x hidden``, by path."""
-    found: dict[str, torch.Tensor] = {}
+def _drawn(rows: Split, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Yield so many batches, pass by pass."""
+    left = steps
+    while left > 0:
+        batches = rows.shuffled(batch_size, generator)[:left]
+        yield from batches
+        left -= len(batches)
 
-    def note(path: str) -> Callable[[nn.Module, object, Any], None]:
-        def hook(_: nn.Module, inputs: object, output: Any) -> None:
-            found[path] = output if isinstance(output, torch.Tensor) else output[0]
 
-        return hook
+class _Best:
+    """The state that does best on held rows, while training goes on.
 
-    handles = [module.get_submodule(path).register_forward_hook(note(path)) for path in paths]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    Args:
+        parameters: what is trained.
+        judge: returns the loss on held rows.
+        patience: steps without improvement after which training ends.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], judge: Callable[[], float], *, patience: float) -> None:
+        self._parameters, self._judge, self._patience = parameters, judge, patience
+        self._state: list[torch.Tensor] = []
+        self.loss, self.step = math.inf, 0
+
+    def goes_on(self, step: int) -> bool:
+        """Judge the state after ``step`` steps, note it if it is the best so far, and say whether to go on.
+
+        Raises:
+            ModelError: if its loss is not finite.
+        """
+        loss = self._judge()
+        if not math.isfinite(loss):
+            raise ModelError(f"training: the loss on held rows is {loss} at step {step}; lower the learning rate")
+        if loss < self.loss:
+            self.loss, self.step = loss, step
+            self._state = [p.detach().clone() for p in self._parameters]
+        return step - self.step < self._patience
+
+    def restore(self) -> None:
+        """Give the parameters their values of the best state."""
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, self._state, strict=True):
+                parameter.copy_(value)
 
 
 def _linear(step: int, steps: int) -> float:

@@ -239,7 +239,7 @@ def test_yaml_that_would_run_code_or_explode_is_refused_at_once(call: Call, tmp_
 @pytest.mark.parametrize(
     ("rule", "parts"),
     [
-        ("bits: [3]", ("bits", "16, 8 or 4", "got 3")),
+        ("bits: [5]", ("bits", "16, 8, 4, 3, 2", "got 5")),
         ("neurons: [1.2]", ("neurons", "must be a fraction > 0 and <= 1 (1.0 keeps all) or a whole count >= 1", "1.2")),
         ("neurons: [-0.5]", ("neurons", "> 0 and <= 1", "-0.5")),
         ("neurons: [-3]", ("neurons", "whole count >= 1", "-3")),
@@ -635,10 +635,16 @@ def test_percent_and_share_are_the_same_drop(call: Call, results: Callable[..., 
     assert picks[2]["size_bytes"] <= picks[0]["size_bytes"]
 
 
-@pytest.mark.parametrize("epochs", ["0", "-1", "nan", "1000"])
+@pytest.mark.parametrize("epochs", ["0", "-1", "nan", "1000", "many"])
 def test_recovery_of_no_epochs_is_refused(call: Call, results: Callable[..., Path], epochs: str) -> None:
-    line = call("recover", results(), f"--epochs={epochs}").line(1)
-    assert "Recover.epochs: must be > 0 and <= 100, got " in line
+    line = call("recover", results(), f"--epochs={epochs}").line(2)
+    assert line.startswith("run.yaml: recovery.epochs: must be auto, or > 0 and <= 100, got ")
+
+
+def test_only_what_concerns_one_point_is_set_for_it(call: Call, results: Callable[..., Path]) -> None:
+    line = call("recover", results(), "--set", "recovery.alpha=0.1").line(2)
+    assert line.startswith("recover: only recovery.epochs, recovery.hidden, recovery.l1, ")
+    assert line.endswith("can be set for one point, got recovery.alpha=0.1")
 
 
 def test_export_refuses_before_it_works(call: Call, results: Callable[..., Path], tmp_path: Path) -> None:

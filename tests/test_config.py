@@ -54,6 +54,13 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(text: str, message: 
         ("recovery: {alpha: .nan}", ("recovery.alpha:", "finite number", "got nan")),
         ("recovery: {temperature: .inf}", ("recovery.temperature:", "finite number", "got inf")),
         ("recovery: {alpha: 1.2}", ("recovery.alpha:", "less than or equal to 1", "got 1.2")),
+        ("recovery: {epochs: 0}", ("run.yaml: recovery.epochs: must be auto, or > 0 and <= 100, got 0",)),
+        ("recovery: {epochs: .nan}", ("run.yaml: recovery.epochs: must be auto, or > 0 and <= 100, got nan",)),
+        ("recovery: {epochs: all}", ("run.yaml: recovery.epochs: must be auto, or > 0 and <= 100, got 'all'",)),
+        ("recovery: {relations: -1}", ("recovery.relations:", "greater than or equal to 0", "got -1")),
+        ("recovery: {l1: .inf}", ("recovery.l1:", "finite number", "got inf")),
+        ("recovery: {patience: 101}", ("recovery.patience:", "less than or equal to 100", "got 101")),
+        ("recovery: {seeds: 0}", ("recovery.seeds:", "greater than or equal to 1", "got 0")),
         ("data: {test_fraction: 1}", ("data.test_fraction:", "less than 1", "got 1")),
         ("data: []", ("data:", "got []")),
         ("search: null", ("search:", "got None")),
@@ -191,3 +198,17 @@ def test_the_json_schema_describes_the_keys_of_the_file() -> None:
     assert schema["additionalProperties"] is False
     search = schema["$defs"]["SearchConfig"]["properties"]
     assert "continues a study" in search["trials"]["description"]
+
+
+@pytest.mark.parametrize(("text", "epochs"), [("auto", "auto"), ("2", 2.0), ("0.5", 0.5)])
+def test_epochs_of_recovery_are_a_number_or_counted(text: str, epochs: object) -> None:
+    run = read(f"recovery: {{epochs: {text}}}")
+    assert run.recovery.epochs == epochs
+    assert type(run.recovery.epochs) is type(epochs)
+    assert read(run.to_yaml()) == run
+
+
+def test_options_of_recovery_are_off_by_default() -> None:
+    found = RunConfig().recovery
+    assert (found.epochs, found.hidden, found.seeds) == (1.0, 30.0, 1)
+    assert (found.relations, found.l1, found.l2, found.patience) == (0, 0, 0, 0)

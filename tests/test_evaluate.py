@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autocompress import evaluate, scoring
+from autocompress import evaluate, recovery, scoring
 from autocompress.config import RunConfig
 from autocompress.errors import MeasurementError
 from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
@@ -304,12 +304,9 @@ class TestStitched:
         assert built[0] == built[1]
 
     def test_a_block_that_is_left_does_the_work_of_those_after_it(self, shop: Workshop) -> None:
-        blocks = shop.teacher.layout.blocks
-
         def counterparts(*decisions: Any) -> list[tuple[int, int]]:
             plan = CompressionPlan(tuple((MODEL_SITE, d) for d in decisions))
-            found = shop._counterparts(plan)
-            return [(int(a.removeprefix(f"{blocks}.")), int(b.removeprefix(f"{blocks}."))) for a, b in found]
+            return list(recovery.counterparts(plan, len(shop.teacher.shape.blocks)))
 
         student = Student(blocks=(0, 2), heads=2, neurons=32, epochs=0.1)
         assert counterparts() == [(0, 0), (1, 1), (2, 2)]

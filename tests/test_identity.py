@@ -86,3 +86,23 @@ def test_architectures_of_students_belong_to_a_study() -> None:
         space = SearchSpace.model_validate({"schema": 1, "name": "s", "students": students})
         found.add(str(identity_of(RunConfig(), model="m", data="d", space=bind(space, SHAPE, tokens=64))["space"]))
     assert len(found) == len(changes)
+
+
+def test_studies_from_before_there_were_more_options_of_recovery_go_on() -> None:
+    """With what was written before relations, penalties, patience, seeds and counted epochs."""
+    written = {"alpha": 0.5, "batch_size": 32, "epochs": 1.0, "learning_rate": 3e-4, "precision": "auto"}
+    assert identity()["recovery"] == {**written, "temperature": 2.0}
+
+
+@pytest.mark.parametrize(
+    "option", [{"hidden": 1}, {"relations": 1}, {"l1": 1}, {"l2": 1}, {"patience": 1}, {"seeds": 2}]
+)
+def test_what_concerns_picked_points_alone_belongs_to_their_plans(option: dict[str, float]) -> None:
+    assert difference(identity(), identity(recovery=option)) is None
+
+
+@pytest.mark.parametrize("option", [{"alpha": 0}, {"epochs": "auto"}, {"temperature": 1}, {"batch_size": 8}])
+def test_what_does_not_stand_in_plans_belongs_to_the_study(option: dict[str, object]) -> None:
+    said = difference(identity(), identity(recovery=option))
+    assert said is not None
+    assert said.startswith("recovery: ")

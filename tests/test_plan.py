@@ -83,6 +83,11 @@ def a_student(**more: Any) -> Student:
         (lambda: a_student(hidden=0.5), "Student.hidden: must be an integer >= 0, got 0.5"),
         (lambda: a_student(share=0), "Student.share: must be an integer >= 1, got 0"),
         (lambda: a_student(share=True), "Student.share: must be an integer >= 1, got True"),
+        (lambda: Recover(epochs=1, relations=2e6), "Recover.relations: must be >= 0 and <= 1e6, got 2000000.0"),
+        (lambda: Recover(epochs=1, l1=-1), "Recover.l1: must be >= 0 and <= 1e6, got -1"),
+        (lambda: Recover(epochs=1, l2=True), "Recover.l2: must be >= 0 and <= 1e6, got True"),
+        (lambda: Recover(epochs=1, patience=101), "Recover.patience: must be >= 0 and <= 100, got 101"),
+        (lambda: Recover(epochs=1, seeds=0), "Recover.seeds: must be an integer >= 1 and <= 32, got 0"),
         (lambda: Recover(epochs=0), "Recover.epochs: must be > 0 and <= 100, got 0"),
         (lambda: Recover(epochs=float("nan")), "Recover.epochs: must be > 0 and <= 100, got nan"),
         (lambda: Recover(epochs=101), "Recover.epochs: must be > 0 and <= 100, got 101"),
@@ -298,5 +303,32 @@ def test_a_student_of_another_architecture_is_another_one(field: str, value: Any
 def test_what_is_recovered_is_drawn_to_the_teacher_where_it_is_as_wide() -> None:
     for given, drawn in ((CompressionPlan(), 30.0), (a_student(share=2), 30.0), (a_student(hidden=192), 0.0)):
         plan = given if isinstance(given, CompressionPlan) else CompressionPlan(((MODEL_SITE, given),))
-        found = plan.recovered(epochs=2, hidden=30)
+        found = plan.recovered(Recover(epochs=2, hidden=30))
         assert found == plan.with_decision(MODEL_SITE, Recover(epochs=2, hidden=drawn))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "written"),
+    [(Recover(epochs=1), "7df06761235734c4"), (Recover(epochs=0.5, hidden=30), "2e4c48399f0bf084")],
+)
+def test_recoveries_from_before_there_were_more_options_keep_their_ids(wanted: Recover, written: str) -> None:
+    """With what was written before relations, penalties, patience and seeds."""
+    assert CompressionPlan(((MODEL_SITE, wanted), ("block.0.ffn", PruneNeurons(keep=512)))).plan_id == written
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"relations": 2}, "recovered 1 epochs, relations 2"),
+        ({"l1": 1e-4}, "recovered 1 epochs, l1 0.0001"),
+        ({"l2": 0.5}, "recovered 1 epochs, l2 0.5"),
+        ({"patience": 0.5}, "recovered 1 epochs, patience 0.5"),
+        ({"seeds": 3}, "recovered 1 epochs, mean of 3 seeds"),
+    ],
+)
+def test_what_changes_recovered_weights_is_part_of_the_plan(option: dict[str, Any], said: str) -> None:
+    plan = CompressionPlan(((MODEL_SITE, Recover(epochs=1, **option)),))
+    assert plan.plan_id != CompressionPlan(((MODEL_SITE, Recover(epochs=1)),)).plan_id
+    assert CompressionPlan.from_json(plan.to_json()) == plan
+    assert json.loads(plan.to_json())["decisions"] == [{"site": "model", "type": "Recover", "epochs": 1.0, **option}]
+    assert plan.words() == said

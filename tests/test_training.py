@@ -12,10 +12,11 @@ import torch
 from conftest import LABELS, make_model, make_tokenizer
 from torch.nn import functional
 
-from autocompress import machine, task, training
+from autocompress import losses, machine, model, task, training
 from autocompress.config import DataConfig
 from autocompress.errors import ModelError
 from autocompress.training import TrainingBudget
+from autocompress.transforms.prune import keep_heads
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +201,9 @@ class TestDistillation:
             )
             batch = rows.batch(range(20))
             read = batch.attention_mask.bool()
-            with torch.no_grad(), training._noted(student, [a for a, _ in blocks]) as mine:
+            with torch.no_grad(), losses.noted(student, [a for a, _ in blocks]) as mine:
                 student(**batch.inputs())
-            with torch.no_grad(), training._noted(example, [b for _, b in blocks]) as theirs:
+            with torch.no_grad(), losses.noted(example, [b for _, b in blocks]) as theirs:
                 example(**batch.inputs())
             apart[hidden] = [float((mine[a] - theirs[b])[read].square().mean()) for a, b in blocks]
         assert all(near < 0.7 * far for near, far in zip(apart[10.0], apart[0.0], strict=True))
@@ -234,6 +235,118 @@ class TestDistillation:
         square = (mine - theirs)[batch.attention_mask.bool()].square().mean()
         assert drawn - plain == pytest.approx(3.0 * float(square), rel=1e-3)
 
+    def test_labels_alone_need_no_teacher(self, splits: dict[str, task.Split], teacher: torch.Tensor) -> None:
+        """Neither its logits nor the teacher itself, though it is at hand."""
+        example = make_model("bert", labels=LABELS, seed=5)
+        example.forward = pytest.fail
+        found = []
+        for logits in (None, teacher[:32]):
+            student = make_model("bert", labels=LABELS, num_hidden_layers=1)
+            training.distill(
+                student,
+                logits,
+                splits["train"].head(32),
+                budget(alpha=0.0),
+                example=training.Example(example, (("bert.encoder.layer.0", "bert.encoder.layer.2"),)),
+                seed=0,
+                progress=quiet,
+            )
+            found.append(weights(student))
+        assert torch.equal(found[0], found[1])
+
+    def test_attention_is_drawn_to_that_of_the_example(self, splits: dict[str, task.Split]) -> None:
+        """With 2 of 4 heads, whose relations come nearer to those of all 4."""
+        rows, example = splits["train"], make_model("bert", labels=LABELS, num_hidden_layers=1, seed=5)
+        logits = training.logits_of(example, rows)
+        roles = tuple(f"attention.self.{role}" for role in ("query", "key", "value"))
+        pair = ("bert.encoder.layer.0", "bert.encoder.layer.0")
+        drawn_to = training.Example(example, (pair,), related=tuple(zip(roles, roles, strict=True)), heads=4)
+        apart = {}
+        for relations in (0.0, 10.0):
+            student = model.understand(make_model("bert", labels=LABELS, num_hidden_layers=1), base="test")
+            keep_heads(student, 0, [1, 3])
+            training.distill(
+                student.module,
+                logits,
+                rows,
+                budget(epochs=4, relations=relations),
+                example=drawn_to,
+                seed=0,
+                progress=quiet,
+            )
+            batch = rows.batch(range(20))
+            read, paths = batch.attention_mask.bool(), [f"{pair[0]}.{role}" for role in roles]
+            with torch.no_grad(), losses.noted(student.module, paths) as mine, losses.noted(example, paths) as theirs:
+                student.module(**batch.inputs())
+                example(**batch.inputs())
+            apart[relations] = [float(losses.relations_apart(mine[p], theirs[p], read, 4)) for p in paths]
+        assert all(near < 0.7 * far for near, far in zip(apart[10.0], apart[0.0], strict=True))
+
+    def test_relations_of_queries_keys_and_values_add_up(
+        self, monkeypatch: pytest.MonkeyPatch, module: Any, splits: dict[str, task.Split]
+    ) -> None:
+        """Wang et al. 2021, section 3.1, as a mean over two pairs of blocks; the teacher runs once for both terms."""
+        made: list[Callable[..., torch.Tensor]] = []
+        monkeypatch.setattr(training, "_train", lambda *arguments, **_: made.append(arguments[3]))
+        rows, example = splits["train"], make_model("bert", labels=LABELS, seed=5)
+        blocks = tuple((f"bert.encoder.layer.{a}", f"bert.encoder.layer.{b}") for a, b in ((0, 1), (1, 2)))
+        roles = tuple(f"attention.self.{role}" for role in ("query", "key", "value"))
+        drawn_to = training.Example(example, blocks, related=tuple(zip(roles, roles, strict=True)), heads=4)
+        for weights_of in ({}, {"hidden": 3.0}, {"relations": 2.0}, {"hidden": 3.0, "relations": 2.0}):
+            training.distill(
+                module, None, rows, budget(alpha=0.0, **weights_of), example=drawn_to, seed=0, progress=quiet
+            )
+        batch = rows.batch([0, 3, 8])
+        with torch.no_grad():
+            plain, drawn, related, both = (float(loss(batch)) for loss in made)
+            expected = 0.0
+            for mine, theirs in drawn_to.layers():
+                with losses.noted(module, [mine]) as found, losses.noted(example, [theirs]) as wanted:
+                    module(**batch.inputs())
+                    example(**batch.inputs())
+                read = batch.attention_mask.bool()
+                expected += float(losses.relations_apart(found[mine], wanted[theirs], read, 4)) / 2
+        assert len(drawn_to.layers()) == 6
+        assert related - plain == pytest.approx(2.0 * expected, rel=1e-3)
+        assert both - plain == pytest.approx(drawn - plain + related - plain, rel=1e-3)
+
+    def test_penalties_are_of_matrices_in_the_blocks(
+        self, monkeypatch: pytest.MonkeyPatch, module: Any, splits: dict[str, task.Split]
+    ) -> None:
+        made: list[Callable[..., torch.Tensor]] = []
+        monkeypatch.setattr(training, "_train", lambda *arguments, **_: made.append(arguments[3]))
+        rows = splits["train"]
+        for weights_of in ({}, {"l1": 0.5}, {"l2": 0.25}):
+            training.distill(
+                module,
+                None,
+                rows,
+                budget(alpha=0.0, **weights_of),
+                penalised=["bert.encoder.layer"],
+                seed=0,
+                progress=quiet,
+            )
+        linear = [part.weight for part in module.bert.encoder.modules() if isinstance(part, torch.nn.Linear)]
+        assert len(linear) == 18
+        batch = rows.batch([0, 3, 8])
+        with torch.no_grad():
+            plain, first, second = (float(loss(batch)) for loss in made)
+            assert first - plain == pytest.approx(0.5 * sum(float(w.abs().sum()) for w in linear), rel=1e-4)
+            assert second - plain == pytest.approx(0.25 * sum(float(w.square().sum()) for w in linear), rel=1e-4)
+
+    @pytest.mark.parametrize("penalty", ["l1", "l2"])
+    def test_penalties_hold_weights_down(self, splits: dict[str, task.Split], penalty: str) -> None:
+        sizes = []
+        for weight in (0.0, 1.0):
+            student = make_model("bert", labels=LABELS, num_hidden_layers=1)
+            asked = budget(epochs=4, alpha=0.0, **{penalty: weight})
+            training.distill(
+                student, None, splits["train"], asked, penalised=["bert.encoder.layer"], seed=0, progress=quiet
+            )
+            matrix = student.get_parameter("bert.encoder.layer.0.intermediate.dense.weight").detach()
+            sizes.append(float(matrix.abs().sum() if penalty == "l1" else matrix.square().sum()))
+        assert sizes[1] < 0.8 * sizes[0]
+
     def test_one_seed_gives_the_same_weights(self, splits: dict[str, task.Split], teacher: torch.Tensor) -> None:
         found = []
         for _ in range(2):
@@ -241,6 +354,83 @@ class TestDistillation:
             training.distill(student, teacher, splits["train"].head(32), budget(), seed=0, progress=quiet)
             found.append(weights(student))
         assert torch.equal(found[0], found[1])
+
+
+class TestEndingEarly:
+    """A tenth of the rows is held out; the state that does best on them is kept."""
+
+    @pytest.fixture
+    def judged(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        """What the held rows will say, look by look."""
+        coming: list[float] = []
+        monkeypatch.setattr(training, "held_loss", lambda *_: coming.pop(0))
+        return coming
+
+    def train(
+        self, rows: task.Split, *, seen: list[torch.Tensor] | None = None, **fields: Any
+    ) -> tuple[Any, list[str]]:
+        """Train 40 rows of which 36 are learnt from, in batches of 3: 12 steps a pass, a look every third."""
+        student, said = make_model("bert", labels=LABELS, num_hidden_layers=1), []
+        if seen is not None:
+            student.register_forward_pre_hook(
+                lambda *_: seen.append(weights(student)) if torch.is_grad_enabled() else None
+            )
+        asked = budget(batch_size=3, alpha=0.0, **fields)
+        training.distill(student, None, rows.head(40), asked, seed=0, progress=said.append)
+        return student, said
+
+    def test_the_state_of_least_loss_is_kept(self, splits: dict[str, task.Split], judged: list[float]) -> None:
+        judged += [0.5, 0.4, 0.6, 0.4]
+        seen: list[torch.Tensor] = []
+        student, said = self.train(splits["train"], seen=seen, epochs=1, patience=5)
+        assert len(seen) == 12
+        # What stood before step 7 is what step 6 left, of which the second look was taken.
+        assert torch.equal(weights(student), seen[6])
+        assert said[-1] == "kept the state of step 6/12, loss on held rows 0.400"
+
+    @pytest.mark.parametrize(("patience", "ended", "looks"), [(0.25, 9, 3), (0.5, 12, 4), (0.6, 15, 5)])
+    def test_it_ends_after_so_many_passes_without_improvement(
+        self, splits: dict[str, task.Split], judged: list[float], patience: float, ended: int, looks: int
+    ) -> None:
+        judged += [0.5, 0.4, *[0.45] * 6]
+        _, said = self.train(splits["train"], epochs=2, patience=patience)
+        assert f"ends at step {ended}/24: no better on held rows since step 6" in said
+        assert len(judged) == 8 - looks
+
+    def test_the_end_is_judged_in_any_case(self, splits: dict[str, task.Split], judged: list[float]) -> None:
+        judged += [0.5]
+        _, said = self.train(splits["train"], epochs=0.1, patience=1)
+        assert said[-1] == "kept the state of step 1/1, loss on held rows 0.500"
+
+    def test_a_loss_that_is_not_finite_is_refused(self, splits: dict[str, task.Split], judged: list[float]) -> None:
+        judged += [float("nan")]
+        with pytest.raises(ModelError, match=r"the loss on held rows is nan at step 3; lower the learning rate"):
+            self.train(splits["train"], epochs=1, patience=1)
+
+    def test_held_rows_are_the_last_tenth_and_teach_nothing(
+        self, splits: dict[str, task.Split], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = splits["train"].head(40)
+        learnt, held = training.parted(rows)
+        assert (learnt, held) == (rows.head(36), range(36, 40))
+        judge, judged = training.held_loss, []
+        monkeypatch.setattr(training, "held_loss", lambda *given: judged.append((given[2:4], judge(*given))) or 0.0)
+        first, _ = self.train(rows, epochs=1, patience=5)
+        others = task.Split(rows.input_ids, None, (*rows.labels[:36], *(1 - label for label in rows.labels[36:])))
+        second, _ = self.train(others, epochs=1, patience=5)
+        assert torch.equal(weights(first), weights(second)), "what is held was learnt from"
+        assert [given for given, _ in judged] == [(rows, held)] * 4 + [(others, held)] * 4
+        assert judged[0][1] != judged[4][1]
+
+    def test_teacher_and_labels_are_judged_as_they_are_mixed(self, splits: dict[str, task.Split], module: Any) -> None:
+        rows, held = splits["train"], [5, 1, 30]
+        teacher = torch.randn(len(rows), 2, generator=torch.Generator().manual_seed(0))
+        asked = budget(alpha=0.3, temperature=2.0, hidden=7.0, relations=7.0, l1=7.0)
+        batch = rows.batch(held)
+        with torch.no_grad():
+            logits = module(**batch.inputs()).logits
+        expected = losses.distillation(logits, batch.labels, teacher[held], alpha=0.3, temperature=2.0)
+        assert training.held_loss(module, teacher, rows, held, asked) == pytest.approx(float(expected), rel=1e-5)
 
 
 class TestLogits:
