@@ -343,7 +343,8 @@ def _find(module: nn.Module) -> tuple[Layout, ModelShape]:
     tokens: Any = module.get_input_embeddings()  # type: ignore[operator]
     tables = [(p, m) for p, m in outside if isinstance(m, nn.Embedding)]
     embeddings = tuple(p for p, m in sorted(tables, key=lambda table: table[1] is not tokens))
-    return Layout(path, roles, embeddings, head), ModelShape(hidden, tuple(shapes), tokens.num_embeddings)
+    width = 0 if tokens.embedding_dim == hidden else tokens.embedding_dim
+    return Layout(path, roles, embeddings, head), ModelShape(hidden, tuple(shapes), tokens.num_embeddings, width)
 
 
 def _linears(block: nn.Module) -> list[str]:
