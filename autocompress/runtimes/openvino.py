@@ -287,6 +287,7 @@ class _Writer:
             return self._op.multiply(values, self._op.constant(weight.scales))
         tensor = self._ov.Tensor(self._ov.Type.i4, self._ov.Shape(weight.values.shape))
         nibbles = weight.values.reshape(-1).view(np.uint8) & 0x0F
+        nibbles = np.append(nibbles, np.zeros(len(nibbles) % 2, np.uint8))  # whole bytes
         tensor.data[:] = (nibbles[0::2] | (nibbles[1::2] << 4)).view(tensor.data.dtype).reshape(tensor.data.shape)
         values = self._op.convert(self._op.constant(tensor), "f16")
         scaled = self._op.multiply(values, self._op.constant(weight.scales.astype(np.float16)))
