@@ -24,8 +24,9 @@ class Site:
     Args:
         name: unique within the model, such as ``block.3.ffn``.
         kind: which decisions it can take.
-        inner: width that pruning can change: heads x head size, FFN neurons, or 0.
-        outer: the model's hidden width.
+        inner: width that pruning can change: heads x head size, FFN neurons, or 0. Of the head: that of the tables,
+            where a projection reads them, or 0.
+        outer: the model's hidden width; of the embeddings, that of their tables.
         parts: what pruning can remove one by one: heads, neurons, rows of the table of tokens, or 0.
     """
 
@@ -57,6 +58,7 @@ class ModelShape:
         vocabulary: rows of the table of tokens; 0 where that is not known.
         activation: name of the FFN's activation function.
         runs: times that each block is run in a row; its sites are there once.
+        table_width: of the embedding tables where a projection follows them; 0 where they have the hidden width.
     """
 
     hidden: int
@@ -64,6 +66,7 @@ class ModelShape:
     vocabulary: int = 0
     activation: str = "gelu"
     runs: int = 1
+    table_width: int = 0
 
     def sites(self) -> Mapping[str, Site]:
         """Return all sites by name, in the order of the forward pass."""
@@ -71,12 +74,12 @@ class ModelShape:
 
     @cached_property
     def _sites(self) -> Mapping[str, Site]:
-        sites = [Site("embeddings", "embedding", 0, self.hidden, self.vocabulary)]
+        sites = [Site("embeddings", "embedding", 0, self.table_width or self.hidden, self.vocabulary)]
         for number, block in enumerate(self.blocks):
             inner = block.heads * block.head_size
             sites.append(Site(f"block.{number}.attention", "attention", inner, self.hidden, block.heads))
             sites.append(Site(f"block.{number}.ffn", "ffn", block.neurons, self.hidden, block.neurons))
-        sites.append(Site("head", "head", 0, self.hidden, 0))
+        sites.append(Site("head", "head", self.table_width, self.hidden, 0))
         return {site.name: site for site in sites}
 
     @cache  # noqa: B019 - a few shapes, each of which is asked for again and again
@@ -84,8 +87,12 @@ class ModelShape:
         blocks = tuple(
             dataclasses.replace(self.blocks[b], heads=student.heads, neurons=student.neurons) for b in student.blocks
         )
-        return ModelShape(
-            student.hidden or self.hidden, blocks, self.vocabulary, student.activation or self.activation, student.share
+        return dataclasses.replace(
+            self,
+            hidden=student.hidden or self.hidden,
+            blocks=blocks,
+            activation=student.activation or self.activation,
+            runs=student.share,
         )
 
     def without(self, drop: DropBlocks) -> ModelShape:
@@ -116,7 +123,7 @@ class ModelShape:
                     blocks[number] = BlockShape(decision.keep, size, neurons)
                 else:
                     blocks[number] = BlockShape(heads, size, decision.keep)
-        return ModelShape(begun.hidden, tuple(blocks), self.vocabulary, begun.activation, begun.runs)
+        return dataclasses.replace(begun, blocks=tuple(blocks))
 
 
 def before_drop(site: str, kept: Sequence[int]) -> str:

@@ -78,6 +78,12 @@ class Bases:
         return model.load_tokenizer(self.source)
 
     @cached_property
+    def special_tokens(self) -> frozenset[int]:
+        """Tokens that are no part of any text; a tokenizer may have more of them than the model has rows."""
+        rows = self.teacher.shape.vocabulary
+        return frozenset(token for token in self.tokenizer.all_special_ids if token < rows)
+
+    @cached_property
     def splits(self) -> Mapping[str, Split]:
         return self.task.tokenized(self.tokenizer, self.run.data.max_tokens)
 
@@ -145,7 +151,8 @@ class Bases:
 
     def adopt(self, student: Student, built: EncoderModel) -> None:
         """Let ``built`` stand for a student as it is, as where a forecast has no time to distil one."""
-        built.base = f"{self.teacher.base} cut to {student.words()}"
+        # With the numbers of its blocks, which its words do not give: the bank tells students apart by this.
+        built.base = f"{self.teacher.base} cut to {json.dumps(student.to_dict())}"
         self._bases[repr(student)] = (built, self._importance(built))
 
     def _importance(self, base: EncoderModel) -> Importance:
@@ -192,8 +199,7 @@ class Bases:
             rows = head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
         read = torch.tensor([token for row in rows.input_ids for token in row])
         found = torch.bincount(read, minlength=self.teacher.shape.vocabulary).double()
-        # A tokenizer may have more of them than the model has rows.
-        found[[token for token in self.tokenizer.all_special_ids if token < len(found)]] = torch.inf
+        found[list(self.special_tokens)] = torch.inf
         return found
 
     def _moments(self, base: EncoderModel, block: int, role: str) -> Moments:

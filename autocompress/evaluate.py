@@ -26,7 +26,7 @@ from autocompress.errors import AutocompressError
 from autocompress.memory import peak_memory_bytes
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece, code_version
-from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, DropBlocks, Recover, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, DropBlocks, Recover, Student, TrimVocabulary
 from autocompress.predict import Predictor
 from autocompress.products import Sizes
 from autocompress.records import QUALITIES, Measurement, Stopped
@@ -35,6 +35,7 @@ from autocompress.stopwatch import Stopwatch
 from autocompress.task import Batch
 from autocompress.transforms import check_plan
 from autocompress.transforms.prune import Importance, keep_blocks
+from autocompress.transforms.vocabulary import check_needed
 from autocompress.trial import CannotReachFront, Rivals, Trial
 
 LOGITS_FILE = "logits.npy"
@@ -83,6 +84,8 @@ class Workshop(Bases):
             PlanError: naming the site and what is allowed there.
         """
         check_plan(plan, self.teacher.shape)
+        for trim in plan.of_type(TrimVocabulary).values():
+            check_needed(trim, len(self.special_tokens))
         self.runtime.check(plan, self.teacher.shape)
 
     def stitched(self, plan: CompressionPlan) -> tuple[Template, dict[str, Piece]]:

@@ -344,7 +344,13 @@ def _find(module: nn.Module) -> tuple[Layout, ModelShape]:
     tables = [(p, m) for p, m in outside if isinstance(m, nn.Embedding)]
     embeddings = tuple(p for p, m in sorted(tables, key=lambda table: table[1] is not tokens))
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
-    shape = ModelShape(hidden, tuple(shapes), tokens.num_embeddings, str(activation or ""))
+    shape = ModelShape(
+        hidden,
+        tuple(shapes),
+        tokens.num_embeddings,
+        activation=str(activation or ""),
+        table_width=0 if tokens.embedding_dim == hidden else tokens.embedding_dim,
+    )
     return Layout(path, roles, embeddings, head), shape
 
 

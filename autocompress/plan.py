@@ -412,20 +412,21 @@ class CompressionPlan:
         for site, decision in self.decisions:
             if site != MODEL_SITE:
                 by_site.setdefault(site, []).append(decision.words())
-        grouped: dict[tuple[str, str], list[str]] = {}
+        grouped: dict[tuple[str, str, bool], list[int]] = {}
         for site, words in by_site.items():
             block, _, kind = site.removeprefix("block.").rpartition(".")
-            grouped.setdefault((kind, " ".join(words)), []).append(block)
-        for (kind, said), blocks in grouped.items():
-            where = f" {_ranges(blocks)}" if blocks != [""] else ""
-            parts.append(f"{kind}{where}: {said}")
+            numbered = block.isdecimal()
+            blocks = grouped.setdefault((kind if numbered else site, " ".join(words), numbered), [])
+            blocks += [int(block)] if numbered else []
+        for (name, said, _), blocks in grouped.items():
+            where = f" {_ranges(blocks)}" if blocks else ""
+            parts.append(f"{name}{where}: {said}")
         return "; ".join(parts)
 
 
-def _ranges(blocks: list[str]) -> str:
-    numbers = sorted(int(b) for b in blocks)
+def _ranges(blocks: list[int]) -> str:
     spans: list[list[int]] = []
-    for n in numbers:
+    for n in sorted(blocks):
         if spans and n == spans[-1][1] + 1:
             spans[-1][1] = n
         else:
@@ -435,13 +436,14 @@ def _ranges(blocks: list[str]) -> str:
 
 @functools.cache
 def _natural(site: str) -> tuple[tuple[int, str], ...]:
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in site.split("."))
+    # Superscripts are digits, but no number can be read from them.
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in site.split("."))
 
 
 def _read_decision(entry: Mapping[str, Any]) -> tuple[str, Decision]:
     fields = dict(entry)
     site, kind = fields.pop("site", None), fields.pop("type", None)
-    if not isinstance(site, str) or kind not in DECISIONS:
+    if not isinstance(site, str) or not isinstance(kind, str) or kind not in DECISIONS:
         raise PlanError(f"plan: unknown decision {kind!r} at {site!r}; known: {', '.join(DECISIONS)}")
     values = (tuple(value) if isinstance(value, list) else value for value in fields.values())
     try:

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from conftest import SPECIAL
 
 from autocompress import evaluate, recovery, scoring
 from autocompress.config import RunConfig
-from autocompress.errors import MeasurementError
+from autocompress.errors import MeasurementError, PlanError
 from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
 from autocompress.plan import (
     MODEL_SITE,
@@ -330,6 +332,23 @@ class TestStitched:
         assert np.allclose(logits[0], shop.runtime.load(base, shop.run.target).run(first), atol=1e-4)
         assert not np.allclose(logits[0], logits[1], atol=1e-3)
         assert small.size_bytes < short.size_bytes
+
+    def test_special_tokens_are_kept_before_any_work(self, shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shop, "stitched", lambda _: pytest.fail("there was work"))
+        special = len(SPECIAL)
+        shop.check(CompressionPlan((("embeddings", TrimVocabulary(keep=special)),)))
+        with pytest.raises(PlanError, match=rf"keep must be >= {special}, which are special tokens, got {special - 1}"):
+            shop.build(CompressionPlan((("embeddings", TrimVocabulary(keep=special - 1)),)), shop.artefacts / "none")
+        assert shop.base(None)[1].tokens.needed == special  # type: ignore[union-attr]
+
+    def test_students_that_stand_in_are_told_apart_by_their_blocks(self, shop: Workshop) -> None:
+        bases = []
+        for blocks in ((0, 1), (1, 2)):
+            student = Student(blocks=blocks, heads=2, neurons=32)
+            shop.adopt(student, shop.cut(student))
+            bases.append(shop.base(student)[0])
+        assert bases[0].base != bases[1].base
+        assert not torch.equal(bases[0].linear(0, "query").weight, bases[1].linear(0, "query").weight)
 
     def test_pieces_and_templates_are_made_once(
         self, shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -193,6 +193,7 @@ def test_a_decision_of_the_wrong_scope_is_refused(site: str, decision: Decision,
             "unknown decision 'Prune' at 'head'; known: Student",
         ),
         ('{"schema":1,"decisions":[{"type":"LowRank","rank":2}]}', "unknown decision 'LowRank' at None"),
+        ('{"schema":1,"decisions":[{"site":"head","type":["LowRank"]}]}', "unknown decision ['LowRank'] at 'head'"),
         (
             '{"schema":1,"decisions":[{"site":"head","type":"LowRank","rank":2,"ratio":1}]}',
             "LowRank has no field ratio; it has rank",
@@ -251,6 +252,19 @@ def test_words_name_every_decision() -> None:
         "head: w16",
     ):
         assert part in words
+
+
+@pytest.mark.parametrize("site", ["block.x.ffn", "block.².ffn", "block..ffn", "ffn", "a.b", "1.2", ""])
+def test_a_site_that_no_model_has_can_be_said(site: str) -> None:
+    """It is for a check to refuse it, which says what there is."""
+    plan = CompressionPlan(((site, PruneNeurons(keep=1)), ("block.1.ffn", PruneNeurons(keep=1))))
+    assert CompressionPlan.from_json(plan.to_json()) == plan
+    assert plan.words().count("1 neurons") >= 1
+
+
+def test_sites_that_are_called_like_those_of_blocks_are_said_apart() -> None:
+    plan = CompressionPlan((("ffn", PruneNeurons(keep=2)), ("block.1.ffn", PruneNeurons(keep=2))))
+    assert sorted(plan.words().split("; ")) == ["ffn 1: 2 neurons", "ffn: 2 neurons"]
 
 
 def test_json_is_plain_data() -> None:

@@ -1008,6 +1008,18 @@ class TestRefusals:
         expected = simulated(runtime, model, artifact.plan, given)
         assert np.abs(run(runtime, artifact, given.batch) - expected).max() <= 0.03 * np.abs(expected).max()
 
+    def test_an_odd_number_of_four_bit_weights_is_built(
+        self, runtime: Runtime, material: Callable[[str], Material], build: Build
+    ) -> None:
+        """The second factor of 37 x 7 weights ends within a byte."""
+        given = material("bert")
+        sizes = (PruneNeurons(keep=37), LowRank(rank=7), Quantize(weight_bits=4, group_size=1))
+        if runtime.name == "onnxruntime":
+            pytest.skip("it has groups of a power of two >= 16 only")
+        artifact, model = build(given, [("block.1.ffn", decision) for decision in sizes])
+        expected = simulated(runtime, model, artifact.plan, given)
+        assert np.abs(run(runtime, artifact, given.batch) - expected).max() <= 0.03 * np.abs(expected).max()
+
     def test_an_unknown_runtime(self) -> None:
         with pytest.raises(RuntimeBuildError, match=r"target\.runtime: must be one of openvino, onnxruntime, got 'x'"):
             get_runtime("x")

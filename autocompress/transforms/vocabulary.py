@@ -69,6 +69,18 @@ def check_rows(site: Site, decision: TrimVocabulary) -> None:
         raise PlanError(f"{site.name}: TrimVocabulary.keep must be < {site.parts}, got {decision.keep}")
 
 
+def check_needed(decision: TrimVocabulary, needed: int) -> None:
+    """Refuse to let special tokens go, of which there are ``needed``.
+
+    Raises:
+        PlanError: saying how many there are.
+    """
+    if decision.keep < needed:
+        raise PlanError(
+            f"embeddings: TrimVocabulary.keep must be >= {needed}, which are special tokens, got {decision.keep}"
+        )
+
+
 def trimmed(table: np.ndarray, decision: TrimVocabulary, use: TokenUse) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows that are kept and the position among them that each token reads.
 
@@ -83,10 +95,7 @@ def trimmed(table: np.ndarray, decision: TrimVocabulary, use: TokenUse) -> tuple
     Raises:
         PlanError: if special tokens would have to go.
     """
-    if decision.keep < use.needed:
-        raise PlanError(
-            f"embeddings: TrimVocabulary.keep must be >= {use.needed}, which are special tokens, got {decision.keep}"
-        )
+    check_needed(decision, use.needed)
     kept = use.order[: decision.keep].sort().values
     places = _places(torch.from_numpy(table), use.slopes)
     there = places[kept]
