@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from figures import Figures
+from held_out import DATA, hits, interval, logits_of
 
 from autocompress import scoring
 from autocompress.config import RunConfig
@@ -25,8 +25,6 @@ from autocompress.model import EncoderModel
 from autocompress.plan import CompressionPlan, Decision, LowRank, PruneHeads, PruneNeurons, Quantize
 from autocompress.transforms.prune import Importance
 
-DATA = ("demo/movies", "demo/tweets")
-DRAWS = 10_000
 W8A8, W4 = Quantize(weight_bits=8, activation_bits=8), Quantize(weight_bits=4, group_size=64)
 
 Change = Callable[[EncoderModel, Importance], Importance]
@@ -101,27 +99,6 @@ def comparisons(shop: Workshop) -> dict[str, tuple[str, str, CompressionPlan]]:
     plan = uniform(shop, attention=lambda _: [W4], ffn=lambda _: [W4])
     found["4 bits: GPTQ over rounding to the nearest"] = ("fitted", "fisher", plan)
     return found
-
-
-def logits_of(shop: Workshop, plan: CompressionPlan, split: str) -> np.ndarray:
-    """Return what the plan's artefact makes of a split, ``rows x classes``."""
-    artifact = shop.build(plan, shop.artefacts / plan.plan_id)
-    session = shop.runtime.load(artifact, shop.run.target)
-    logits = scoring.logits_of(session, shop.splits[split], shop.batches(split))
-    session.close()
-    return logits
-
-
-def hits(shop: Workshop, logits: np.ndarray, split: str) -> np.ndarray:
-    """Return which rows of a split are predicted rightly, ``rows``, bool."""
-    return np.asarray(logits.argmax(axis=1) == np.array(shop.splits[split].labels))
-
-
-def interval(first: np.ndarray, second: np.ndarray) -> list[float]:
-    """Return the 95 % interval of the difference of two accuracies on the same rows, by a paired bootstrap."""
-    gained = first.astype(float) - second
-    drawn = np.random.default_rng(0).integers(0, len(gained), (DRAWS, len(gained)))
-    return [float(q) for q in np.quantile(gained[drawn].mean(axis=1), (0.025, 0.975))]
 
 
 def compare(

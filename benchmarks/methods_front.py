@@ -16,17 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 from figures import Figures
-from methods_ablation import DATA, DRAWS, hits
+from held_out import DATA, DRAWS, space_without_students, test_hits
 
-from autocompress import api, scoring
+from autocompress import api
 from autocompress.config import RunConfig
 from autocompress.evaluate import Workshop
 from autocompress.pareto import Front
 from autocompress.records import Candidate
-from autocompress.runtimes import Artifact
-from autocompress.space import SearchSpace
 
 SEARCHES = ("without training", "with students")
 FASTEST = {"without training": ((0.99, 4.0),), "with students": ((0.99, 6.0), (0.97, 10.0))}
@@ -37,27 +34,11 @@ MINUTES = 10.0
 """In which the points without training are to be found."""
 
 
-def space_without_students(folder: Path) -> Path:
-    """Write the joint space without its students and return the file."""
-    content = SearchSpace.load("encoder-joint").model_dump(mode="json", by_alias=True, exclude_none=True)
-    file = folder / "encoder-joint-without-students.yaml"
-    file.write_text(yaml.safe_dump(content | {"name": file.stem, "students": {}}), encoding="utf-8")
-    return file
-
-
 def chosen(front: Front, share: float, prefer: str) -> Candidate | None:
     """Return the fastest or smallest point that retains a share of the accuracy on the search rows, or None."""
     kept = [c for c in front.points if c.score.accuracy >= share * front.reference.accuracy]
     costs = {"latency": lambda c: c.score.latency_ratio, "size": lambda c: c.score.size_bytes}
     return min(kept, key=costs[prefer], default=None)
-
-
-def test_hits(shop: Workshop, folder: Path) -> np.ndarray:
-    """Return which test rows an artefact predicts rightly, ``rows``, bool."""
-    session = shop.runtime.load(Artifact.open(folder), shop.run.target)
-    found = hits(shop, scoring.logits_of(session, shop.splits["test"], shop.batches("test")), "test")
-    session.close()
-    return found
 
 
 def retained(candidate: np.ndarray, reference: np.ndarray) -> tuple[float, list[float]]:

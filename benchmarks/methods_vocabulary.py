@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from figures import Figures
-from methods_ablation import DATA, Change, compare
+from held_out import DATA
+from methods_ablation import Change, compare
 
 from autocompress.config import RunConfig
 from autocompress.evaluate import Workshop

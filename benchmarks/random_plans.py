@@ -40,7 +40,7 @@ from autocompress.runtimes import RUNTIMES, Artifact, get_runtime
 
 ROWS = 12
 """Rows of the search split that are run."""
-TOGETHER = 25
+TOGETHER = 50
 """Plans to a workshop: it holds the graphs of all models that its plans start from."""
 _ONE_STEP = 1e-3
 """Epochs of recovery that come to a single step."""
@@ -281,7 +281,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
             settings = [f"target.runtime={runtime}", f"model.id={trained}", f"storage.bank={scratch}/bank"]
             # Few rows: neither importance nor what a step of recovery learns matters here.
-            settings += ["storage.bank_gb=5", "space=encoder-full", "data.calibration_rows=32"]
+            settings += ["storage.bank_gb=5", "space=encoder-full", "data.calibration_rows=16"]
             settings += ["data.max_train_rows=300", "data.search_rows=100"]
             run = RunConfig.from_file("demo", overrides=settings)
             outcome = try_plans(run, options.plans, Path(scratch), seed=options.seed)

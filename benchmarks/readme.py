@@ -39,6 +39,7 @@ COLOURS = {
 HEADER = ("| what | measured | 95 % interval | target | |", "|---|---|---|---|---|")
 DEMO = "search-demo"
 METHODS = ("methods-ablation", "methods-vocabulary")
+JOINT = "methods-joint"
 SEARCH = (
     "search-cost",
     "search-hypervolume",
@@ -224,6 +225,31 @@ def methods_table(file: str) -> str:
     return "\n".join([f"{said}; {how}.", "", *lines])
 
 
+def joint_table() -> str:
+    """Return what the joint search has over searches of one axis, the best of each data set first."""
+    content = contents(JOINT)
+    figures = {figure["name"]: figure for figure in content["figures"]}
+    over = ": the joint search's hypervolume over it"
+    volumes = {name.removesuffix(over): figure for name, figure in figures.items() if name.endswith(over)}
+    lines = [
+        "| joint search over that of | hypervolume | points met at no more cost | accuracy gained there, test rows |",
+        "|---|---|---|---|",
+    ]
+    for name, volume in sorted(volumes.items(), key=lambda item: (item[0].split(", ")[0], item[1]["value"])):
+        cells = [f"{volume['value']:.2f} times", "", ""]
+        share = figures.get(f"{name}: points that the joint front has one for")
+        gained = figures.get(f"{name}: accuracy gained there, test rows, mean")
+        if share is not None:
+            cells[1] = f"{share['value']:.0%} {share['unit'].removeprefix('share ')}"
+        if gained is not None:
+            low, high = (100 * end for end in gained["interval"])
+            cells[2] = f"{100 * gained['value']:+.1f} points [{low:+.1f}, {high:+.1f}] in the mean"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    said = f"{measured_on(content)}, without any training, as many candidates for each search"
+    how = f"reproduce with `{content['command']}` ([as JSON](results/benchmarks/{JOINT}.json))"
+    return "\n".join([f"{said}; {how}.", "", *lines])
+
+
 def put(text: str, name: str, part: str) -> str:
     """Return ``text`` with ``part`` between the marks of that name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -238,7 +264,9 @@ def main() -> None:
     tools_picture(options.chromium)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    methods = "\n\n".join(methods_table(file) for file in METHODS)
+    tables = [methods_table(file) for file in METHODS]
+    tables += [joint_table()] if (FIGURES / f"{JOINT}.json").exists() else []
+    methods = "\n\n".join(tables)
     for name, part in (("figures", demo_table()), ("search", search_table()), ("methods", methods)):
         text = put(text, name, part)
     readme.write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ from autocompress.binding import BoundSpace, bind, quantize_decision, students_o
 from autocompress.config import validated
 from autocompress.errors import ConfigError, PlanError
 from autocompress.plan import (
+    DECISIONS,
     MODEL_SITE,
     CompressionPlan,
     DropBlocks,
@@ -23,6 +24,7 @@ from autocompress.plan import (
     PruneHeads,
     PruneNeurons,
     Quantize,
+    Recover,
     Student,
     TrimVocabulary,
 )
@@ -133,6 +135,25 @@ def test_single_axis_spaces_make_decisions_of_their_axis_only() -> None:
         for seed in range(50):
             found |= {type(decision) for _, decision in draw(space, random.Random(seed))[0]}
         assert found == kinds
+
+
+def test_the_full_space_makes_every_decision_but_recovery_which_is_no_choice() -> None:
+    space = bind(SearchSpace.load("encoder-full"), MINILM, tokens=64)
+    found = {type(decision) for seed in range(50) for _, decision in draw(space, random.Random(seed))[0]}
+    assert found == set(DECISIONS.values()) - {Recover}
+
+
+def test_the_full_space_has_the_choices_of_all_others() -> None:
+    full = SearchSpace.load("encoder-full")
+    for name in shipped_spaces():
+        space = SearchSpace.load(name)
+        assert set(space.students.values()) <= set(full.students.values())
+        assert set(space.max_tokens or ()) <= set(full.max_tokens or ())
+        assert (space.drop_blocks.at_most if space.drop_blocks else 0) <= full.drop_blocks.at_most  # type: ignore[union-attr]
+        for rule in space.rules:
+            [whole] = [other for other in full.rules if other.match == rule.match]
+            for axis_name, axis in rule.axes().items():
+                assert set(axis.choices) <= set(whole.axes()[axis_name].choices)
 
 
 def test_the_ladder_starts_with_eight_bits_and_keeps_the_uncompressed_widths() -> None:
