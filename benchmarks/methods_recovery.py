@@ -105,7 +105,7 @@ def compare(figures: Figures, data: str, scratch: Path, *, epochs: float, rows: 
                 apart = [scoring.divergence(each, full) for each in found]
                 figures.add(f"{name}: divergence from the full model", apart[0] / apart[1], "times the plain's")
                 figures.more[name] = {"accuracy": [float(first.mean()), float(second.mean())], "divergence": apart}
-            figures.write()
+                figures.write()
 
 
 def main() -> None:
