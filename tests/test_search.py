@@ -198,6 +198,12 @@ def test_recovery_adds_one_candidate(copy: Path, workplace: Path) -> None:
     twice = command("recover", copy, "--trial", number, "--epochs", "0.5", "--json", cwd=workplace)
     assert twice.json() == found
     assert artefact.stat().st_mtime_ns == built, "a score stays with the artefact that it was taken from"
+    settings = ("--epochs", "0.5", "--set", "recovery.seeds=2", "--set", "recovery.relations=1")
+    more = command("recover", copy, "--trial", number, *settings, "--json", cwd=workplace)
+    assert more.code == 0, more.err
+    averaged = json.loads(more.out)
+    assert averaged["trial"] == found["trial"] + 1
+    assert "recovered 0.5 epochs block by block, relations 1, mean of 2 seeds" in averaged["plan"]
     again = command("search", "run.yaml", "--out", copy, cwd=workplace)
     assert again.code == 0
     assert "evaluating" not in again.err
