@@ -17,10 +17,10 @@ from torch import nn
 from autocompress import task, training
 from autocompress.config import DataConfig
 from autocompress.model import understand
-from autocompress.plan import CompressionPlan, PruneHeads, PruneNeurons
+from autocompress.plan import CompressionPlan, PruneHeads, PruneNeurons, Quantize
 from autocompress.task import Split
 from autocompress.training import Example, TrainingBudget
-from autocompress.transforms import apply_plan
+from autocompress.transforms import apply_plan, quantize
 from autocompress.transforms.factorize import factorized
 from autocompress.transforms.moments import Moments
 from autocompress.transforms.prune import columns_of, importance
@@ -52,14 +52,14 @@ class TestAsymmetricQuantisation:
         """The same, section 3.1, averages the ranges of activations over what is read, against outliers."""
         # Two rows, of two tokens and of one: smallest -2 and -1, largest 3 and 1.2. Means: -1.5 and 2.1.
         read = np.array([[-2.0, 1.0], [0.5, 3.0], [-1.0, 1.2]], dtype=np.float32)
-        found = Activations({"layer": read}, {"layer": "layer"}, np.array([0, 2])).span(read)
+        found = Activations({"layer": read}, {"layer": "layer"}, np.array([0, 2]), tokens=3).span(read)
         # S = 3.6 / 255, Z = round(1.5 * 255 / 3.6) = round(106.25) = 106: from -106 S to 149 S.
         assert (found.low, found.high) == pytest.approx((-106 * 3.6 / 255, 149 * 3.6 / 255), abs=1e-6)
 
 
 class TestSymmetricQuantisation:
     """Wu et al. 2020, "Integer Quantization for Deep Learning Inference", section 3.1.2: s = max|w| / (2^(b-1) - 1),
-    q = round(w / s), one s a channel at 8 bits and one a group of inputs at 4."""
+    q = round(w / s), one s a channel at 8 bits and one a group of inputs at 4, where s may be negative."""
 
     def test_per_channel(self) -> None:
         weight = np.array([[1.27, -0.5, 0.004], [-2.54, 0.034, 0.054]], dtype=np.float32)
@@ -71,20 +71,35 @@ class TestSymmetricQuantisation:
         assert found.restored() == pytest.approx(np.array([[1.27, -0.5, 0.0], [-2.54, 0.04, 0.06]]), abs=1e-6)
 
     def test_per_group(self) -> None:
-        # s = 0.7 / 7 = 0.1 for the first four inputs and 28 / 7 = 4 for the others; all are whole steps.
+        # The largest magnitude becomes -7: s = 0.7 / -7 = -0.1 for the first four inputs and -28 / -7 = 4 for the others;
+        # all are whole steps, and steps are stored in half precision.
         weight = np.array([[0.7, 0.3, -0.2, 0.1, -28.0, 4.0, 0.0, 12.0]], dtype=np.float32)
-        found = per_group(weight, 4)
-        assert found.values.tolist() == [[[7, 3, -2, 1], [-7, 1, 0, 3]]]
-        assert found.restored() == pytest.approx(weight, abs=1e-6)
+        found = per_group(weight, Quantize(weight_bits=4, group_size=4))
+        assert found.values.tolist() == [[[-7, -3, 2, -1], [-7, 1, 0, 3]]]
+        assert found.restored() == pytest.approx(weight, rel=1e-3)
+
+    def test_whole_steps(self) -> None:
+        """Lin et al. 2024, "QServe", eq. 6 and 7: steps of groups are integers times one unit a channel."""
+        # The unit is 6 / (63 x 2): 63 of them reach 127 with the lowest value, -2. The first group's step is 6 / -2 = -3 =
+        # -63 units, and 3 is -1 step; the second one's 2 / -2 = -1 = -21 units.
+        weight = np.array([[6.0, 3.0, -3.0, 0.0, 2.0, 1.0, -1.0, 0.0]], dtype=np.float32)
+        found = per_group(weight, Quantize(weight_bits=2, activation_bits=8, group_size=4))
+        assert found.values.tolist() == [[[-2, -1, 1, 0], [-2, -1, 1, 0]]]
+        assert found.multiples is not None
+        assert found.scales is not None
+        assert found.multiples[0, :, 0].tolist() == [-63, -21]
+        assert found.scales[0, 0, 0] == pytest.approx(6 / 126)
+        assert found.restored() == pytest.approx(weight, abs=1e-5)
 
     def test_a_clipped_grid_is_taken_where_it_is_nearer(self) -> None:
         """Banner et al. 2019, "Post Training 4-bit Quantization of Convolutional Networks for Rapid-Deployment": what
         is lost by cutting the ends off can be less than what finer steps bring."""
-        # s = 1: 4.6 -> 5 three times, squared error 3 x 0.16 = 0.48. s = 0.92: 4.6 is 5 steps, 7 is cut to 7 steps,
-        # which are 6.44: 0.56^2 = 0.3136. s = 0.84: 7 is cut to 5.88, alone 1.2544.
-        found = per_group(np.array([[7.0, 4.6, 4.6, 4.6]], dtype=np.float32), 4)
-        assert found.values.tolist() == [[[7, 5, 5, 5]]]
-        assert found.restored() == pytest.approx(np.array([[6.44, 4.6, 4.6, 4.6]]), abs=1e-5)
+        # s = -1: 8 is -8 steps, 6.44 becomes 6 three times, squared error 3 x 0.1936 = 0.58. s = -8/7: 6.44 becomes 6 steps
+        # = 6.857, 3 x 0.174 = 0.52. s = -0.92: 6.44 is -7 steps, 8 is cut to -8 steps, 7.36: 0.64^2 = 0.41. s = -0.84: 8 is
+        # cut to 6.72, alone 1.64.
+        found = per_group(np.array([[8.0, 6.44, 6.44, 6.44]], dtype=np.float32), Quantize(weight_bits=4, group_size=4))
+        assert found.values.tolist() == [[[-8, -7, -7, -7]]]
+        assert found.restored() == pytest.approx(np.array([[7.36, 6.44, 6.44, 6.44]]), rel=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,16 +181,20 @@ class TestTruncatedSVD:
         assert torch.allclose(pair[1].bias.detach(), torch.tensor([-0.5, 0.5]), atol=1e-5)
 
 
-def test_gptq_on_two_weights() -> None:
+def test_gptq_on_two_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frantar et al. 2023, "GPTQ", eq. 2: what rounding w_0 changes in the output is best made up for by moving
     w_1 by (w_0 - q_0) H_01 / H_11, which is what -(w_0 - q_0) / [H^-1]_00 x [H^-1]_01 comes to for two weights."""
-    # s = 3.5 / 7 = 1/2. w_0 = 1.3 is 2.6 steps, q_0 = 3 steps = 1.5, and w_1 moves by -0.2 x 1.5 to 3.2, which is 6.4
-    # steps: q_1 = 6. On its own 3.5 would be 7. The second row is on the grid: nothing is to be made up for.
+    # Without a search of steps s = 3.5 / -7 = -1/2. w_0 = 1.3 is -2.6 steps, q_0 = -3 steps = 1.5, and w_1 moves by
+    # -0.2 x 1.5 to 3.2, which is -6.4 steps: q_1 = -6. On its own 3.5 would be -7. The second row is on the grid: nothing
+    # is to be made up for.
+    monkeypatch.setattr(quantize, "_CLIPS", ())
+    monkeypatch.setattr(quantize, "_PASSES", 0)
     weight = np.array([[1.3, 3.5], [1.5, 3.5]], dtype=np.float32)
     gram = np.array([[4.0, 1.5], [1.5, 1.0]])
-    found, plain = compensated(weight, 2, gram), per_group(weight, 2)
-    assert plain.values.tolist() == [[[3, 7]], [[3, 7]]]
-    assert found.values.tolist() == [[[3, 6]], [[3, 7]]]
+    decision = Quantize(weight_bits=4, group_size=2)
+    found, plain = compensated(weight, decision, gram), per_group(weight, decision)
+    assert plain.values.tolist() == [[[-3, -7]], [[-3, -7]]]
+    assert found.values.tolist() == [[[-3, -6]], [[-3, -7]]]
     # With errors e = (-0.2, 0) and (-0.2, 0.5), e H e^T is 4 x 0.04 = 0.16 and 0.16 - 2 x 1.5 x 0.1 + 0.25 = 0.11.
     lost = [float((w := weight - packed.restored())[0] @ gram @ w[0]) for packed in (plain, found)]
     assert lost == pytest.approx([0.16, 0.11], abs=1e-6)
