@@ -71,17 +71,17 @@ class TestSymmetricQuantisation:
         assert found.restored() == pytest.approx(np.array([[1.27, -0.5, 0.0], [-2.54, 0.04, 0.06]]), abs=1e-6)
 
     def test_per_group(self) -> None:
-        # The largest magnitude becomes -7: s = 0.7 / -7 = -0.1 for the first four inputs and -28 / -7 = 4 for the others;
-        # all are whole steps, and steps are stored in half precision.
+        # The largest magnitude becomes -7: s = 0.7 / -7 = -0.1 for the first four inputs and -28 / -7 = 4 for the
+        # others; all are whole steps, and steps are stored in half precision.
         weight = np.array([[0.7, 0.3, -0.2, 0.1, -28.0, 4.0, 0.0, 12.0]], dtype=np.float32)
         found = per_group(weight, Quantize(weight_bits=4, group_size=4))
         assert found.values.tolist() == [[[-7, -3, 2, -1], [-7, 1, 0, 3]]]
         assert found.restored() == pytest.approx(weight, rel=1e-3)
 
     def test_whole_steps(self) -> None:
-        """Lin et al. 2024, "QServe", eq. 6 and 7: steps of groups are integers times one unit a channel."""
-        # The unit is 6 / (63 x 2): 63 of them reach 127 with the lowest value, -2. The first group's step is 6 / -2 = -3 =
-        # -63 units, and 3 is -1 step; the second one's 2 / -2 = -1 = -21 units.
+        """Lin et al. 2024, "QServe", section 4.1: steps of groups are integers times one unit a channel."""
+        # The unit is 6 / (63 x 2): 63 of them reach 127 with the lowest value, -2. The first group's step is
+        # 6 / -2 = -3 = -63 units, and 3 is -1 step; the second one's 2 / -2 = -1 = -21 units.
         weight = np.array([[6.0, 3.0, -3.0, 0.0, 2.0, 1.0, -1.0, 0.0]], dtype=np.float32)
         found = per_group(weight, Quantize(weight_bits=2, activation_bits=8, group_size=4))
         assert found.values.tolist() == [[[-2, -1, 1, 0], [-2, -1, 1, 0]]]
@@ -94,9 +94,9 @@ class TestSymmetricQuantisation:
     def test_a_clipped_grid_is_taken_where_it_is_nearer(self) -> None:
         """Banner et al. 2019, "Post Training 4-bit Quantization of Convolutional Networks for Rapid-Deployment": what
         is lost by cutting the ends off can be less than what finer steps bring."""
-        # s = -1: 8 is -8 steps, 6.44 becomes 6 three times, squared error 3 x 0.1936 = 0.58. s = -8/7: 6.44 becomes 6 steps
-        # = 6.857, 3 x 0.174 = 0.52. s = -0.92: 6.44 is -7 steps, 8 is cut to -8 steps, 7.36: 0.64^2 = 0.41. s = -0.84: 8 is
-        # cut to 6.72, alone 1.64.
+        # s = -1: 8 is -8 steps, 6.44 becomes 6 three times, squared error 3 x 0.1936 = 0.58. s = -8/7: 6.44 becomes 6
+        # steps = 6.857, 3 x 0.174 = 0.52. s = -0.92: 6.44 is -7 steps, 8 is cut to -8 steps, 7.36: 0.64^2 = 0.41.
+        # s = -0.84: 8 is cut to 6.72, alone 1.64.
         found = per_group(np.array([[8.0, 6.44, 6.44, 6.44]], dtype=np.float32), Quantize(weight_bits=4, group_size=4))
         assert found.values.tolist() == [[[-8, -7, -7, -7]]]
         assert found.restored() == pytest.approx(np.array([[7.36, 6.44, 6.44, 6.44]]), rel=1e-3)
@@ -185,8 +185,8 @@ def test_gptq_on_two_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frantar et al. 2023, "GPTQ", eq. 2: what rounding w_0 changes in the output is best made up for by moving
     w_1 by (w_0 - q_0) H_01 / H_11, which is what -(w_0 - q_0) / [H^-1]_00 x [H^-1]_01 comes to for two weights."""
     # Without a search of steps s = 3.5 / -7 = -1/2. w_0 = 1.3 is -2.6 steps, q_0 = -3 steps = 1.5, and w_1 moves by
-    # -0.2 x 1.5 to 3.2, which is -6.4 steps: q_1 = -6. On its own 3.5 would be -7. The second row is on the grid: nothing
-    # is to be made up for.
+    # -0.2 x 1.5 to 3.2, which is -6.4 steps: q_1 = -6. On its own 3.5 would be -7. The second row is on the grid:
+    # nothing is to be made up for.
     monkeypatch.setattr(quantize, "_CLIPS", ())
     monkeypatch.setattr(quantize, "_PASSES", 0)
     weight = np.array([[1.3, 3.5], [1.5, 3.5]], dtype=np.float32)
