@@ -26,6 +26,7 @@ from autocompress.plan import CompressionPlan, Decision, LowRank, PruneHeads, Pr
 from autocompress.transforms.prune import Importance
 
 W8A8, W4 = Quantize(weight_bits=8, activation_bits=8), Quantize(weight_bits=4, group_size=64)
+W4A8, W3A8, W2A8 = (Quantize(weight_bits=bits, activation_bits=8, group_size=64) for bits in (4, 3, 2))
 
 Change = Callable[[EncoderModel, Importance], Importance]
 
@@ -96,8 +97,9 @@ def comparisons(shop: Workshop) -> dict[str, tuple[str, str, CompressionPlan]]:
             ffn=lambda _, r=wide: [LowRank(rank=r), W8A8],
         )
         found[f"rank {share:.2f}: activation-aware over plain SVD"] = ("fitted", "fisher", plan)
-    plan = uniform(shop, attention=lambda _: [W4], ffn=lambda _: [W4])
-    found["4 bits: GPTQ over rounding to the nearest"] = ("fitted", "fisher", plan)
+    for bits, decision in {"4 bits": W4, "w4a8": W4A8, "w3a8": W3A8, "w2a8": W2A8}.items():
+        plan = uniform(shop, attention=lambda _, d=decision: [d], ffn=lambda _, d=decision: [d])
+        found[f"{bits}: GPTQ over rounding to the nearest"] = ("fitted", "fisher", plan)
     return found
 
 
