@@ -24,7 +24,9 @@ _TRAINING = 3.0
 def budget_of(asked: RecoveryConfig, decided: Student | Recover, *, precision: str) -> training.TrainingBudget:
     """Return the budget of one training; that of a student has no options of picked points."""
     shared = asked.model_dump(exclude={*OF_PICKED_POINTS, "epochs", "precision"})
-    own = {name: value for name, value in vars(decided).items() if name in OF_PICKED_POINTS - {"seeds"}}
+    # A student's `hidden` is a width.
+    of_point = vars(decided) if isinstance(decided, Recover) else {}
+    own = {name: value for name, value in of_point.items() if name in OF_PICKED_POINTS - {"seeds"}}
     return training.TrainingBudget(epochs=decided.epochs, precision=precision, **shared, **own)
 
 

@@ -395,5 +395,5 @@ class TestStitched:
 
 def test_a_students_key_is_that_of_before_other_architectures(shop: Workshop) -> None:
     student = Student(blocks=(0, 2), heads=2, neurons=32, epochs=0.1)
-    made_from = shop._distilled_from(student.to_dict(), shop._budget(student.epochs))
+    made_from = shop._distilled_from(student.to_dict(), shop._budget(student), shop.run.seed)
     assert made_from["what"] == {"type": "Student", "blocks": (0, 2), "heads": 2, "neurons": 32, "epochs": 0.1}

@@ -148,5 +148,5 @@ def test_students_of_every_architecture_are_foreseen(
     run = tiny_run([f"model.id={bert_headed_folder}", "space=encoder-architectures"])
     found = forecast(run)
     assert found.students_seconds > 0
-    # The full model and five students at 3 widths of attention, FFN and embeddings, 3 vocabularies and 2 of the head.
-    assert found.plans == 6 * 3 * 3 * 3 * 3 * 2
+    # The full model and five students at 5 widths of attention and FFN, 4 of tables, 3 vocabularies and 2 of the head.
+    assert found.plans == 6 * 5 * 5 * 4 * 3 * 2

@@ -88,6 +88,8 @@ def test_options_of_picked_points_reach_no_student() -> None:
     found = recovery.budget_of(asked, Student(blocks=(0,), heads=1, neurons=1, epochs=0.5), precision="float32")
     shared = {"learning_rate": 3e-4, "batch_size": 32, "precision": "float32", "temperature": 2.0, "alpha": 0.7}
     assert found == TrainingBudget(epochs=0.5, **shared)
+    narrower = Student(blocks=(0,), heads=1, neurons=1, epochs=0.5, hidden=16)
+    assert recovery.budget_of(asked, narrower, precision="float32") == found, "its hidden is a width"
     wanted = Recover(epochs=2, hidden=30, relations=2, l1=0.1, l2=0.2, patience=1, seeds=3)
     own = {"hidden": 30.0, "relations": 2.0, "l1": 0.1, "l2": 0.2, "patience": 1.0}
     assert recovery.budget_of(asked, wanted, precision="float32") == TrainingBudget(epochs=2, **shared, **own)
