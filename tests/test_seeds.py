@@ -93,7 +93,7 @@ class FakePredictor:
 
     def latency(self, plan: CompressionPlan) -> float:
         products = [p for p in products_of(plan, SHAPE, SIZES) if p.kind in ("attention", "ffn")]
-        speed = {32: 1.0, 16: 1.0, 4: 0.9}
+        speed = {32: 1.0, 16: 1.0, 4: 0.9, 3: 0.9, 2: 0.9}
         work = (p.outer * p.inner * (0.4 if p.integers else speed[p.bits]) for p in products)
         return sum(work) / (4 * 3 * 64 * 256)
 
