@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -22,15 +23,16 @@ from autocompress.bank import Bank, default_bank
 from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
 from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.model import EncoderModel
-from autocompress.pieces import Piece, code_version, make_piece, read_piece, save_piece
-from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, Recover, Student
+from autocompress.pieces import Piece, code_version, make_piece, read_piece, save_piece, unpacked
+from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, Quantize, Recover, Student
+from autocompress.rounding import read_packed, rounded, save_packed
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.task import Batch, Split
 from autocompress.transforms import apply_plan
 from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
 from autocompress.transforms.prune import Importance, importance
-from autocompress.transforms.quantize import Activations, observe
+from autocompress.transforms.quantize import Activations, Packed, observe
 from autocompress.transforms.student import begun, channel_scores
 from autocompress.transforms.vocabulary import TokenUse
 
@@ -72,6 +74,7 @@ class Bases:
         self._bases: dict[str, tuple[EncoderModel, Importance]] = {}
         self._observed: dict[str, Activations] = {}
         self._sensitivities: dict[str, Sensitivity] = {}
+        self._rounded: dict[str, dict[str, Packed]] = {}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -237,16 +240,21 @@ class Bases:
         made_from: dict[str, Any],
         *,
         example: training.Example | None = None,
+        rounded_by: CompressionPlan | None = None,
         seed: int | None = None,
     ) -> EncoderModel:
-        """Give ``target`` the weights that distillation leads to, from the run's seed or another."""
+        """Give ``target`` the weights that distillation leads to, from the run's seed or another.
+
+        They are rounded meanwhile as the decisions of ``rounded_by`` say, if it is given.
+        """
         seed = self.run.seed if seed is None else seed
 
-        def train() -> None:
+        def train() -> Mapping[str, Packed]:
             teacher = self._teacher_logits if budget.alpha else None
             rows = self.splits["train"]
             self.progress(f"distilling {what} on {len(rows)} rows for {budget.epochs:g} epochs")
-            with torch_threads(machine.cores()):
+            plan = rounded_by or CompressionPlan()
+            with torch_threads(machine.cores()), rounded(target, plan, self._tables(plan)) as weights:
                 training.distill(
                     target.module,
                     teacher,
@@ -257,26 +265,62 @@ class Bases:
                     frozen=target.layout.embeddings,
                     penalised=(target.layout.blocks,),
                     example=example,
+                    refit=weights.refit if rounded_by is not None else None,
                     seed=seed,
                     progress=lambda s: self.progress(f"distilling: {s}"),
                 )
+            return weights.stored
 
         return self._trained(target, self._distilled_from(made_from, budget, seed), train)
 
-    def _trained(self, target: EncoderModel, key: dict[str, Any], train: Callable[[], None]) -> EncoderModel:
-        """Give ``target`` the weights that ``train`` gives it; they are kept in the bank."""
+    def _tables(self, plan: CompressionPlan) -> dict[str, np.ndarray]:
+        """Return the embedding tables that ``plan`` leads to, by path, as they are looked up."""
+        decisions = [decision for site, decision in plan if site == "embeddings"]
+        if not decisions:
+            return {}
+        base, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
+        found = unpacked(base, "embeddings", self.piece(base, "embeddings", decisions, scores))
+        return {path: table.weight for path, table in found.items()}
+
+    def scores_of_recovered(self, built: EncoderModel, plan: CompressionPlan) -> Importance:
+        """Return the scores by which what is left to do is done to ``built``, which the recovery of ``plan`` led to.
+
+        No training changes which tokens are read. Weights of few bits are fitted to what their layers read now, unless
+        they were rounded while they were trained.
+        """
+        known = self.base(plan.of_type(Student).get(MODEL_SITE))[1]
+        fitted = not plan.of_type(Recover)[MODEL_SITE].quantized
+        narrow = any(decision.weight_bits < 8 for decision in plan.of_type(Quantize).values())
+        return Importance(
+            tuple(torch.zeros(block.heads) for block in built.shape.blocks),
+            tuple(torch.zeros(block.neurons) for block in built.shape.blocks),
+            (),
+            (lambda block, role: self._moments(built, block, role)) if fitted and narrow else None,
+            known.tokens,
+            known.name,
+        )
+
+    def _trained(
+        self, target: EncoderModel, key: dict[str, Any], train: Callable[[], Mapping[str, Packed]]
+    ) -> EncoderModel:
+        """Give ``target`` the weights that ``train`` gives it; they are kept in the bank.
+
+        Some may be trained in the numbers that are to be stored; ``train`` returns these.
+        """
 
         def make(folder: Path) -> None:
-            train()
+            found = train()
             save_file(
                 {name: tensor.contiguous() for name, tensor in target.module.state_dict().items()},
                 folder / "weights.safetensors",
             )
+            save_packed(found, folder)
 
         folder = self.bank.get("distilled", key, make)
         target.module.load_state_dict(load_file(folder / "weights.safetensors"), strict=True)
         target.module.eval()
         target.base = folder.name
+        self._rounded[target.base] = read_packed(folder)
         return target
 
     def _budget(self, decided: Student | Recover) -> training.TrainingBudget:
@@ -371,7 +415,7 @@ class Bases:
         built = base.clone()
         apply_plan(built, plan, scores)
         wanted = plan.of_type(Recover).get(MODEL_SITE)
-        return built if wanted is None else self._recovered(built, plan.structural(), wanted)
+        return built if wanted is None else self._recovered(built, plan, wanted)
 
     def recovering(self, plan: CompressionPlan) -> CompressionPlan:
         """Return ``plan`` with the recovery that the run file asks for."""
@@ -386,21 +430,27 @@ class Bases:
         return plan.recovered(dataclasses.replace(wanted, epochs=affordable))
 
     def _recovered(self, built: EncoderModel, plan: CompressionPlan, wanted: Recover) -> EncoderModel:
-        """Give ``built``, which is what the other decisions of ``plan`` lead to, the weights of its recovery."""
+        """Give ``built``, which is what the structural decisions of ``plan`` lead to, the weights of its recovery."""
         base, budget, example = built.base, self._budget(wanted), recovery.example_of(plan, self.teacher, built)
+        rounded_by = plan if wanted.quantized else None
 
         def made_from(seeds: int) -> dict[str, Any]:
-            counted = plan.with_decision(MODEL_SITE, dataclasses.replace(wanted, seeds=seeds))
-            return {"plan": json.loads(counted.to_json()), "base": base}
+            trained = plan if wanted.quantized else plan.structural()
+            counted = trained.with_decision(MODEL_SITE, dataclasses.replace(wanted, seeds=seeds))
+            grid = {"grid": code_version(("transforms/quantize.py",))} if wanted.quantized else {}
+            return {"plan": json.loads(counted.to_json()), "base": base, **grid}
 
         def one(target: EncoderModel, what: str, seed: int) -> EncoderModel:
             # By the key that it has where it is not averaged: none of them is trained twice.
-            return self._distilled(target, what, budget, made_from(1), example=example, seed=seed)
+            return self._distilled(
+                target, what, budget, made_from(1), example=example, rounded_by=rounded_by, seed=seed
+            )
 
-        def average() -> None:
+        def average() -> Mapping[str, Packed]:
             what, seeds = "a picked structure", [(self.run.seed + n) % 2**32 for n in range(wanted.seeds)]
             members = [one(built.clone(), f"{what} (seed {seed})", seed).module.state_dict() for seed in seeds]
             built.module.load_state_dict(self._averaged(members, built.module, budget))
+            return {}
 
         if wanted.seeds == 1:
             return one(built, "a picked structure", self.run.seed)
@@ -427,7 +477,8 @@ class Bases:
 
         def make(folder: Path) -> None:
             _take(scores)  # of the base as it is: making a piece changes its site for a while
-            save_piece(make_piece(base, site, decisions, scores, self.activations(base)), folder)
+            trained = self._rounded.get(base.base, {})
+            save_piece(make_piece(base, site, decisions, scores, self.activations(base), trained), folder)
 
         about = {"base": base.base, "scores": scores.name, "site": site}
         key = self._key(**about, decisions=[d.to_dict() for d in decisions], code=code_version())

@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
@@ -162,6 +163,11 @@ class RecoveryConfig(Section):
         description="trainings of a picked point, one after the other, whose weights are averaged; with patience, "
         "without those that raise the loss of the mean on held rows",
     )
+    quantized: bool = Field(
+        False,
+        description="train a picked point with its weights rounded as they are stored, where these have 8 bits or "
+        "fewer: quantisation-aware training. Goes with 1 in seeds",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="training arithmetic; auto takes bfloat16 where the CPU has instructions for it"
     )
@@ -175,13 +181,20 @@ class RecoveryConfig(Section):
             raise ValueError(f"must be auto, or > 0 and <= 100, got {_short(value)}") from None
         return found
 
+    @field_validator("quantized")
+    @classmethod
+    def _of_one_seed(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("seeds", 1) > 1:
+            raise ValueError(f"goes with 1 in recovery.seeds, whose mean is on no grid, got {info.data['seeds']}")
+        return value
+
 
 class StorageConfig(Section):
     bank: str | None = Field(None, description="folder of reusable pieces; default: the user's cache folder")
     bank_gb: float = Field(20.0, gt=0, le=1e6, description="size (1e9 bytes) above which unused pieces are deleted")
 
 
-OF_PICKED_POINTS = frozenset({"hidden", "relations", "l1", "l2", "patience", "seeds"})
+OF_PICKED_POINTS = frozenset({"hidden", "relations", "l1", "l2", "patience", "seeds", "quantized"})
 """Options of recovery that no student of a search depends on; they are part of the plan of a point, not of a study."""
 
 

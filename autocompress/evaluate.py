@@ -34,7 +34,7 @@ from autocompress.runtimes import Artifact, Runtime, Session, Template, get_runt
 from autocompress.stopwatch import Stopwatch
 from autocompress.task import Batch
 from autocompress.transforms import check_plan
-from autocompress.transforms.prune import Importance, keep_blocks
+from autocompress.transforms.prune import keep_blocks
 from autocompress.transforms.vocabulary import check_needed
 from autocompress.trial import CannotReachFront, Rivals, Trial
 
@@ -98,8 +98,7 @@ class Workshop(Bases):
         if plan.of_type(Recover):
             # Distillation moved every weight: what is left to do is what the runtime does.
             base = self.structured(plan)
-            known = self.base(student)[1]
-            scores = Importance((), (), (), tokens=known.tokens, name=known.name)
+            scores = self.scores_of_recovered(base, plan)
             by_site = {s: [d for d in ds if not d.structural] for s, ds in by_site.items()}
             dropped: tuple[int, ...] = ()
         else:

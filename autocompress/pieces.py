@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -81,6 +82,7 @@ def make_piece(
     decisions: Sequence[Decision],
     scores: Importance,
     activations: Activations,
+    trained: Mapping[str, Packed] = MappingProxyType({}),
 ) -> Piece:
     """Carry out ``decisions`` at ``site`` of ``model``, which is given back as it was.
 
@@ -90,6 +92,7 @@ def make_piece(
         decisions: of that site, in order of application.
         scores: importance of the model's parts.
         activations: of ``model`` on calibration rows.
+        trained: weights that were trained in the numbers to be stored, by the path of the layer.
     """
     quantize = next((d for d in decisions if isinstance(d, Quantize)), None)
     if site == "embeddings":
@@ -106,7 +109,8 @@ def make_piece(
     with _carried_out(model, site, decisions, scores):
         read = _read_at(model, site, quantize, scores)
         return tuple(
-            _layer(model, path, names, quantize, columns, activations, read.get(path)) for path, names in own.items()
+            _layer(model, path, names, quantize, columns, activations, read.get(path), trained)
+            for path, names in own.items()
         )
 
 
@@ -131,6 +135,7 @@ def _layer(
     columns: Sequence[int] | None,
     activations: Activations,
     moments: Moments | None,
+    trained: Mapping[str, Packed],
 ) -> Layer:
     """Return the layer at ``path``, whose products were called ``names`` when ``activations`` were observed."""
     integers = quantize is not None and quantize.activation_bits == 8
@@ -145,15 +150,19 @@ def _layer(
                 assert columns is not None, "only pruning narrows an input"
                 read = read[:, columns]
         weight = _array(module.weight)
-        stored, bias = _stored(module, quantize, moments)
+        stored, bias = _stored(module, quantize, moments, trained.get(name))
         factors.append(Factor(stored, bias, activations.span(read) if integers else None))
         moments = None if moments is None else moments.through(module.weight.detach())
     return tuple(factors)
 
 
-def _stored(layer: nn.Linear, quantize: Quantize | None, moments: Moments | None) -> tuple[Packed, np.ndarray | None]:
+def _stored(
+    layer: nn.Linear, quantize: Quantize | None, moments: Moments | None, trained: Packed | None
+) -> tuple[Packed, np.ndarray | None]:
     """Return weight and bias of a layer as they are stored, given the moments of its input where they are known."""
     weight, bias = _array(layer.weight), None if layer.bias is None else _array(layer.bias)
+    if trained is not None:
+        return trained, bias
     if quantize is None or moments is None:
         return packed(weight, quantize), bias
     found = packed(weight, quantize, gram=moments.gram(centred=bias is not None).numpy())
@@ -225,11 +234,7 @@ def save_piece(piece: Piece, folder: Path) -> None:
     tensors: dict[str, np.ndarray] = {}
     for i, layer in enumerate(piece):
         for j, factor in enumerate(layer):
-            tensors[f"{i}.{j}.values.{factor.weight.bits}"] = factor.weight.values
-            if factor.weight.scales is not None:
-                tensors[f"{i}.{j}.scales"] = factor.weight.scales
-            if factor.weight.multiples is not None:
-                tensors[f"{i}.{j}.multiples"] = factor.weight.multiples
+            tensors |= {f"{i}.{j}.{name}": part for name, part in factor.weight.tensors().items()}
             if factor.bias is not None:
                 tensors[f"{i}.{j}.bias"] = factor.bias
             if factor.span is not None:
@@ -241,19 +246,16 @@ def save_piece(piece: Piece, folder: Path) -> None:
 
 def read_piece(folder: Path) -> Piece:
     """Read what `save_piece` wrote."""
-    tensors = load_file(folder / _FILE)
-    layers: dict[int, dict[int, Factor]] = {}
-    for name, values in tensors.items():
-        i, j, what, *bits = name.split(".")
-        if what == "values":
-            span = tensors.get(f"{i}.{j}.span")
-            layers.setdefault(int(i), {})[int(j)] = Factor(
-                Packed(int(bits[0]), values, tensors.get(f"{i}.{j}.scales"), tensors.get(f"{i}.{j}.multiples")),
-                tensors.get(f"{i}.{j}.bias"),
-                None if span is None else ActivationRange(float(span[0]), float(span[1])),
-                tensors.get(f"{i}.{j}.index"),
-            )
-    return tuple(tuple(layers[i][j] for j in sorted(layers[i])) for i in sorted(layers))
+    factors: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    for name, tensor in load_file(folder / _FILE).items():
+        layer, factor, part = name.split(".", maxsplit=2)
+        factors.setdefault((int(layer), int(factor)), {})[part] = tensor
+    layers: dict[int, list[Factor]] = {}
+    for (number, _), parts in sorted(factors.items()):
+        span = ActivationRange(*(float(end) for end in parts["span"])) if "span" in parts else None
+        read = Factor(Packed.of(parts), parts.get("bias"), span, parts.get("index"))
+        layers.setdefault(number, []).append(read)
+    return tuple(tuple(layer) for layer in layers.values())
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -249,6 +249,7 @@ class Recover(Decision):
         l2: weight of the sum of their squares.
         patience: passes without improvement on held training rows after which it ends; 0 to use all rows and end last.
         seeds: trainings that are averaged.
+        quantized: whether weights are rounded while they are trained, as the plan's other decisions store them.
     """
 
     scope: ClassVar[Literal["site", "model"]] = "model"
@@ -259,6 +260,7 @@ class Recover(Decision):
     l2: float = 0.0
     patience: float = 0.0
     seeds: int = 1
+    quantized: bool = False
 
     def __post_init__(self) -> None:
         _require_epochs(self, self.epochs)
@@ -266,6 +268,10 @@ class Recover(Decision):
             _require_weight(self, name, "1e6")
         _require_weight(self, "patience", "100")
         _require_int(self, "seeds", 1, 32)
+        if not isinstance(self.quantized, bool):
+            raise PlanError(f"Recover.quantized: must be true or false, got {self.quantized!r}")
+        if self.quantized and self.seeds > 1:
+            raise PlanError(f"Recover.quantized: goes with 1 seed, a mean is on no grid; got {self.seeds} seeds")
 
     def to_dict(self) -> dict[str, Any]:
         # What is not used is not written, as before there was such an option: the ids of such plans stay what they are.
@@ -276,7 +282,8 @@ class Recover(Decision):
         said = f"recovered {self.epochs:g} epochs" + (" block by block" if self.hidden else "")
         named = ("relations", "l1", "l2", "patience")
         more = [f"{name} {getattr(self, name):g}" for name in named if getattr(self, name)]
-        return ", ".join([said, *more, *([f"mean of {self.seeds} seeds"] if self.seeds > 1 else [])])
+        more += [f"mean of {self.seeds} seeds"] if self.seeds > 1 else []
+        return ", ".join([said, *more, *(["with rounded weights"] if self.quantized else [])])
 
 
 def _require_weight(owner: object, field: str, high: str) -> None:
@@ -348,6 +355,11 @@ class CompressionPlan:
         """Whether any site multiplies 8-bit weights by 8-bit activations."""
         return any(decision.activation_bits == 8 for decision in self.of_type(Quantize).values())
 
+    @property
+    def narrow(self) -> dict[str, Quantize]:
+        """The decisions of 8 or fewer bits a weight, by site."""
+        return {site: decision for site, decision in self.of_type(Quantize).items() if decision.weight_bits <= 8}
+
     def structural(self) -> CompressionPlan:
         """Return the part that changes the torch module, without what the runtime does."""
         return CompressionPlan(tuple((s, d) for s, d in self.decisions if d.structural))
@@ -358,12 +370,15 @@ class CompressionPlan:
         return CompressionPlan((*kept, (site, decision)))
 
     def recovered(self, wanted: Recover) -> CompressionPlan:
-        """Return this plan with a recovery at its end, block by block where these are as wide as the teacher's.
+        """Return this plan with a recovery at its end, less what there is no use for.
 
-        A narrower student goes without: between its blocks there is nothing to compare with the teacher's.
+        Between the blocks of a narrower student there is nothing to compare with the teacher's, and weights of 16 bits
+        are not worth rounding while they are trained.
         """
         if any(student.hidden for student in self.of_type(Student).values()):
             wanted = dataclasses.replace(wanted, hidden=0.0)
+        if not self.narrow:
+            wanted = dataclasses.replace(wanted, quantized=False)
         return self.with_decision(MODEL_SITE, wanted)
 
     @functools.cached_property

@@ -26,7 +26,7 @@ def budget_of(asked: RecoveryConfig, decided: Student | Recover, *, precision: s
     shared = asked.model_dump(exclude={*OF_PICKED_POINTS, "epochs", "precision"})
     # A student's `hidden` is a width.
     of_point = vars(decided) if isinstance(decided, Recover) else {}
-    own = {name: value for name, value in of_point.items() if name in OF_PICKED_POINTS - {"seeds"}}
+    own = {name: value for name, value in of_point.items() if name in OF_PICKED_POINTS - {"seeds", "quantized"}}
     return training.TrainingBudget(epochs=decided.epochs, precision=precision, **shared, **own)
 
 

@@ -28,6 +28,8 @@ HELD_SHARE = 0.1
 """Share of the training rows that is held out where training may end early."""
 CHECK_EPOCHS = 0.25
 """Passes between two looks at the held rows."""
+_REFITS = 20
+"""Times that what is fitted to weights while these are trained is fitted anew: choosing grids costs some steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ def distill(
     frozen: Sequence[str] = (),
     penalised: Sequence[str] = (),
     example: Example | None = None,
+    refit: Callable[[], None] | None = None,
     seed: int,
     progress: Progress,
 ) -> None:
@@ -118,6 +121,7 @@ def distill(
         frozen: paths of modules that keep their weights.
         penalised: paths of modules whose matrices ``budget.l1`` and ``budget.l2`` hold down.
         example: the teacher itself, for ``budget.hidden`` and ``budget.relations``; it is run beside the smaller model.
+        refit: called now and then, but not after the last step; it may set buffers of ``module`` by its weights.
         seed: of the order of rows.
         progress: told the loss now and then.
     """
@@ -145,9 +149,9 @@ def distill(
             def judge() -> float:
                 return held_loss(module, teacher, rows, held, budget)
 
-            _train(module, learnt, budget, loss, dropout=False, judge=judge, seed=seed, progress=progress)
+            _train(module, learnt, budget, loss, dropout=False, judge=judge, refit=refit, seed=seed, progress=progress)
         else:
-            _train(module, rows, budget, loss, dropout=False, seed=seed, progress=progress)
+            _train(module, rows, budget, loss, dropout=False, refit=refit, seed=seed, progress=progress)
     finally:
         for parameter in kept:
             parameter.requires_grad_(True)
@@ -246,6 +250,7 @@ def _train(
     *,
     dropout: bool = True,
     judge: Callable[[], float] | None = None,
+    refit: Callable[[], None] | None = None,
     seed: int,
     progress: Progress,
 ) -> None:
@@ -256,7 +261,8 @@ def _train(
     per_epoch = math.ceil(len(rows) / budget.batch_size)
     steps = max(1, round(per_epoch * budget.epochs))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(step, steps))
-    best = None if judge is None else _Best(parameters, judge, patience=budget.patience * per_epoch)
+    state = [*parameters, *module.buffers()]
+    best = None if judge is None else _Best(state, judge, patience=budget.patience * per_epoch)
     every = max(1, round(per_epoch * CHECK_EPOCHS))
     # In evaluation mode dropout is off; gradients flow all the same.
     module.train(dropout)
@@ -271,6 +277,8 @@ def _train(
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         running += (loss.item() - running) / min(step, 50)
+        if refit is not None and step % max(1, steps // _REFITS) == 0 and step < steps:
+            refit()
         if step % max(1, steps // 10) == 0 or step == steps:
             progress(f"step {step}/{steps}, loss {running:.3f}")
         if best is not None and (step % every == 0 or step == steps) and not best.goes_on(step):
@@ -295,14 +303,14 @@ class _Best:
     """The state that does best on held rows, while training goes on.
 
     Args:
-        parameters: what is trained.
+        state: what is trained or fitted to it.
         judge: returns the loss on held rows.
         patience: steps without improvement after which training ends.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], judge: Callable[[], float], *, patience: float) -> None:
-        self._parameters, self._judge, self._patience = parameters, judge, patience
-        self._state: list[torch.Tensor] = []
+    def __init__(self, state: Sequence[torch.Tensor], judge: Callable[[], float], *, patience: float) -> None:
+        self._state, self._judge, self._patience = state, judge, patience
+        self._kept: list[torch.Tensor] = []
         self.loss, self.step = math.inf, 0
 
     def goes_on(self, step: int) -> bool:
@@ -316,14 +324,14 @@ class _Best:
             raise ModelError(f"training: the loss on held rows is {loss} at step {step}; lower the learning rate")
         if loss < self.loss:
             self.loss, self.step = loss, step
-            self._state = [p.detach().clone() for p in self._parameters]
+            self._kept = [tensor.detach().clone() for tensor in self._state]
         return step - self.step < self._patience
 
     def restore(self) -> None:
-        """Give the parameters their values of the best state."""
+        """Go back to the best state."""
         with torch.no_grad():
-            for parameter, value in zip(self._parameters, self._state, strict=True):
-                parameter.copy_(value)
+            for tensor, value in zip(self._state, self._kept, strict=True):
+                tensor.copy_(value)
 
 
 def _linear(step: int, steps: int) -> float:

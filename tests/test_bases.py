@@ -179,7 +179,9 @@ class TestKeys:
         assert smaller["what"] == student.to_dict()
         assert smaller["budget"] == spent
 
-    @pytest.mark.parametrize("option", [{"relations": 1}, {"l1": 1}, {"l2": 1}, {"patience": 1}, {"seeds": 2}])
+    @pytest.mark.parametrize(
+        "option", [{"relations": 1}, {"l1": 1}, {"l2": 1}, {"patience": 1}, {"seeds": 2}, {"quantized": True}]
+    )
     def test_each_option_makes_another(
         self, bases: Callable[..., Bases], asked: list[dict[str, Any]], option: dict[str, float]
     ) -> None:

@@ -91,7 +91,9 @@ def take_moments(model: EncoderModel, batches: Sequence[Batch]) -> list[dict[str
 
     blocks = range(len(model.shape.blocks))
     handles = [
-        model.linear(number, role).register_forward_pre_hook(note((number, role)))  # type: ignore[arg-type]
+        model.module.get_submodule(model.layout.path(number, role)).register_forward_pre_hook(
+            note((number, role))  # type: ignore[arg-type]
+        )
         for number in blocks
         for role in _ROLES
     ]

@@ -83,6 +83,17 @@ class Packed:
         """What is added to values below 8 bits where they are stored from 0 on."""
         return int(2 ** (self.bits - 1))
 
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Return its numbers by name, to be written to a file."""
+        parts = {f"values.{self.bits}": self.values, "scales": self.scales, "multiples": self.multiples}
+        return {name: np.ascontiguousarray(part) for name, part in parts.items() if part is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, np.ndarray]) -> Packed:
+        """Return the one that has these `tensors`; others are not read."""
+        [(name, values)] = ((name, each) for name, each in tensors.items() if name.startswith("values."))
+        return cls(int(name.removeprefix("values.")), values, tensors.get("scales"), tensors.get("multiples"))
+
     def from_zero(self) -> np.ndarray:
         """Return values below 8 bits as they are stored from 0 on, uint8."""
         return (self.values + np.int8(self.zero)).view(np.uint8)
@@ -92,6 +103,18 @@ class Packed:
         values = self.values if self.multiples is None else self.values * self.multiples
         scaled = values if self.scales is None else values * self.scales
         return np.asarray(scaled, dtype=np.float32).reshape(self.shape)
+
+
+def limits(decision: Quantize) -> tuple[int, int]:
+    """Return the smallest and the largest value of a weight of 8 or fewer bits that something is multiplied by."""
+    if decision.weight_bits == 8:
+        return -_largest(), _largest()
+    return -int(2 ** (decision.weight_bits - 1)), int(2 ** (decision.weight_bits - 1)) - 1
+
+
+def _largest() -> int:
+    # Where sums of integer products would overflow, weights leave one bit to them.
+    return 64 if machine.adds_in_16_bits() else 127
 
 
 def packed(
@@ -112,8 +135,7 @@ def packed(
         return Packed(32, np.ascontiguousarray(weight, dtype=np.float32))
     if decision.weight_bits == 16:
         return Packed(16, weight.astype(np.float16))
-    # Where sums of integer products would overflow, weights leave one bit to them.
-    largest = 64 if machine.adds_in_16_bits() and not looked_up else 127
+    largest = 127 if looked_up else _largest()
     if decision.weight_bits == 8:
         return per_channel(weight, largest=largest)
     if gram is None:
