@@ -100,7 +100,7 @@ def odd_decisions(shape: ModelShape, rng: random.Random) -> Iterator[Document]:
             "hidden": rng.choice((0.0, 1.0)),
             "relations": rng.choice((0.0, 1.0)),
             "l1": rng.choice((0.0, 1e-4)),
-            "seeds": rng.choice((1, 2)),
+            **rng.choice(({}, {"seeds": 2}, {"quantized": True})),
         },
     )
     for decision, chance in zip(whole_model, (0.1, 0.15, 0.2, 0.05), strict=True):
