@@ -90,7 +90,8 @@ class _Viewing(BaseSampler):
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         self._view = None  # the first call for each new trial
-        return self._inner.infer_relative_search_space(self._of(study, trial), trial)
+        found = _one_of_each(self._of(study, trial)._get_trials(deepcopy=False))
+        return self._inner.infer_relative_search_space(cast("optuna.Study", _View(study, found)), trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -121,6 +122,15 @@ class _Viewing(BaseSampler):
                 trials = _history(trials, study.directions, self._most)
             self._view = trial.number, cast("optuna.Study", _View(study, trials))
         return self._view[1]
+
+
+def _one_of_each(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the latest trial of each state and set of parameters.
+
+    A parameter has the same choices throughout a study, so that these have what all trials have in common; to compare
+    the choices of thousands takes Optuna a second.
+    """
+    return sorted({(t.state, frozenset(t.params)): t for t in trials}.values(), key=lambda t: t.number)
 
 
 def _history(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection], most: int) -> list[FrozenTrial]:

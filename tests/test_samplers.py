@@ -170,6 +170,31 @@ def test_a_point_without_parameters_does_not_disturb(name: SamplerName) -> None:
     searched(study, 2)
 
 
+@pytest.mark.parametrize("name", GUIDED)
+def test_parameters_are_those_that_optuna_finds_in_all_trials(name: SamplerName) -> None:
+    """Also when trials with other parameters come later, or only among those that were stopped."""
+    study, (ours, its) = new_study(name), (make_sampler(name, seed=0) for _ in range(2))
+    rng, trial = random.Random(0), study.ask()
+    for left_out, state in (
+        (LAYERS[:1], TrialState.COMPLETE),
+        (LAYERS[2:4], TrialState.PRUNED),
+        ([], TrialState.COMPLETE),
+        (LAYERS[:1], TrialState.COMPLETE),
+        (LAYERS[7:9], TrialState.COMPLETE),
+        (LAYERS[5:], TrialState.FAIL),
+    ):
+        for _ in range(5):
+            params = {layer: value for layer, value in drawn(rng).items() if layer not in left_out}
+            values = [rng.random() for _ in range(3)] if state == TrialState.COMPLETE else None
+            choices = {layer: CategoricalDistribution(CHOICES) for layer in params}
+            study.add_trial(create_trial(state=state, params=params, distributions=choices, values=values))
+        found = ours.infer_relative_search_space(study, trial)
+        its._view = None  # type: ignore[attr-defined]
+        everything = its._of(study, trial)  # type: ignore[attr-defined]
+        assert found == its._inner.infer_relative_search_space(everything, trial)  # type: ignore[attr-defined]
+    assert found and all(layer in LAYERS for layer in found)
+
+
 # --- what TPE sees
 
 
