@@ -2,7 +2,8 @@
 
 ``python benchmarks/methods_recovery.py`` prunes the fine-tuned demo model to small structures and trains each of them
 for the same passes in several ways: on the labels alone, from the model's logits, with its blocks as examples, which
-is the default, and with one more ingredient each on top of that. Figures are those of `methods_ablation.py`. Two seeds
+is the default, and with one more ingredient each on top of that; and one of them with weights of few bits, rounded
+after the training (where GPTQ fits them) or in the course of it. Figures are those of `methods_ablation.py`. Two seeds
 that are averaged take twice the time, and a training that may end early leaves out a tenth of its rows. Each way is
 trained once: intervals tell what other rows would have said, not what other seeds would.
 
@@ -34,6 +35,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "relations": ("relations=1",),
     "soup": ("seeds=2",),
     "early": ("patience=0.5",),
+    "rounded": ("quantized=true",),
 }
 """What is asked of recovery beside its defaults."""
 COMPARISONS = {
@@ -44,32 +46,43 @@ COMPARISONS = {
     "best state on held rows": ("early", "blocks"),
 }
 """A recipe and its counterpart, by what the difference is called."""
+OF_FEW_BITS = {"rounded in training over afterwards": ("rounded", "blocks")}
+"""The same for structures of few bits."""
 
 
-def structures(shop: Workshop) -> dict[str, CompressionPlan]:
-    """Return small structures by what they are called, in 8 bits throughout."""
+def structures(shop: Workshop) -> dict[str, tuple[CompressionPlan, dict[str, tuple[str, str]]]]:
+    """Return small structures by what they are called, and what is compared there; all in 8 bits unless they say so."""
     shape = shop.teacher.shape
     half = len(shape.blocks) // 2
     dropped = tuple(sorted(shop.base(None)[1].drop_order[:half]))
     shallow = _pruned(shop, blocks=len(shape.blocks) - half, part=2).with_decision(
         MODEL_SITE, DropBlocks(blocks=dropped)
     )
-    return {
+    found = {
         f"{len(shape.blocks) - half} of {len(shape.blocks)} blocks with half of heads and neurons": shallow,
         "all blocks with a quarter of heads and neurons": _pruned(shop, blocks=len(shape.blocks), part=4),
     }
+    few = {
+        f"all blocks with half of heads and neurons in {bits} bits": _pruned(
+            shop, blocks=len(shape.blocks), part=2, bits=Quantize(weight_bits=bits, activation_bits=8, group_size=64)
+        )
+        for bits in (3, 2)
+    }
+    return {name: (plan, COMPARISONS) for name, plan in found.items()} | {
+        name: (plan, OF_FEW_BITS) for name, plan in few.items()
+    }
 
 
-def _pruned(shop: Workshop, *, blocks: int, part: int) -> CompressionPlan:
+def _pruned(shop: Workshop, *, blocks: int, part: int, bits: Quantize = W8A8) -> CompressionPlan:
     decisions: list[tuple[str, Decision]] = [("embeddings", Quantize(weight_bits=8)), ("head", W8A8)]
     for number in range(blocks):
         block = shop.teacher.shape.blocks[number]
-        decisions += [(f"block.{number}.attention", d) for d in (PruneHeads(keep=block.heads // part), W8A8)]
-        decisions += [(f"block.{number}.ffn", d) for d in (PruneNeurons(keep=block.neurons // part), W8A8)]
+        decisions += [(f"block.{number}.attention", d) for d in (PruneHeads(keep=block.heads // part), bits)]
+        decisions += [(f"block.{number}.ffn", d) for d in (PruneNeurons(keep=block.neurons // part), bits)]
     return CompressionPlan(tuple(decisions))
 
 
-def compare(figures: Figures, data: str, scratch: Path, *, epochs: float, rows: int | None) -> None:
+def compare(figures: Figures, data: str, scratch: Path, *, epochs: float, rows: int | None, only: str | None) -> None:
     """Make the comparisons of one data set that are not on file."""
     teacher = Workshop(RunConfig.from_file("demo", overrides=[f"data.source={data}"]), scratch / "unused", print)
     settings = [f"data.source={data}", f"model.id={teacher.teacher_folder}", f"recovery.epochs={epochs}"]
@@ -90,11 +103,11 @@ def compare(figures: Figures, data: str, scratch: Path, *, epochs: float, rows: 
         figures.more[f"{data}, {name}, {split} rows"] = float(hits(shop("blocks"), found, split).mean())
         return found
 
-    for structure, plan in structures(shop("blocks")).items():
-        for what, recipes in COMPARISONS.items():
+    for structure, (plan, comparisons) in structures(shop("blocks")).items():
+        for what, recipes in comparisons.items():
             for split in ("search", "test"):
                 name = f"{data}, {structure}: {what}, {split} rows"
-                if name in figures.more:
+                if name in figures.more or (only is not None and only not in name):
                     continue
                 full = known("uncompressed", CompressionPlan(), split)
                 known(f"{structure} as it is", plan, split)
@@ -112,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
     parser.add_argument("--epochs", type=float, default=EPOCHS)
+    parser.add_argument("--only", help="a part of the name of the comparisons that are made")
     parser.add_argument("--rows", type=int, help="train on so many rows only")
     options = parser.parse_args()
     whole = options.rows is None and options.epochs == EPOCHS
@@ -120,7 +134,7 @@ def main() -> None:
     figures.read()
     for data in options.data:
         with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
-            compare(figures, data, Path(scratch), epochs=options.epochs, rows=options.rows)
+            compare(figures, data, Path(scratch), epochs=options.epochs, rows=options.rows, only=options.only)
 
 
 if __name__ == "__main__":
