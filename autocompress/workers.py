@@ -16,6 +16,8 @@ import os
 import sys
 import tempfile
 import threading
+import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,24 @@ if TYPE_CHECKING:
 
 LATENCY_SLOT = "latency_slot"
 """Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
+
+
+_LOOK_S = 10.0
+"""Seconds without a result after which Ray is asked whether it lives."""
+
+
+def _or_die(work: Callable[[_Site], None]) -> Callable[[_Site], None]:
+    """Let a thread's failure end the process, which the driver sees, where Tune would wait for a dead Ray for ever."""
+
+    def carried_out(site: _Site) -> None:
+        try:
+            work(site)
+        except BaseException:
+            if not site.over.is_set():
+                traceback.print_exc()
+                os._exit(1)
+
+    return carried_out
 
 
 class _Left(Exception):
@@ -131,7 +151,9 @@ class _Site:
         self._connection = connection
         self._crew: Crew = connection.recv()
         self._desk: Any = None
-        self._started, self._left = threading.Event(), threading.Event()
+        self._started = threading.Event()
+        self.over = threading.Event()
+        """Set once the driver has left, or nothing is to come."""
 
     def live(self) -> None:
         """Work until all workers have gone home, or the driver has left."""
@@ -150,22 +172,38 @@ class _Site:
             failure = (str(error).strip() or type(error).__name__).splitlines()[0]
         with contextlib.suppress(OSError):  # the driver has left
             self._connection.send(("ended", failure))
+        self.over.set()
         ray.shutdown()
 
+    @_or_die
     def _listen(self) -> None:
         """Pass on what the driver says, until it leaves."""
-        try:
-            while True:
+        while True:
+            try:
                 method, *values = self._connection.recv()
-                self._started.wait()
-                getattr(self._desk, method).remote(*values)
-        except (EOFError, OSError):
-            self._left.set()
+            except (EOFError, OSError):
+                self.over.set()
+                return
+            self._started.wait()
+            getattr(self._desk, method).remote(*values)
 
+    @_or_die
     def _report(self) -> None:
-        with contextlib.suppress(OSError):  # the driver has left
-            while (found := ray.get(self._desk.result.remote())) is not None:
+        """Tell the driver what the crew found, until that has gone home or the driver has left."""
+        while (found := self._next_result()) is not None:
+            try:
                 self._connection.send(("result", found))
+            except OSError:
+                return
+
+    def _next_result(self) -> Result | None:
+        asked = self._desk.result.remote()
+        while True:
+            with contextlib.suppress(ray.exceptions.GetTimeoutError):
+                found: Result | None = ray.get(asked, timeout=_LOOK_S)
+                return found
+            if not any(node["Alive"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
+                raise RuntimeError("no node of Ray is alive")
 
     def _start(self) -> None:
         ray.init(
@@ -195,7 +233,7 @@ class _Site:
                     name="search",
                     storage_path=scratch,
                     verbose=0,
-                    callbacks=[_Leave(self._left)],
+                    callbacks=[_Leave(self.over)],
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                     # Attempts are counted by candidate; this bounds a machine on which no worker can live.
                     failure_config=tune.FailureConfig(max_failures=crew.max_failures),

@@ -118,6 +118,7 @@ def measure(figures: Figures, data: str, search: str, place: Path, settings: Seq
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=SEARCHES)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=6e-4, help="of students and of recovery")
     parser.add_argument("--keep", type=Path, help="leave the banks and the results folders here")
@@ -131,7 +132,7 @@ def main() -> None:
         for data in options.data:
             trained = RunConfig.from_file("demo", overrides=[f"data.source={data}", f"storage.bank={place / 'bank'}"])
             model = api.finetune(trained, progress=print)
-            for search in SEARCHES:
+            for search in options.searches:
                 settings = [f"search.trials={options.trials}", f"space={spaces[search]}", f"model.id={model}"]
                 settings.append(f"recovery.learning_rate={options.learning_rate}")
                 measure(figures, data, search, place, settings)

@@ -75,7 +75,10 @@ def kill_a_busy_worker(search: subprocess.Popen[str]) -> int:
 
 def ended(search: subprocess.Popen[str], out: Path, trials: int = TRIALS, said: str = "") -> list[Candidate]:
     """Wait for the search; check that the study is whole and return its candidates."""
-    _, err = search.communicate(timeout=300)
+    try:
+        _, err = search.communicate(timeout=300)
+    finally:
+        search.kill()
     assert search.returncode == 0, err
     assert "Traceback" not in err
     assert said in err
