@@ -34,8 +34,8 @@ from autocompress.task import Batch
 
 _CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68)
 """Shares of a group's largest magnitude that are tried as the far end of its grid, besides that which clips nothing."""
-_PASSES = 2
-"""Times that values are chosen anew after GPTQ; more gain little."""
+_PASSES = 1
+"""Times that values are chosen anew after GPTQ; a second one gains little for its time."""
 _TINY = float(np.finfo(np.float16).smallest_subnormal)
 
 
@@ -158,8 +158,8 @@ def per_group(weight: np.ndarray, decision: Quantize, *, largest: int = 127) -> 
         PlanError: if the groups do not fill a row.
     """
     grid = _Grid.of(weight, decision, largest)
-    grouped = weight.reshape(len(weight), -1, decision.group_size).astype(np.float32)
-    steps = np.concatenate([grid.steps(grouped[:, n]) for n in range(grouped.shape[1])], axis=1)[..., None]
+    grouped = grid.grouped(weight)
+    steps = np.stack([grid.steps(group) for group in grouped])
     return grid.packed(grid.rounded(grouped, steps), steps)
 
 
@@ -177,63 +177,69 @@ def compensated(weight: np.ndarray, decision: Quantize, gram: np.ndarray, *, lar
         gram: ``in x in``, float64, second moments of the input; positive definite.
         largest: magnitude up to which the unpacked numbers of integer products go.
     """
-    grid, size = _Grid.of(weight, decision, largest), decision.group_size
-    # The upper factor of the inverse: its row n tells how those after n make up for n.
-    upper = np.linalg.cholesky(np.linalg.inv(gram)).T
-    left = weight.astype(np.float64)
-    values = np.empty((len(left), left.shape[1] // size, size))
-    steps = np.empty((*values.shape[:2], 1))
-    for group, start in enumerate(range(0, left.shape[1], size)):
-        end = start + size
-        steps[:, group] = step = grid.steps(left[:, start:end], 1 / np.square(np.diag(upper)[start:end]))
-        errors = np.empty((len(left), size))
-        for column in range(start, end):
-            rounded = grid.rounded(left[:, column], step[:, 0])
-            values[:, group, column - start] = rounded
-            error = (left[:, column] - rounded * step[:, 0]) / upper[column, column]
-            left[:, column + 1 : end] -= np.outer(error, upper[column, column + 1 : end])
-            errors[:, column - start] = error
-        left[:, end:] -= errors @ upper[start:end, end:]
+    grid = _Grid.of(weight, decision, largest)
+    grouped, upper = grid.grouped(weight), _upper(gram)
+    left = grouped.copy()
+    values, errors = np.empty_like(left), np.empty_like(left[0])
+    steps = np.empty((len(left), 1, len(weight)), dtype=np.float32)
+    for group, inside in enumerate(left):
+        start, end = (grid.size * n for n in (group, group + 1))
+        own = upper[start:end, start:end]
+        shares = np.diag(own)
+        steps[group] = grid.steps(inside, 1 / np.square(shares)[:, None])
+        for n, weights in enumerate(inside):
+            values[group, n] = grid.rounded(weights, steps[group, 0])
+            errors[n] = (weights - values[group, n] * steps[group, 0]) / shares[n]
+            inside[n + 1 :] -= own[n, n + 1 :, None] * errors[n]
+        later = left[group + 1 :].reshape(-1, len(weight))
+        later -= upper[start:end, end:].T @ errors
     for _ in range(_PASSES):
-        _refine(weight, gram, grid, values, steps)
+        _refine(grouped, gram.astype(np.float32), grid, values, steps)
     return grid.packed(values, steps)
 
 
-def _refine(weight: np.ndarray, gram: np.ndarray, grid: _Grid, values: np.ndarray, steps: np.ndarray) -> None:
+def _upper(gram: np.ndarray) -> np.ndarray:
+    """Return the upper factor of the inverse, float32: its row n tells how those after n make up for n."""
+    # A fraction of the work of inverting the matrix and decomposing the inverse; only the first half needs precision.
+    root = torch.linalg.cholesky(torch.from_numpy(gram).flip(0, 1)).flip(0, 1).float()
+    return np.asarray(torch.linalg.solve_triangular(root, torch.eye(len(root)), upper=True).numpy())
+
+
+def _refine(grouped: np.ndarray, gram: np.ndarray, grid: _Grid, values: np.ndarray, steps: np.ndarray) -> None:
     """Choose each step and each value anew, given all others, in place; none of it makes the output's error larger.
 
     Coordinate descent, as in Behdin et al. 2023, "QuantEase: Optimization-based Quantization for Language Models",
     algorithm 1, with the step of a group as one more coordinate.
     """
-    size = values.shape[2]
     # Half the slope of the output's squared error by each weight, with the sign turned.
-    pull = (weight - (values * steps).reshape(weight.shape)) @ gram
-    for group in range(values.shape[1]):
-        inside = slice(group * size, (group + 1) * size)
-        within, before = gram[inside, inside], values[:, group] * steps[:, group]
-        bent = np.maximum(((values[:, group] @ within) * values[:, group]).sum(axis=1, keepdims=True), _TINY)
-        best = steps[:, group] + (pull[:, inside] * values[:, group]).sum(axis=1, keepdims=True) / bent
-        step = grid.allowed(best)
-        here = pull[:, inside] - (values[:, group] * step - before) @ within
-        for column in range(size):
-            old = values[:, group, column] * step[:, 0]
-            values[:, group, column] = grid.rounded(old + here[:, column] / within[column, column], step[:, 0])
-            here -= np.outer(values[:, group, column] * step[:, 0] - old, within[column])
-        steps[:, group] = step
-        pull -= (values[:, group] * step - before) @ gram[inside]
+    pull = gram @ (grouped - values * steps).reshape(len(gram), -1)
+    for group, inside in enumerate(values):
+        rows = slice(grid.size * group, grid.size * (group + 1))
+        within, before = gram[rows, rows], inside * steps[group]
+        bent = np.maximum(((within @ inside) * inside).sum(axis=0), _TINY)
+        steps[group] = step = grid.allowed(steps[group] + (pull[rows] * inside).sum(axis=0) / bent)
+        here = pull[rows] - within @ (inside * step - before)
+        for n, old in enumerate(inside * step):
+            inside[n] = grid.rounded(old + here[n] / within[n, n], step[0])
+            here[n + 1 :] -= within[n, n + 1 :, None] * (inside[n] * step[0] - old)
+        pull -= gram[:, rows] @ (inside * step - before)
 
 
 @dataclass(frozen=True)
 class _Grid:
     """The numbers that groups of a matrix can be stored in.
 
+    Work is done on ``groups x group x out``, where what is changed at once lies side by side.
+
     Args:
         bits: of a value, from ``lowest`` to ``-lowest - 1``.
-        units: ``out x 1``, what steps are whole multiples of, or None where they are half-precision floats.
+        size: of a group.
+        units: ``out``, what steps are whole multiples of, or None where they are half-precision floats.
         most: the largest multiple.
     """
 
     bits: int
+    size: int
     units: np.ndarray | None
     most: int
 
@@ -251,31 +257,36 @@ class _Grid:
         bits = decision.weight_bits
         most = largest // 2 ** (bits - 1)
         if not decision.whole_steps:
-            return cls(bits, None, most)
-        units = np.abs(weight).max(axis=1, keepdims=True) / (most * 2 ** (bits - 1))
-        return cls(bits, np.where(units == 0, 1.0, units).astype(np.float32), most)
+            return cls(bits, decision.group_size, None, most)
+        units = np.abs(weight).max(axis=1) / (most * 2 ** (bits - 1))
+        return cls(bits, decision.group_size, np.where(units == 0, 1.0, units).astype(np.float32), most)
 
     @property
     def lowest(self) -> int:
         return -int(2 ** (self.bits - 1))
 
+    def grouped(self, weight: np.ndarray) -> np.ndarray:
+        """Return ``weight``, ``out x in``, as ``groups x group x out``, float32."""
+        return np.ascontiguousarray(weight.T, dtype=np.float32).reshape(-1, self.size, len(weight))
+
     def rounded(self, weight: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Return the nearest values at given steps."""
-        return np.asarray(np.clip(np.rint(weight / steps), self.lowest, -self.lowest - 1))
+        values: np.ndarray = np.rint(weight / steps)
+        return values.clip(self.lowest, -self.lowest - 1, out=values)
 
     def steps(self, group: np.ndarray, costs: np.ndarray | float = 1.0) -> np.ndarray:
-        """Return the best of a few steps for one group of each row, ``out x group``, as ``out x 1``.
+        """Return the best of a few steps for one group of each row, ``group x out``, as ``1 x out``.
 
         Args:
             group: its weights.
-            costs: what a squared error counts, by column.
+            costs: what a squared error counts, ``group x 1``.
         """
-        farthest = np.take_along_axis(group, np.abs(group).argmax(axis=1)[:, None], axis=1)
+        farthest = np.take_along_axis(group, np.abs(group).argmax(axis=0)[None], axis=0)
         ends = [self.lowest + 1, *(side * self.lowest / clip for side in (1, -1) for clip in _CLIPS)]
         best, least = self.allowed(farthest / ends[0]), np.inf
         for end in ends:
             steps = self.allowed(farthest / end)
-            errors = (costs * np.square(self.rounded(group, steps) * steps - group)).sum(axis=1, keepdims=True)
+            errors = (costs * np.square(self.rounded(group, steps) * steps - group)).sum(axis=0, keepdims=True)
             best, least = np.where(errors < least, steps, best), np.minimum(errors, least)
         return best
 
@@ -284,16 +295,18 @@ class _Grid:
         if self.units is None:
             # As it is stored: rounding the step is an error that can be made up for, too.
             half = steps.astype(np.float16).astype(np.float32)
-            return np.asarray(np.where(half == 0, np.copysign(_TINY, steps), half))
+            return np.asarray(np.where(half == 0, np.copysign(_TINY, steps), half), dtype=np.float32)
         multiples = np.clip(np.rint(steps / self.units), -self.most, self.most)
-        return np.asarray(np.where(multiples == 0, np.copysign(1.0, steps), multiples) * self.units)
+        return np.asarray(np.where(multiples == 0, np.copysign(1.0, steps), multiples) * self.units, dtype=np.float32)
 
     def packed(self, values: np.ndarray, steps: np.ndarray) -> Packed:
-        """Return ``values`` at ``steps`` (``out x groups x group``, ``out x groups x 1``) as they are stored."""
+        """Return ``values`` at ``steps`` (``groups x group x out``, ``groups x 1 x out``) as they are stored."""
+        values = np.ascontiguousarray(values.transpose(2, 0, 1), dtype=np.int8)
+        steps = np.ascontiguousarray(steps.transpose(2, 0, 1), dtype=np.float32)
         if self.units is None:
-            return Packed(self.bits, values.astype(np.int8), steps.astype(np.float32))
-        units = self.units[..., None]
-        return Packed(self.bits, values.astype(np.int8), units, np.rint(steps / units).astype(np.int8))
+            return Packed(self.bits, values, steps)
+        units = self.units[:, None, None]
+        return Packed(self.bits, values, units, np.rint(steps / units).astype(np.int8))
 
 
 @dataclass(frozen=True)
