@@ -85,11 +85,14 @@ class Rounded:
 
     Args:
         layers: by their paths.
+        decisions: how each is stored.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Linear], decisions: Mapping[str, Quantize]) -> None:
         self._layers = layers
         self.stored: dict[str, Packed] = {}
+        for path, layer in layers.items():
+            parametrize.register_parametrization(layer, "weight", _OnGrid(layer.weight, decisions[path]))
 
     def refit(self) -> None:
         """Fit the grids to the weights as they have become."""
@@ -105,15 +108,11 @@ class Rounded:
             found[path] = (grid, weight.original)
         return found
 
-    def begin(self, decisions: Mapping[str, Quantize]) -> None:
-        for path, layer in self._layers.items():
-            parametrize.register_parametrization(layer, "weight", _OnGrid(layer.weight, decisions[path]))
-
     def end(self) -> None:
+        """Give the layers the rounded weights for their own."""
         self.stored = {path: grid.stored(weight) for path, (grid, weight) in self._grids().items()}
-        for path, layer in self._layers.items():
+        for layer in self._layers.values():
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-            assert np.array_equal(layer.weight.detach().numpy(), self.stored[path].restored()), path
 
 
 def save_packed(weights: Mapping[str, Packed], folder: Path) -> None:
@@ -154,8 +153,7 @@ def rounded(
                 decisions[name], layers[name] = decision, layer
     own = {path: model.module.get_parameter(f"{path}.weight") for path in tables or {}}
     kept = {path: parameter.detach().clone() for path, parameter in own.items()}
-    found = Rounded(layers)
-    found.begin(decisions)
+    found = Rounded(layers, decisions)
     with torch.no_grad():
         for path, table in (tables or {}).items():
             own[path].copy_(torch.from_numpy(table))

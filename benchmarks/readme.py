@@ -38,6 +38,7 @@ COLOURS = {
 }
 HEADER = ("| what | measured | 95 % interval | target | |", "|---|---|---|---|---|")
 DEMO = "search-demo"
+FRONT = "methods-front"
 METHODS = ("methods-ablation", "methods-vocabulary")
 JOINT = "methods-joint"
 SEARCH = (
@@ -176,13 +177,11 @@ def contents(name: str) -> dict[str, Any]:
     return found
 
 
-def demo_table() -> str:
-    """Return the demo's figures as Markdown, with how to reproduce them."""
-    content = contents(DEMO)
-    said = f"{measured_on(content)}; reproduce with `{content['command']}` ([as JSON](results/benchmarks/{DEMO}.json))."
-    return "\n".join(
-        [said, "", "| what | measured | 95 % interval | target | |", "|---|---|---|---|---|", *rows(content)]
-    )
+def table(name: str, *, with_target: bool = False) -> str:
+    """Return a benchmark's figures, or those that have a target, as Markdown, with how to reproduce them."""
+    content = contents(name)
+    said = f"{measured_on(content)}; reproduce with `{content['command']}` ([as JSON](results/benchmarks/{name}.json))."
+    return "\n".join([said, "", *HEADER, *rows(content, with_target=with_target)])
 
 
 def search_table() -> str:
@@ -267,7 +266,8 @@ def main() -> None:
     tables = [methods_table(file) for file in METHODS]
     tables += [joint_table()] if (FIGURES / f"{JOINT}.json").exists() else []
     methods = "\n\n".join(tables)
-    for name, part in (("figures", demo_table()), ("search", search_table()), ("methods", methods)):
+    front = table(FRONT, with_target=True)
+    for name, part in (("figures", table(DEMO)), ("search", search_table()), ("front", front), ("methods", methods)):
         text = put(text, name, part)
     readme.write_text(text, encoding="utf-8")
 

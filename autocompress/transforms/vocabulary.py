@@ -100,7 +100,9 @@ def trimmed(table: np.ndarray, decision: TrimVocabulary, use: TokenUse) -> tuple
     places = _places(torch.from_numpy(table), use.slopes)
     there = places[kept]
     parts = (places[start : start + _ROWS] for start in range(0, len(places), _ROWS))
-    index = torch.cat([_squared_distances(some, there).argmin(dim=1) for some in parts])
+    # Squared distances less what is the same for all that are compared.
+    lengths = there.square().sum(dim=1)
+    index = torch.cat([torch.addmm(lengths, some, there.T, alpha=-2).argmin(dim=1) for some in parts])
     index[kept] = torch.arange(len(kept))  # equal rows may stand for each other
     return table[kept.numpy()], index.numpy().astype(np.uint16 if decision.index_bits == 16 else np.int32)
 
