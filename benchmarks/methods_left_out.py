@@ -1,0 +1,350 @@
+"""Hold methods that no plan offers against those that it does: ``results/benchmarks/methods-left-out.json``.
+
+``python benchmarks/methods_left_out.py`` gives the fine-tuned demo model other weights, in torch: those of the blocks'
+linear layers, or the table of tokens, once by a method that neither runtime can store or execute, or that was found not
+to pay, and once by what a plan does at as many bytes or fewer. All else stays in float32. A figure below zero is what
+the method would lose. Accuracies are of the search and of the held-out test rows, with a paired bootstrap interval.
+Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from figures import Figures
+from held_out import DATA, hits, interval
+
+from autocompress import scoring, training
+from autocompress.config import RunConfig
+from autocompress.evaluate import Workshop
+from autocompress.model import ROLES
+from autocompress.plan import Quantize
+from autocompress.transforms.quantize import ActivationRange, Activations, observe, packed, per_channel
+
+GROUP = 64
+"""Weights that share a scale, here and in the plans that are compared with."""
+ROUNDS = 20
+"""Of k-means."""
+SMOOTH = 0.5
+"""Share of the range that SmoothQuant moves into the weights: alpha, as in most of its paper."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of a block.
+
+    Args:
+        path: of the module.
+        weight: ``out x in``, float32.
+        gram: second moments of what it reads, by which a plan fits few bits, ``in x in``, float64.
+        seen: what all layers read on calibration rows.
+    """
+
+    path: str
+    weight: np.ndarray
+    gram: np.ndarray
+    seen: Activations
+
+    @property
+    def read(self) -> np.ndarray:
+        """What it reads, ``tokens x in``."""
+        return self.seen.read_by(self.path)
+
+    @cached_property
+    def energy(self) -> np.ndarray:
+        """Mean squares of what it reads, ``in``."""
+        return np.asarray(np.square(self.read, dtype=np.float64).mean(axis=0))
+
+
+@dataclass(frozen=True)
+class Table:
+    """The table of tokens.
+
+    Args:
+        path: of the module.
+        weight: ``tokens x width``, float32.
+        counts: how often the training texts have each token, ``tokens``.
+    """
+
+    path: str
+    weight: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Stand:
+    """What stands in a layer's place: its weight and, if it reads 8-bit numbers, their range after a division."""
+
+    weight: np.ndarray
+    span: ActivationRange | None = None
+    divided: np.ndarray | None = None
+
+
+OfLayer = Callable[[Layer], Stand]
+OfTable = Callable[[Table], Stand]
+
+
+def ours(bits: int, *, fitted: bool = True) -> OfLayer:
+    """Return what a plan does at few bits; not ``fitted`` is each number rounded by itself."""
+    decision = Quantize(weight_bits=bits, group_size=GROUP)
+    return lambda layer: Stand(packed(layer.weight, decision, gram=layer.gram if fitted else None).restored())
+
+
+def table_of_4_bits(table: Table) -> Stand:
+    """Return the table as a plan stores it."""
+    return Stand(packed(table.weight, Quantize(weight_bits=4, group_size=GROUP), looked_up=True).restored())
+
+
+def bits_of(bits: int) -> float:
+    """Return what a weight of a plan takes at few bits, with its share of a group's step."""
+    step = 8 if Quantize(weight_bits=bits, group_size=GROUP).whole_steps else 16
+    return bits + step / GROUP
+
+
+def unstructured(bits: int) -> OfLayer:
+    """Return 8-bit weights with zeros anywhere, told by one bit each, in as many bytes as ``bits`` take in a plan.
+
+    What is kept has the largest product of magnitude and what is read there in each row: Sun et al. 2024, "A Simple and
+    Effective Pruning Approach for Large Language Models" (Wanda).
+    """
+
+    def method(layer: Layer) -> Stand:
+        keep = math.ceil((bits_of(bits) - 1) / 8 * layer.weight.shape[1])
+        return Stand(_of_largest(layer, layer.weight.shape[1], keep))
+
+    return method
+
+
+def two_of_four(layer: Layer) -> Stand:
+    """Return 8-bit weights of which two in four are zero: 5 bits a weight, with 4 bits a group that say which."""
+    return Stand(_of_largest(layer, 4, 2))
+
+
+def _of_largest(layer: Layer, size: int, keep: int) -> np.ndarray:
+    """Return the weight with the strongest ``keep`` in each ``size`` of a row, rounded to 8 bits."""
+    grouped = (np.abs(layer.weight) * np.sqrt(layer.energy)).reshape(len(layer.weight), -1, size)
+    least = np.sort(grouped, axis=2)[:, :, -keep, None]
+    return per_channel(layer.weight * (grouped >= least).reshape(layer.weight.shape)).restored()
+
+
+def k_means(bits: int) -> OfLayer:
+    """Return weights of a codebook a matrix and a scale a group, found by k-means that counts what is read.
+
+    Han et al. 2016, "Deep Compression", section 3; weighted as in Kim et al. 2024, "SqueezeLLM", section 4.1, by what
+    an error of each weight does to the output.
+    """
+
+    def method(layer: Layer) -> Stand:
+        scaled, scales = _scaled(layer.weight)
+        flat = scaled.ravel()
+        counts = (np.broadcast_to(layer.energy, layer.weight.shape).reshape(scaled.shape) * scales**2).ravel()
+        code = np.quantile(flat, (np.arange(2**bits) + 0.5) / 2**bits)
+        for _ in range(ROUNDS):
+            nearest = _nearest(flat, code)
+            total = np.bincount(nearest, counts, len(code))
+            moved = np.bincount(nearest, counts * flat, len(code)) / np.maximum(total, 1e-30)
+            code = np.sort(np.where(total > 0, moved, code))
+        return Stand((code[_nearest(flat, code)].reshape(scaled.shape) * scales).reshape(layer.weight.shape))
+
+    return method
+
+
+def normal_floats(layer: Layer) -> Stand:
+    """Return weights of 16 values that a normal distribution takes about equally often, with a scale a group.
+
+    NF4 of Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", eq. 4.
+    """
+    normal = torch.distributions.Normal(0.0, 1.0)
+    offset = 0.5 * (1 / 32 + 1 / 30)
+    below = normal.icdf(torch.linspace(offset, 0.5, 8))
+    above = -normal.icdf(torch.linspace(offset, 0.5, 9))
+    code = torch.cat([below, above.flip(0)[1:]]).numpy()
+    code = np.sort(code / np.abs(code).max())
+    scaled, scales = _scaled(layer.weight)
+    return Stand((code[_nearest(scaled.ravel(), code)].reshape(scaled.shape) * scales).reshape(layer.weight.shape))
+
+
+def asymmetric(bits: int) -> OfLayer:
+    """Return weights rounded to the nearest on grids from each group's smallest to its largest, with a zero point."""
+
+    def method(layer: Layer) -> Stand:
+        grouped = layer.weight.reshape(len(layer.weight), -1, GROUP)
+        low, high = (np.minimum(grouped.min(2, keepdims=True), 0), np.maximum(grouped.max(2, keepdims=True), 0))
+        steps = np.maximum((high - low) / (2**bits - 1), 1e-12)
+        zero = np.rint(-low / steps)
+        values = np.clip(np.rint(grouped / steps) + zero, 0, 2**bits - 1)
+        return Stand(((values - zero) * steps).reshape(layer.weight.shape))
+
+    return method
+
+
+def binary(layer: Layer) -> Stand:
+    """Return signs with a scale a group, which is their mean magnitude: Rastegari et al. 2016, XNOR-Net, eq. 6."""
+    grouped = layer.weight.reshape(len(layer.weight), -1, GROUP)
+    return Stand((np.sign(grouped) * np.abs(grouped).mean(2, keepdims=True)).reshape(layer.weight.shape))
+
+
+def w8a8(layer: Layer) -> Stand:
+    """Return what a plan does at 8 bits with 8-bit activations."""
+    return Stand(per_channel(layer.weight).restored(), layer.seen.span(layer.read))
+
+
+def smooth(layer: Layer) -> Stand:
+    """Return the same after channels of large inputs were divided, and their weights multiplied.
+
+    Xiao et al. 2023, "SmoothQuant", eq. 4. The division is an operation of its own here: these encoders normalise what
+    goes into a layer and into the sum behind it alike, so that it has nowhere to be folded into.
+    """
+    reach, largest = (np.maximum(np.abs(of).max(axis=0), 1e-6) for of in (layer.read, layer.weight))
+    divided = reach**SMOOTH / largest ** (1 - SMOOTH)
+    span = layer.seen.span(layer.read / divided)
+    return Stand(per_channel(layer.weight * divided).restored() / divided, span, divided)
+
+
+def factorised(table: Table) -> Stand:
+    """Return the table as a product of two in 8 bits, in as many bytes as 4 bits take in a plan.
+
+    As ALBERT has it (Lan et al. 2020, section 3.1), but found by a singular value decomposition that counts how often
+    a token is read, not trained.
+    """
+    rank = math.ceil(bits_of(4) / 8 * table.weight.size / sum(table.weight.shape))
+    often = np.sqrt(1.0 + table.counts)[:, None]
+    _, _, right = np.linalg.svd((often * table.weight).astype(np.float32), full_matrices=False)
+    return Stand(per_channel(table.weight @ right[:rank].T).restored() @ per_channel(right[:rank]).restored())
+
+
+def _scaled(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``out x groups x group`` within -1 and 1, and the float16 scales that were taken out."""
+    grouped = weight.reshape(len(weight), -1, GROUP)
+    scales = np.abs(grouped).max(axis=2, keepdims=True).astype(np.float16).astype(np.float32)
+    scales[scales == 0] = 1.0
+    return grouped / scales, scales
+
+
+def _nearest(values: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """Return the number of the nearest entry of a sorted code."""
+    return np.searchsorted((code[1:] + code[:-1]) / 2, values)
+
+
+COMPARISONS: Mapping[str, tuple[OfLayer, OfLayer]] = {
+    "zeros anywhere at 8 bits over 4 bits": (unstructured(4), ours(4)),
+    "two zeros in four at 8 bits (5 bits) over 4 bits": (two_of_four, ours(4)),
+    "zeros anywhere at 8 bits over 3 bits": (unstructured(3), ours(3)),
+    "k-means codebook of 16 over 4 bits": (k_means(4), ours(4)),
+    "k-means codebook of 4 over 2 bits": (k_means(2), ours(2)),
+    "normal floats over 4 bits": (normal_floats, ours(4)),
+    "zero points over 4 bits, both rounded plainly": (asymmetric(4), ours(4, fitted=False)),
+    "zero points over 2 bits, both rounded plainly": (asymmetric(2), ours(2, fitted=False)),
+    "binary weights (half the bytes) over 2 bits": (binary, ours(2)),
+    "SmoothQuant over plain ranges, w8a8": (smooth, w8a8),
+}
+"""What is left out and what is there, by what the comparison is called."""
+OF_TABLES: Mapping[str, tuple[OfTable, OfTable]] = {
+    "table of tokens of half the rank at 8 bits over 4 bits": (factorised, table_of_4_bits),
+}
+"""The same for the table of tokens."""
+
+
+def layers_of(shop: Workshop) -> list[Layer]:
+    """Return the linear layers of the model's blocks."""
+    base, scores = shop.base(None)
+    seen = observe(base, shop.calibration_batches())
+    found = []
+    for number, block in enumerate(base.shape.blocks):
+        for role in (role for roles in ROLES.values() for role in roles):
+            path, layer = base.layout.path(number, role), base.linear(number, role)
+            moments = scores.read_by(number, role, block)
+            assert moments is not None, "the workshop takes moments"
+            gram = moments.gram(centred=layer.bias is not None).numpy()
+            weight = layer.weight.detach().numpy().copy()
+            found.append(Layer(path, weight, gram, seen))
+    return found
+
+
+def table_of(shop: Workshop) -> Table:
+    """Return the model's table of tokens."""
+    base = shop.base(None)[0]
+    path = base.layout.embeddings[0]
+    weight = base.module.get_submodule(path).weight.detach().numpy().copy()
+    read = np.concatenate([np.array(row) for row in shop.splits["train"].input_ids])
+    return Table(path, weight, np.bincount(read, minlength=len(weight)))
+
+
+def standing(shop: Workshop, stands: Mapping[str, Stand]) -> torch.nn.Module:
+    """Return the model with other weights, which rounds what its layers read."""
+    built = shop.base(None)[0].clone()
+    for path, stand in stands.items():
+        layer = built.module.get_submodule(path)
+        layer.weight.data = torch.from_numpy(np.ascontiguousarray(stand.weight, dtype=np.float32))
+        if stand.span is not None:
+            layer.register_forward_pre_hook(rounding(stand.span, stand.divided))
+    return built.module
+
+
+def rounding(
+    span: ActivationRange, divided: np.ndarray | None
+) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+    """Return a hook that rounds a layer's input to the 256 numbers of a range."""
+    step = (span.high - span.low) / 255
+    scale = torch.ones(1) if divided is None else torch.from_numpy(divided.astype(np.float32))
+
+    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        read = (inputs[0] / scale).clamp(span.low, span.high)
+        return (torch.round((read - span.low) / step) * step + span.low) * scale, *inputs[1:]
+
+    return hook
+
+
+def compare(figures: Figures, data: str, scratch: Path) -> None:
+    """Make the comparisons of one data set."""
+    shop = Workshop(RunConfig.from_file("demo", overrides=[f"data.source={data}"]), scratch / "unused", print)
+    layers, table, splits = layers_of(shop), table_of(shop), ("search", "test")
+
+    def logits_of(stands: Mapping[str, Stand]) -> dict[str, np.ndarray]:
+        module = standing(shop, stands)
+        return {split: training.logits_of(module, shop.splits[split]).numpy() for split in splits}
+
+    full = logits_of({})
+    for split, logits in full.items():
+        figures.more[f"{data}, uncompressed, {split} rows"] = float(hits(shop, logits, split).mean())
+
+    def add(what: str, pair: Iterable[dict[str, np.ndarray]]) -> None:
+        by_method = list(pair)
+        for split in splits:
+            logits = [found[split] for found in by_method]
+            first, second = (hits(shop, found, split) for found in logits)
+            name = f"{data}, {what}, {split} rows"
+            gained = first.mean() - second.mean()
+            figures.add(f"{name}: accuracy gained", gained, "share", interval=interval(first, second))
+            apart = [scoring.divergence(found, full[split]) for found in logits]
+            figures.add(f"{name}: divergence from the full model", apart[0] / apart[1], "times the plain's")
+            figures.more[name] = {"accuracy": [float(first.mean()), float(second.mean())], "divergence": apart}
+        figures.write()
+
+    for what, methods in COMPARISONS.items():
+        add(what, (logits_of({layer.path: method(layer) for layer in layers}) for method in methods))
+    for what, of_table in OF_TABLES.items():
+        add(what, (logits_of({table.path: method(table)}) for method in of_table))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    options = parser.parse_args()
+    figures = Figures("methods-left-out", "python benchmarks/methods_left_out.py")
+    figures.read()
+    for data in options.data:
+        with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
+            compare(figures, data, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()
