@@ -20,7 +20,7 @@ import numpy as np
 
 from autocompress import machine, scoring
 from autocompress.anatomy import before_drop
-from autocompress.bases import RANGE_ROWS, Bases, Progress, silent, torch_threads
+from autocompress.bases import RANGE_ROWS, Bases
 from autocompress.config import RunConfig
 from autocompress.errors import AutocompressError
 from autocompress.memory import peak_memory_bytes
@@ -33,6 +33,7 @@ from autocompress.records import QUALITIES, Measurement, Stopped
 from autocompress.runtimes import Artifact, Runtime, Session, Template, get_runtime
 from autocompress.stopwatch import Stopwatch
 from autocompress.task import Batch
+from autocompress.trained import Progress, silent, torch_threads
 from autocompress.transforms import check_plan
 from autocompress.transforms.prune import keep_blocks
 from autocompress.transforms.vocabulary import check_needed

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from autocompress import machine, model, training
-from autocompress.bases import torch_threads
 from autocompress.binding import NO_STUDENT, BoundSpace, bind
 from autocompress.config import RunConfig
 from autocompress.errors import AutocompressError
@@ -28,6 +27,7 @@ from autocompress.evaluate import Workshop
 from autocompress.plan import MODEL_SITE, CompressionPlan, Quantize
 from autocompress.records import Measurement
 from autocompress.space import SearchSpace, Value
+from autocompress.trained import torch_threads
 
 _STEPS = 6
 """Training steps that are timed, after one that is not."""
