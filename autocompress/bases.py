@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from autocompress import machine, training
 from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
 from autocompress.config import RunConfig
+from autocompress.decisions import Decision, Quantize, Recover, Student
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece, code_version, make_piece, read_piece, save_piece, unpacked
-from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, Quantize, Recover, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.task import Batch, Split

@@ -22,11 +22,12 @@ from autocompress import machine, scoring
 from autocompress.anatomy import before_drop
 from autocompress.bases import RANGE_ROWS, Bases
 from autocompress.config import RunConfig
+from autocompress.decisions import Decision, DropBlocks, Recover, Student, TrimVocabulary
 from autocompress.errors import AutocompressError
 from autocompress.memory import peak_memory_bytes
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece, code_version
-from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, DropBlocks, Recover, Student, TrimVocabulary
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.products import Sizes
 from autocompress.records import QUALITIES, Measurement, Stopped

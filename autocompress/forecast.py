@@ -22,9 +22,10 @@ import torch
 from autocompress import machine, model, training
 from autocompress.binding import NO_STUDENT, BoundSpace, bind
 from autocompress.config import RunConfig
+from autocompress.decisions import Quantize
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Workshop
-from autocompress.plan import MODEL_SITE, CompressionPlan, Quantize
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Measurement
 from autocompress.space import SearchSpace, Value
 from autocompress.trained import torch_threads

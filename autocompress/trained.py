@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from autocompress import machine, model, recovery, soup, task, training
 from autocompress.bank import Bank, default_bank
 from autocompress.config import OF_PICKED_POINTS, RunConfig
+from autocompress.decisions import Recover, Student
 from autocompress.model import EncoderModel
 from autocompress.pieces import code_version
-from autocompress.plan import MODEL_SITE, CompressionPlan, Recover, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.rounding import read_packed, rounded, save_packed
 from autocompress.task import Split
 from autocompress.transforms.quantize import Packed

@@ -17,10 +17,11 @@ import torch
 
 from autocompress.anatomy import ModelShape
 from autocompress.config import TargetConfig
+from autocompress.decisions import MaxTokens, Quantize
 from autocompress.errors import PlanError, RuntimeBuildError
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece
-from autocompress.plan import CompressionPlan, MaxTokens, Quantize
+from autocompress.plan import CompressionPlan
 from autocompress.products import Product
 from autocompress.runtimes.base import (
     TEMPLATE_INPUTS,
