@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal
 
-from autocompress.plan import Decision, DropBlocks, PruneHeads, PruneNeurons, Student
+from autocompress.decisions import Decision, DropBlocks, PruneHeads, PruneNeurons, Student
 
 SiteKind = Literal["embedding", "attention", "ffn", "head"]
 

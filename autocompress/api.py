@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from autocompress import delivery, driver, model
 from autocompress.bank import Bank
-from autocompress.bases import Progress, bank_root, silent
 from autocompress.binding import bind
 from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.driver import write_results
@@ -22,6 +21,7 @@ from autocompress.records import Candidate
 from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace
 from autocompress.study import Study
+from autocompress.trained import Progress, bank_root, silent
 from autocompress.transforms import check_plan
 
 RESULTS = Path("results")

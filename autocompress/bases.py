@@ -1,42 +1,39 @@
 """The models that plans start from, and what is made of them once: all of it is kept in the bank.
 
-These are the teacher, which is the uncompressed classifier, and students distilled from it, each with the importance
-of its parts, its sensitivity to single decisions, the ranges of its activations, and the pieces of its sites.
+These are the teacher, which is the uncompressed classifier, and students distilled from it (`trained.py` has them
+trained), each with the importance of its parts, its sensitivity to single decisions, the ranges of its activations, and
+the pieces of its sites.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from autocompress import machine, model, recovery, soup, task, training
-from autocompress.bank import Bank, default_bank
+from autocompress import machine, training
 from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
-from autocompress.config import OF_PICKED_POINTS, RunConfig
+from autocompress.config import RunConfig
+from autocompress.decisions import Decision, Quantize, Recover, Student
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece, code_version, make_piece, read_piece, save_piece, unpacked
-from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, Quantize, Recover, Student
-from autocompress.rounding import read_packed, rounded, save_packed
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.task import Batch, Split
+from autocompress.trained import Progress, Trained, silent, torch_threads
 from autocompress.transforms import apply_plan
 from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
 from autocompress.transforms.prune import Importance, importance
-from autocompress.transforms.quantize import Activations, Packed, observe
+from autocompress.transforms.quantize import Activations, observe
 from autocompress.transforms.student import begun, channel_scores
 from autocompress.transforms.vocabulary import TokenUse
 
-Progress = training.Progress
 RANGE_ROWS = 64
 """Calibration rows that activation ranges are taken from; more did not change accuracy."""
 _DROP_ROWS = 64
@@ -47,16 +44,7 @@ _SENSITIVITY_ROWS = 32
 """Calibration rows that single decisions are judged on."""
 
 
-def silent(_: str) -> None:
-    """Report no progress."""
-
-
-def bank_root(run: RunConfig) -> Path:
-    """Return the folder of the run's bank."""
-    return Path(run.storage.bank).expanduser() if run.storage.bank else default_bank()
-
-
-class Bases:
+class Bases(Trained):
     """The teacher and its students, with what is known of them.
 
     Args:
@@ -65,30 +53,16 @@ class Bases:
     """
 
     def __init__(self, run: RunConfig, progress: Progress = silent) -> None:
-        self.run = run
-        self.progress = progress
-        self.bank = Bank(bank_root(run), limit_bytes=int(run.storage.bank_gb * 1e9))
-        self.source = model.locate(run.model.id, run.model.revision)
-        model.check_files(self.source)
-        self.task = task.load(run.data, labels=model.head_labels(self.source))
+        super().__init__(run, progress)
         self._bases: dict[str, tuple[EncoderModel, Importance]] = {}
         self._observed: dict[str, Activations] = {}
         self._sensitivities: dict[str, Sensitivity] = {}
-        self._rounded: dict[str, dict[str, Packed]] = {}
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return model.load_tokenizer(self.source)
 
     @cached_property
     def special_tokens(self) -> frozenset[int]:
         """Tokens that are no part of any text; a tokenizer may have more of them than the model has rows."""
         rows = self.teacher.shape.vocabulary
         return frozenset(token for token in self.tokenizer.all_special_ids if token < rows)
-
-    @cached_property
-    def splits(self) -> Mapping[str, Split]:
-        return self.task.tokenized(self.tokenizer, self.run.data.max_tokens)
 
     @cached_property
     def calibration(self) -> Split:
@@ -98,51 +72,6 @@ class Bases:
     def calibration_batches(self, rows: int | None = None) -> list[Batch]:
         split = self.calibration if rows is None else self.calibration.head(rows)
         return list(split.in_order_of_length(16))
-
-    @cached_property
-    def teacher_folder(self) -> Path:
-        """The folder of the uncompressed classifier, fine-tuned by us if the model came without a head."""
-        if model.head_labels(self.source) is not None:
-            return self.source
-        made_from = {
-            "model": model.fingerprint(self.source),
-            "task": self.task.fingerprint,
-            "max_tokens": self.run.data.max_tokens,
-            "finetune": self.run.model.finetune.model_dump(),
-            "precision": self.precision(),
-            "seed": self.run.seed,
-        }
-        return self.bank.get("finetuned", made_from, self._finetune)
-
-    def _finetune(self, folder: Path) -> None:
-        config = self.run.model.finetune
-        rows = self.splits["train"]
-        self.progress(f"fine-tuning {self.run.model.id} on {len(rows)} rows for {config.epochs:g} epochs")
-        loaded = model.load(self.source, labels=self.task.labels, seed=self.run.seed)
-        budget = training.TrainingBudget(**config.model_dump(), precision=self.precision())
-        with torch_threads(machine.cores()):
-            training.finetune(
-                loaded.module, rows, budget, seed=self.run.seed, progress=lambda s: self.progress(f"fine-tuning: {s}")
-            )
-        loaded.module.save_pretrained(folder)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(folder)
-
-    @cached_property
-    def teacher(self) -> EncoderModel:
-        return model.load(self.teacher_folder, labels=self.task.labels)
-
-    def precision(self) -> str:
-        wanted = self.run.recovery.precision
-        return ("bfloat16" if training.has_bfloat16() else "float32") if wanted == "auto" else wanted
-
-    def _key(self, **more: Any) -> dict[str, Any]:
-        return {
-            "teacher": self.teacher.base,
-            "task": self.task.fingerprint,
-            "max_tokens": self.run.data.max_tokens,
-            "calibration_rows": self.run.data.calibration_rows,
-            **more,
-        }
 
     def base(self, student: Student | None) -> tuple[EncoderModel, Importance]:
         """Return the teacher or a distilled student with its importance scores; both are shared, not to be changed."""
@@ -221,58 +150,6 @@ class Bases:
             lambda folder: read_moments(folder, block, role),
         )
 
-    @cached_property
-    def _teacher_logits(self) -> torch.Tensor:
-        def make(folder: Path) -> None:
-            self.progress(f"running the teacher on {len(self.splits['train'])} training rows")
-            with torch_threads(machine.cores()):
-                logits = training.logits_of(self.teacher.module, self.splits["train"], precision=self.precision())
-            save_file({"logits": logits}, folder / "logits.safetensors")
-
-        key = self._key(train_rows=len(self.splits["train"]), precision=self.precision())
-        return load_file(self.bank.get("teacher-logits", key, make) / "logits.safetensors")["logits"]
-
-    def _distilled(
-        self,
-        target: EncoderModel,
-        what: str,
-        budget: training.TrainingBudget,
-        made_from: dict[str, Any],
-        *,
-        example: training.Example | None = None,
-        rounded_by: CompressionPlan | None = None,
-        seed: int | None = None,
-    ) -> EncoderModel:
-        """Give ``target`` the weights that distillation leads to, from the run's seed or another.
-
-        They are rounded meanwhile as the decisions of ``rounded_by`` say, if it is given.
-        """
-        seed = self.run.seed if seed is None else seed
-
-        def train() -> Mapping[str, Packed]:
-            teacher = self._teacher_logits if budget.alpha else None
-            rows = self.splits["train"]
-            self.progress(f"distilling {what} on {len(rows)} rows for {budget.epochs:g} epochs")
-            plan = rounded_by or CompressionPlan()
-            with torch_threads(machine.cores()), rounded(target, plan, self._tables(plan)) as weights:
-                training.distill(
-                    target.module,
-                    teacher,
-                    rows,
-                    budget,
-                    # What is pruned is in the blocks; the tables are half of what the optimiser would move. Those of a
-                    # narrower student, too: to train them took several times as long and made it no better.
-                    frozen=target.layout.embeddings,
-                    penalised=(target.layout.blocks,),
-                    example=example,
-                    refit=weights.refit if rounded_by is not None else None,
-                    seed=seed,
-                    progress=lambda s: self.progress(f"distilling: {s}"),
-                )
-            return weights.stored
-
-        return self._trained(target, self._distilled_from(made_from, budget, seed), train)
-
     def _tables(self, plan: CompressionPlan) -> dict[str, np.ndarray]:
         """Return the embedding tables that ``plan`` leads to, by path, as they are looked up."""
         decisions = [decision for site, decision in plan if site == "embeddings"]
@@ -299,37 +176,6 @@ class Bases:
             known.tokens,
             known.name,
         )
-
-    def _trained(
-        self, target: EncoderModel, key: dict[str, Any], train: Callable[[], Mapping[str, Packed]]
-    ) -> EncoderModel:
-        """Give ``target`` the weights that ``train`` gives it; they are kept in the bank.
-
-        Some may be trained in the numbers that are to be stored; ``train`` returns these.
-        """
-
-        def make(folder: Path) -> None:
-            found = train()
-            save_file(
-                {name: tensor.contiguous() for name, tensor in target.module.state_dict().items()},
-                folder / "weights.safetensors",
-            )
-            save_packed(found, folder)
-
-        folder = self.bank.get("distilled", key, make)
-        target.module.load_state_dict(load_file(folder / "weights.safetensors"), strict=True)
-        target.module.eval()
-        target.base = folder.name
-        self._rounded[target.base] = read_packed(folder)
-        return target
-
-    def _budget(self, decided: Student | Recover) -> training.TrainingBudget:
-        return recovery.budget_of(self.run.recovery, decided, precision=self.precision())
-
-    def _distilled_from(self, what: dict[str, Any], budget: training.TrainingBudget, seed: int) -> dict[str, Any]:
-        # Without options that are 0, as before there were such: what is in the bank stays of use.
-        spent = {n: value for n, value in dataclasses.asdict(budget).items() if n not in OF_PICKED_POINTS or value}
-        return self._key(what=what, budget=spent, seed=seed, recipe=training.RECIPE)
 
     def needs_training(self, plan: CompressionPlan) -> bool:
         """Return whether the student that ``plan`` starts from has not been distilled yet."""
@@ -415,62 +261,7 @@ class Bases:
         built = base.clone()
         apply_plan(built, plan, scores)
         wanted = plan.of_type(Recover).get(MODEL_SITE)
-        return built if wanted is None else self._recovered(built, plan, wanted)
-
-    def recovering(self, plan: CompressionPlan) -> CompressionPlan:
-        """Return ``plan`` with the recovery that the run file asks for."""
-        asked = self.run.recovery
-        options = asked.model_dump(include=set(OF_PICKED_POINTS))
-        if asked.epochs != "auto":
-            return plan.recovered(Recover(epochs=asked.epochs, **options))
-        headed = model.head_labels(self.source) is not None
-        passes = recovery.HEADED_EPOCHS if headed else self.run.model.finetune.epochs
-        wanted = plan.recovered(Recover(epochs=1, **options)).of_type(Recover)[MODEL_SITE]
-        affordable = recovery.affordable_epochs(plan, wanted, self.teacher, passes, alpha=asked.alpha)
-        return plan.recovered(dataclasses.replace(wanted, epochs=affordable))
-
-    def _recovered(self, built: EncoderModel, plan: CompressionPlan, wanted: Recover) -> EncoderModel:
-        """Give ``built``, which is what the structural decisions of ``plan`` lead to, the weights of its recovery."""
-        base, budget, example = built.base, self._budget(wanted), recovery.example_of(plan, self.teacher, built)
-        rounded_by = plan if wanted.quantized else None
-
-        def made_from(seeds: int) -> dict[str, Any]:
-            trained = plan if wanted.quantized else plan.structural()
-            counted = trained.with_decision(MODEL_SITE, dataclasses.replace(wanted, seeds=seeds))
-            grid = {"grid": code_version(("transforms/quantize.py",))} if wanted.quantized else {}
-            return {"plan": json.loads(counted.to_json()), "base": base, **grid}
-
-        def one(target: EncoderModel, what: str, seed: int) -> EncoderModel:
-            # By the key that it has where it is not averaged: none of them is trained twice.
-            return self._distilled(
-                target, what, budget, made_from(1), example=example, rounded_by=rounded_by, seed=seed
-            )
-
-        def average() -> Mapping[str, Packed]:
-            what, seeds = "a picked structure", [(self.run.seed + n) % 2**32 for n in range(wanted.seeds)]
-            members = [one(built.clone(), f"{what} (seed {seed})", seed).module.state_dict() for seed in seeds]
-            built.module.load_state_dict(self._averaged(members, built.module, budget))
-            return {}
-
-        if wanted.seeds == 1:
-            return one(built, "a picked structure", self.run.seed)
-        return self._trained(built, self._distilled_from(made_from(wanted.seeds), budget, self.run.seed), average)
-
-    def _averaged(
-        self, members: list[dict[str, torch.Tensor]], module: torch.nn.Module, budget: training.TrainingBudget
-    ) -> dict[str, torch.Tensor]:
-        """Return the mean of all members; where rows are held out, of those that do not harm it there."""
-        if not budget.patience:
-            return soup.uniform(members)
-        rows, teacher = self.splits["train"], self._teacher_logits if budget.alpha else None
-        held = training.parted(rows)[1]
-
-        def loss_of(state: soup.State) -> float:
-            module.load_state_dict(state)
-            return training.held_loss(module, teacher, rows, held, budget)
-
-        with torch_threads(machine.cores()):
-            return soup.greedy(members, loss_of)
+        return built if wanted is None else self._recovered(built, plan, wanted, lambda: self._tables(plan))
 
     def piece(self, base: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance) -> Piece:
         """Return what stands at ``site`` of ``base`` after ``decisions``, from the bank."""
@@ -495,14 +286,3 @@ def _take(scores: Importance) -> None:
     """Have the moments of all layers taken, unless they are in the bank."""
     if scores.moments is not None:
         scores.moments(0, "output")
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch use ``count`` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from autocompress.anatomy import ModelShape, Site
-from autocompress.errors import ConfigError, PlanError
-from autocompress.plan import (
-    MODEL_SITE,
-    CompressionPlan,
+from autocompress.decisions import (
     Decision,
     DropBlocks,
     LowRank,
@@ -27,6 +24,8 @@ from autocompress.plan import (
     Student,
     TrimVocabulary,
 )
+from autocompress.errors import ConfigError, PlanError
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.space import AXES, BitsAxis, KeepAxis, RankAxis, SearchSpace, Value, bits_of
 
 Chooser = Callable[[str, Sequence[Value]], Value]

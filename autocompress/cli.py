@@ -416,7 +416,7 @@ def ls(what: Listing, as_json: Json = False) -> None:
 
         found = {name: SearchSpace.load(name).description for name in shipped_spaces()}
     elif what is Listing.transforms:
-        from autocompress.plan import DECISIONS
+        from autocompress.decisions import DECISIONS
 
         found = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in DECISIONS.items()}
     elif what is Listing.runtimes:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from autocompress import machine, scoring
-from autocompress.bases import Progress
 from autocompress.config import RunConfig, TargetConfig
 from autocompress.errors import ExportError
 from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
@@ -28,6 +27,7 @@ from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 from autocompress.report.card import model_card
 from autocompress.runtimes import Artifact, get_runtime
+from autocompress.trained import Progress
 
 MEASUREMENT_SCHEMA = 2
 FORMATS = {"openvino": "openvino", "onnx": "onnxruntime"}

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from autocompress import machine
-from autocompress.bases import Progress, silent
 from autocompress.config import RunConfig
 from autocompress.desk import DIED, Crew, Job, Result
 from autocompress.errors import StudyError
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement, Stopped
 from autocompress.study import Study
+from autocompress.trained import Progress, silent
 
 _AHEAD = 1
 """Jobs that wait at the desk beyond those that are worked on."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from autocompress import machine
-from autocompress.bases import Progress
 from autocompress.config import RunConfig
 from autocompress.distribute import LocalRay, execute
 from autocompress.errors import StudyError
@@ -32,6 +31,7 @@ from autocompress.report.comparison import Comparison
 from autocompress.report.tables import write_aside
 from autocompress.stopwatch import Stopwatch
 from autocompress.study import Study
+from autocompress.trained import Progress
 
 ENVIRONMENT_SCHEMA = 1
 BASELINES = "baselines"

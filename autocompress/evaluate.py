@@ -20,19 +20,21 @@ import numpy as np
 
 from autocompress import machine, scoring
 from autocompress.anatomy import before_drop
-from autocompress.bases import RANGE_ROWS, Bases, Progress, silent, torch_threads
+from autocompress.bases import RANGE_ROWS, Bases
 from autocompress.config import RunConfig
+from autocompress.decisions import Decision, DropBlocks, Recover, Student, TrimVocabulary
 from autocompress.errors import AutocompressError
 from autocompress.memory import peak_memory_bytes
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece, code_version
-from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, DropBlocks, Recover, Student, TrimVocabulary
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.products import Sizes
 from autocompress.records import QUALITIES, Measurement, Stopped
 from autocompress.runtimes import Artifact, Runtime, Session, Template, get_runtime
 from autocompress.stopwatch import Stopwatch
 from autocompress.task import Batch
+from autocompress.trained import Progress, silent, torch_threads
 from autocompress.transforms import check_plan
 from autocompress.transforms.prune import keep_blocks
 from autocompress.transforms.vocabulary import check_needed

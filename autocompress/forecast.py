@@ -20,14 +20,15 @@ from typing import Any
 import torch
 
 from autocompress import machine, model, training
-from autocompress.bases import torch_threads
 from autocompress.binding import NO_STUDENT, BoundSpace, bind
 from autocompress.config import RunConfig
+from autocompress.decisions import Quantize
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Workshop
-from autocompress.plan import MODEL_SITE, CompressionPlan, Quantize
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Measurement
 from autocompress.space import SearchSpace, Value
+from autocompress.trained import torch_threads
 
 _STEPS = 6
 """Training steps that are timed, after one that is not."""

@@ -22,8 +22,8 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from autocompress import machine
+from autocompress.decisions import Decision, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.model import ROLES, EncoderModel
-from autocompress.plan import Decision, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.transforms import HANDLERS
 from autocompress.transforms.moments import Moments, same_in_the_mean
 from autocompress.transforms.prune import Importance, columns_of

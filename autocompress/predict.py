@@ -16,8 +16,9 @@ from functools import lru_cache
 import numpy as np
 
 from autocompress.anatomy import ModelShape, before_drop
+from autocompress.decisions import ACTIVATIONS, DropBlocks, LowRank, MaxTokens, Recover, Student
 from autocompress.fits import FEWEST, Fit, latency_fit, least_squares
-from autocompress.plan import ACTIVATIONS, MODEL_SITE, CompressionPlan, DropBlocks, LowRank, MaxTokens, Recover, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.products import Product, Sizes, products_of
 from autocompress.records import OBJECTIVES, Candidate
 from autocompress.sensitivity import Sensitivity, level_of

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autocompress.anatomy import ModelShape
-from autocompress.plan import CompressionPlan, LowRank, Quantize, TrimVocabulary
+from autocompress.decisions import LowRank, Quantize, TrimVocabulary
+from autocompress.plan import CompressionPlan
 
 if TYPE_CHECKING:
     from autocompress.model import EncoderModel

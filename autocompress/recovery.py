@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 from autocompress import training
 from autocompress.config import OF_PICKED_POINTS, RecoveryConfig
+from autocompress.decisions import DropBlocks, Recover, Student
 from autocompress.model import EncoderModel
-from autocompress.plan import MODEL_SITE, CompressionPlan, DropBlocks, Recover, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.products import Sizes, products_of
 
 HEADED_EPOCHS = 3.0

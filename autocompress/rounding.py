@@ -19,9 +19,10 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
+from autocompress.decisions import Quantize
 from autocompress.model import EncoderModel
 from autocompress.pieces import linear_modules
-from autocompress.plan import CompressionPlan, Quantize
+from autocompress.plan import CompressionPlan
 from autocompress.transforms.quantize import Packed, limits, packed
 
 _FILE = "rounded.safetensors"

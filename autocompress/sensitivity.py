@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional
 
 from autocompress.anatomy import ModelShape
+from autocompress.decisions import Decision, LowRank, MaxTokens, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece, StandIn, stand_ins, unpacked
-from autocompress.plan import Decision, LowRank, MaxTokens, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.task import Batch
 from autocompress.transforms.prune import Importance
 

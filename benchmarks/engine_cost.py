@@ -30,8 +30,9 @@ from autocompress import machine, pareto
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import BoundSpace, bind
 from autocompress.config import RunConfig
+from autocompress.decisions import Student
 from autocompress.identity import identity_of
-from autocompress.plan import CompressionPlan, Student
+from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.products import Sizes
 from autocompress.records import OBJECTIVES, Measurement

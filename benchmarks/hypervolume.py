@@ -18,7 +18,7 @@ from figures import Figures
 
 from autocompress import api, pareto
 from autocompress.config import RunConfig
-from autocompress.plan import Student
+from autocompress.decisions import Student
 from autocompress.records import Candidate
 
 DATA = ("demo/movies", "demo/tweets")

@@ -20,9 +20,10 @@ from held_out import DATA, hits, interval, logits_of
 
 from autocompress import scoring
 from autocompress.config import RunConfig
+from autocompress.decisions import Decision, LowRank, PruneHeads, PruneNeurons, Quantize
 from autocompress.evaluate import Workshop
 from autocompress.model import EncoderModel
-from autocompress.plan import CompressionPlan, Decision, LowRank, PruneHeads, PruneNeurons, Quantize
+from autocompress.plan import CompressionPlan
 from autocompress.transforms.prune import Importance
 
 W8A8, W4 = Quantize(weight_bits=8, activation_bits=8), Quantize(weight_bits=4, group_size=64)

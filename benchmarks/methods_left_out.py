@@ -24,9 +24,9 @@ from held_out import DATA, hits, interval
 
 from autocompress import scoring, training
 from autocompress.config import RunConfig
+from autocompress.decisions import Quantize
 from autocompress.evaluate import Workshop
 from autocompress.model import ROLES
-from autocompress.plan import Quantize
 from autocompress.transforms.quantize import ActivationRange, Activations, observe, packed, per_channel
 
 GROUP = 64

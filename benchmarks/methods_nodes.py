@@ -17,8 +17,9 @@ import openvino as ov
 from figures import Figures
 
 from autocompress.config import RunConfig
+from autocompress.decisions import Decision, PruneHeads, PruneNeurons, Quantize
 from autocompress.evaluate import Workshop
-from autocompress.plan import CompressionPlan, Decision, PruneHeads, PruneNeurons, Quantize
+from autocompress.plan import CompressionPlan
 from autocompress.runtimes import Artifact
 
 RUNS = 60

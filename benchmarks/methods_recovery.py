@@ -24,8 +24,9 @@ from methods_ablation import DATA, W8A8, hits, interval, logits_of
 
 from autocompress import scoring
 from autocompress.config import RunConfig
+from autocompress.decisions import Decision, DropBlocks, PruneHeads, PruneNeurons, Quantize
 from autocompress.evaluate import Workshop
-from autocompress.plan import MODEL_SITE, CompressionPlan, Decision, DropBlocks, PruneHeads, PruneNeurons, Quantize
+from autocompress.plan import MODEL_SITE, CompressionPlan
 
 EPOCHS = 3.0
 RECIPES: dict[str, tuple[str, ...]] = {

@@ -24,8 +24,9 @@ from methods_ablation import DATA, hits, interval, logits_of
 from autocompress.anatomy import ModelShape
 from autocompress.binding import quantize_decision, students_of
 from autocompress.config import RunConfig
+from autocompress.decisions import Student
 from autocompress.evaluate import Workshop
-from autocompress.plan import MODEL_SITE, CompressionPlan, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.space import SearchSpace
 
 PAIRS = 20

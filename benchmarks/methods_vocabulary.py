@@ -18,9 +18,10 @@ from held_out import DATA
 from methods_ablation import Change, compare
 
 from autocompress.config import RunConfig
+from autocompress.decisions import TrimVocabulary
 from autocompress.evaluate import Workshop
 from autocompress.model import EncoderModel
-from autocompress.plan import CompressionPlan, TrimVocabulary
+from autocompress.plan import CompressionPlan
 from autocompress.transforms.prune import Importance
 from autocompress.transforms.vocabulary import TokenUse
 

@@ -33,9 +33,10 @@ from figures import Figures
 from autocompress import api
 from autocompress.anatomy import ModelShape
 from autocompress.config import RunConfig, TargetConfig
+from autocompress.decisions import Student
 from autocompress.errors import PlanError
 from autocompress.evaluate import Workshop
-from autocompress.plan import MODEL_SITE, PLAN_SCHEMA, CompressionPlan, Student
+from autocompress.plan import MODEL_SITE, PLAN_SCHEMA, CompressionPlan
 from autocompress.runtimes import RUNTIMES, Artifact, get_runtime
 
 ROWS = 12

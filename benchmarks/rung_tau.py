@@ -19,8 +19,9 @@ import numpy as np
 from figures import Figures
 
 from autocompress import api
+from autocompress.decisions import Recover
 from autocompress.evaluate import Workshop
-from autocompress.plan import MODEL_SITE, Recover
+from autocompress.plan import MODEL_SITE
 from autocompress.records import QUALITIES, Candidate
 
 PLANS = 24

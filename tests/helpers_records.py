@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from autocompress.plan import CompressionPlan, PruneNeurons, Quantize
+from autocompress.decisions import PruneNeurons, Quantize
+from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 
 REFERENCE_MS = 16.0

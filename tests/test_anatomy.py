@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from autocompress.anatomy import BlockShape, ModelShape, Site, before_drop
-from autocompress.plan import MODEL_SITE, CompressionPlan, DropBlocks, PruneHeads, PruneNeurons, Quantize, Student
+from autocompress.decisions import DropBlocks, PruneHeads, PruneNeurons, Quantize, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan
 
 BLOCK = BlockShape(heads=12, head_size=32, neurons=1536)
 SHAPE = ModelShape(hidden=384, blocks=(BLOCK,) * 6)

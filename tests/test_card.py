@@ -12,7 +12,8 @@ import yaml
 from helpers_records import make_candidate, make_measurement
 
 from autocompress.config import RunConfig
-from autocompress.plan import CompressionPlan, Quantize
+from autocompress.decisions import Quantize
+from autocompress.plan import CompressionPlan
 from autocompress.report.card import model_card
 from autocompress.scoring import Accuracy
 

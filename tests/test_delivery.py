@@ -14,8 +14,9 @@ from helpers_records import make_measurement
 
 from autocompress import delivery
 from autocompress.config import TargetConfig
+from autocompress.decisions import Quantize
 from autocompress.errors import ExportError
-from autocompress.plan import CompressionPlan, Quantize
+from autocompress.plan import CompressionPlan
 from autocompress.runtimes import Artifact
 
 

@@ -22,11 +22,12 @@ from test_search import alive, by_number, command, descendants, lines_until, rea
 from test_study import plan_ids, states
 
 from autocompress.config import RunConfig
+from autocompress.decisions import MaxTokens, Student
 from autocompress.desk import Job
 from autocompress.distribute import LocalRay, execute
 from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
-from autocompress.plan import MODEL_SITE, CompressionPlan, MaxTokens, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate, Stopped
 
 pytestmark = pytest.mark.slow

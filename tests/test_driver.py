@@ -17,10 +17,11 @@ from test_study import SMALL, evaluate, run_of
 
 from autocompress import api
 from autocompress.config import RecoveryConfig, RunConfig
+from autocompress.decisions import Recover
 from autocompress.driver import BASELINES, SearchStatus, comparison_of, drive, write_results
 from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
-from autocompress.plan import MODEL_SITE, Recover
+from autocompress.plan import MODEL_SITE
 from autocompress.records import Candidate
 from autocompress.report.comparison import Comparison
 from autocompress.study import Study

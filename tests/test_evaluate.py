@@ -16,11 +16,7 @@ from conftest import SPECIAL
 
 from autocompress import evaluate, recovery, scoring
 from autocompress.config import RunConfig
-from autocompress.errors import MeasurementError, PlanError
-from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
-from autocompress.plan import (
-    MODEL_SITE,
-    CompressionPlan,
+from autocompress.decisions import (
     DropBlocks,
     LowRank,
     MaxTokens,
@@ -31,6 +27,9 @@ from autocompress.plan import (
     Student,
     TrimVocabulary,
 )
+from autocompress.errors import MeasurementError, PlanError
+from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Measurement, Stopped
 from autocompress.runtimes import Artifact
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from autocompress import task, training
 from autocompress.config import DataConfig
+from autocompress.decisions import PruneHeads, PruneNeurons, Quantize
 from autocompress.model import understand
-from autocompress.plan import CompressionPlan, PruneHeads, PruneNeurons, Quantize
+from autocompress.plan import CompressionPlan
 from autocompress.task import Split
 from autocompress.training import Example, TrainingBudget
 from autocompress.transforms import apply_plan, quantize

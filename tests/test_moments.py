@@ -12,8 +12,9 @@ from torch import nn
 
 from autocompress import task
 from autocompress.config import DataConfig
+from autocompress.decisions import Decision, DropBlocks, LowRank, PruneNeurons, Quantize
 from autocompress.model import EncoderModel, understand
-from autocompress.plan import CompressionPlan, Decision, DropBlocks, LowRank, PruneNeurons, Quantize
+from autocompress.plan import CompressionPlan
 from autocompress.transforms import apply_plan, quantize
 from autocompress.transforms.factorize import factorized
 from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments

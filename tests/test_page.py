@@ -10,8 +10,9 @@ import pytest
 from helpers_records import make_candidate, make_reference
 from plotly.offline import get_plotlyjs
 
+from autocompress.decisions import PruneNeurons
 from autocompress.pareto import Front
-from autocompress.plan import CompressionPlan, PruneNeurons
+from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.report.comparison import Comparison
 from autocompress.report.figures import front_figure, size_figure

@@ -14,9 +14,10 @@ from conftest import FAMILIES, LABELS, make_model, make_tokenizer
 
 from autocompress import pieces, task
 from autocompress.config import DataConfig
+from autocompress.decisions import Decision, LowRank, PruneHeads, PruneNeurons, Quantize
 from autocompress.model import EncoderModel, understand
 from autocompress.pieces import Factor, Piece, code_version, linear_modules, make_piece, read_piece, save_piece
-from autocompress.plan import CompressionPlan, Decision, LowRank, PruneHeads, PruneNeurons, Quantize
+from autocompress.plan import CompressionPlan
 from autocompress.transforms import HANDLERS, apply_plan
 from autocompress.transforms.moments import take_moments
 from autocompress.transforms.prune import Importance, importance

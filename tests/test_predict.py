@@ -17,16 +17,10 @@ from autocompress import predict
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import bind
 from autocompress.config import RunConfig
+from autocompress.decisions import DropBlocks, PruneNeurons, Recover, Student
 from autocompress.errors import PlanError
 from autocompress.evaluate import Workshop
-from autocompress.plan import (
-    MODEL_SITE,
-    CompressionPlan,
-    DropBlocks,
-    PruneNeurons,
-    Recover,
-    Student,
-)
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.products import Sizes, products_of
 from autocompress.records import Candidate

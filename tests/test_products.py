@@ -12,16 +12,9 @@ from torch import nn
 
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import bind
+from autocompress.decisions import DropBlocks, LowRank, Quantize, Student, TrimVocabulary
 from autocompress.model import EncoderModel, understand
-from autocompress.plan import (
-    MODEL_SITE,
-    CompressionPlan,
-    DropBlocks,
-    LowRank,
-    Quantize,
-    Student,
-    TrimVocabulary,
-)
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.products import Product, Sizes, products_of
 from autocompress.space import SearchSpace, shipped_spaces
 from autocompress.transforms import apply_plan

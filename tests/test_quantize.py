@@ -13,8 +13,8 @@ from conftest import BLOCKS, FAMILIES, LABELS, make_tokenizer
 from autocompress import machine, model, task
 from autocompress.anatomy import Site
 from autocompress.config import DataConfig
+from autocompress.decisions import Quantize
 from autocompress.errors import PlanError
-from autocompress.plan import Quantize
 from autocompress.transforms import quantize
 from autocompress.transforms.quantize import (
     ActivationRange,

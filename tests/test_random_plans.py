@@ -11,8 +11,8 @@ import pytest
 from random_plans import kind_of, odd_decisions, try_plans
 
 from autocompress.anatomy import BlockShape, ModelShape
+from autocompress.decisions import DECISIONS
 from autocompress.errors import PlanError
-from autocompress.plan import DECISIONS
 from autocompress.runtimes import RUNTIMES
 
 PLANS = 12

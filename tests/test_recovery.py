@@ -10,17 +10,9 @@ from torch import nn
 
 from autocompress import model, recovery
 from autocompress.config import OF_PICKED_POINTS, RecoveryConfig
+from autocompress.decisions import DropBlocks, LowRank, PruneHeads, PruneNeurons, Recover, Student
 from autocompress.model import EncoderModel
-from autocompress.plan import (
-    MODEL_SITE,
-    CompressionPlan,
-    DropBlocks,
-    LowRank,
-    PruneHeads,
-    PruneNeurons,
-    Recover,
-    Student,
-)
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.training import TrainingBudget
 from autocompress.transforms.prune import keep_blocks
 from autocompress.transforms.student import share_blocks

@@ -14,21 +14,12 @@ from conftest import LABELS, make_model
 
 from autocompress import model, training
 from autocompress.config import RunConfig
+from autocompress.decisions import Decision, LowRank, PruneHeads, Quantize, Recover, Student, TrimVocabulary
 from autocompress.errors import ConfigError, PlanError
 from autocompress.evaluate import Workshop
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece
-from autocompress.plan import (
-    MODEL_SITE,
-    CompressionPlan,
-    Decision,
-    LowRank,
-    PruneHeads,
-    Quantize,
-    Recover,
-    Student,
-    TrimVocabulary,
-)
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.rounding import read_packed, rounded, save_packed
 from autocompress.task import Split
 from autocompress.transforms.quantize import Packed, packed

@@ -23,12 +23,7 @@ from torch import nn
 
 from autocompress import machine, task
 from autocompress.config import DataConfig, TargetConfig
-from autocompress.errors import PlanError, RuntimeBuildError
-from autocompress.model import EncoderModel, understand
-from autocompress.pieces import linear_modules, make_piece
-from autocompress.plan import (
-    MODEL_SITE,
-    CompressionPlan,
+from autocompress.decisions import (
     Decision,
     DropBlocks,
     LowRank,
@@ -39,6 +34,10 @@ from autocompress.plan import (
     Student,
     TrimVocabulary,
 )
+from autocompress.errors import PlanError, RuntimeBuildError
+from autocompress.model import EncoderModel, understand
+from autocompress.pieces import linear_modules, make_piece
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.products import Sizes, products_of
 from autocompress.runtimes import RUNTIMES, Artifact, Runtime, Session, get_runtime
 from autocompress.runtimes.base import Template, products

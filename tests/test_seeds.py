@@ -13,9 +13,7 @@ from autocompress import strict_yaml
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import NO_STUDENT, BoundSpace, bind
 from autocompress.config import validated
-from autocompress.plan import (
-    MODEL_SITE,
-    CompressionPlan,
+from autocompress.decisions import (
     Decision,
     DropBlocks,
     LowRank,
@@ -26,6 +24,7 @@ from autocompress.plan import (
     Student,
     TrimVocabulary,
 )
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.products import Sizes, products_of
 from autocompress.seeds import allocate, sensitivity_ladder
 from autocompress.space import SearchSpace, Value, shipped_spaces

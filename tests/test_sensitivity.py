@@ -16,19 +16,10 @@ from torch.nn import functional
 from autocompress import model, task
 from autocompress.binding import bind
 from autocompress.config import DataConfig
+from autocompress.decisions import Decision, LowRank, MaxTokens, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.model import EncoderModel, understand
 from autocompress.pieces import Piece, make_piece, unpacked
-from autocompress.plan import (
-    MODEL_SITE,
-    CompressionPlan,
-    Decision,
-    LowRank,
-    MaxTokens,
-    PruneHeads,
-    PruneNeurons,
-    Quantize,
-    TrimVocabulary,
-)
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.transforms import apply_plan

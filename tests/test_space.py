@@ -13,11 +13,8 @@ from autocompress import strict_yaml
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import BoundSpace, bind, quantize_decision, students_of
 from autocompress.config import validated
-from autocompress.errors import ConfigError, PlanError
-from autocompress.plan import (
+from autocompress.decisions import (
     DECISIONS,
-    MODEL_SITE,
-    CompressionPlan,
     DropBlocks,
     LowRank,
     MaxTokens,
@@ -28,6 +25,8 @@ from autocompress.plan import (
     Student,
     TrimVocabulary,
 )
+from autocompress.errors import ConfigError, PlanError
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace, Value, shipped_spaces
 

@@ -19,10 +19,10 @@ from torch.nn import functional
 from autocompress import task, training
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.config import DataConfig
+from autocompress.decisions import ACTIVATIONS, PruneNeurons, Student
 from autocompress.errors import ModelError
 from autocompress.model import EncoderModel, understand
 from autocompress.pieces import Piece
-from autocompress.plan import ACTIVATIONS, PruneNeurons, Student
 from autocompress.sensitivity import Sensitivity
 from autocompress.transforms.moments import take_moments
 from autocompress.transforms.prune import Importance, importance

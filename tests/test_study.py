@@ -26,10 +26,11 @@ from autocompress import api, strict_yaml
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import BoundSpace, bind
 from autocompress.config import RunConfig, validated
+from autocompress.decisions import Recover, Student
 from autocompress.errors import MeasurementError, NoFeasiblePointError, StudyError
 from autocompress.identity import identity_of
 from autocompress.journal import repair_tail
-from autocompress.plan import MODEL_SITE, CompressionPlan, Recover, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate, Measurement, Stopped
 from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace

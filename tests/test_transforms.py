@@ -19,13 +19,8 @@ from autocompress import task, training
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import quantize_decision
 from autocompress.config import DataConfig
-from autocompress.errors import PlanError
-from autocompress.evaluate import Workshop
-from autocompress.model import EncoderModel, understand
-from autocompress.plan import (
+from autocompress.decisions import (
     DECISIONS,
-    MODEL_SITE,
-    CompressionPlan,
     Decision,
     DropBlocks,
     LowRank,
@@ -35,6 +30,10 @@ from autocompress.plan import (
     Recover,
     Student,
 )
+from autocompress.errors import PlanError
+from autocompress.evaluate import Workshop
+from autocompress.model import EncoderModel, understand
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.transforms import apply_plan, check_plan
 from autocompress.transforms.factorize import factorized
 from autocompress.transforms.prune import Importance, importance, keep_heads, keep_neurons

@@ -11,9 +11,10 @@ from helpers_plans import counts_of
 from autocompress import task
 from autocompress.anatomy import ModelShape
 from autocompress.config import DataConfig
+from autocompress.decisions import TrimVocabulary
 from autocompress.errors import PlanError
 from autocompress.model import understand
-from autocompress.plan import CompressionPlan, TrimVocabulary
+from autocompress.plan import CompressionPlan
 from autocompress.transforms import check_plan
 from autocompress.transforms.prune import importance
 from autocompress.transforms.vocabulary import TokenUse, trimmed

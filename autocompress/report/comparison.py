@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from autocompress.decisions import Student
 from autocompress.pareto import volume, volume_curve
-from autocompress.plan import Student
 from autocompress.records import Candidate, Measurement
 from autocompress.report.figures import dress
 from autocompress.report.tables import short, size_mb

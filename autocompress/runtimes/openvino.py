@@ -22,10 +22,11 @@ import torch
 
 from autocompress.anatomy import ModelShape
 from autocompress.config import TargetConfig
+from autocompress.decisions import MaxTokens
 from autocompress.errors import RuntimeBuildError
 from autocompress.model import EncoderModel
 from autocompress.pieces import Factor, Layer, Piece
-from autocompress.plan import CompressionPlan, MaxTokens
+from autocompress.plan import CompressionPlan
 from autocompress.products import Product
 from autocompress.runtimes.base import (
     TEMPLATE_INPUTS,

@@ -1,6 +1,6 @@
 """Compression methods: one file each, a decision class and its handler in one table.
 
-Structural decisions change the torch module here, in the order of `plan.DECISIONS`; what `Quantize` and
+Structural decisions change the torch module here, in the order of `decisions.DECISIONS`; what `Quantize` and
 `TrimVocabulary` decide is carried out by the runtime with the arithmetic of `quantize.py` and `vocabulary.py`, and
 `MaxTokens` by the runtime alone. Students and recovery need training and live in the bank.
 """
@@ -10,10 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from autocompress.anatomy import ModelShape, Site
-from autocompress.errors import PlanError
-from autocompress.model import EncoderModel
-from autocompress.plan import (
-    CompressionPlan,
+from autocompress.decisions import (
     Decision,
     DropBlocks,
     LowRank,
@@ -24,6 +21,9 @@ from autocompress.plan import (
     Student,
     TrimVocabulary,
 )
+from autocompress.errors import PlanError
+from autocompress.model import EncoderModel
+from autocompress.plan import CompressionPlan
 from autocompress.transforms.factorize import Factorization
 from autocompress.transforms.prune import HeadPruning, Importance, NeuronPruning, keep_blocks
 from autocompress.transforms.quantize import check_groups

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from autocompress.anatomy import Site
+from autocompress.decisions import LowRank
 from autocompress.errors import PlanError
 from autocompress.model import ROLES, EncoderModel
-from autocompress.plan import LowRank
 from autocompress.transforms.moments import Moments, same_in_the_mean
 from autocompress.transforms.prune import Importance, linear
 

@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn import functional
 
 from autocompress.anatomy import BlockShape, Site
+from autocompress.decisions import PruneHeads, PruneNeurons
 from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
-from autocompress.plan import PruneHeads, PruneNeurons
 from autocompress.task import Batch
 from autocompress.transforms.moments import AS_READ_BY, Moments, OfBlocks
 from autocompress.transforms.vocabulary import TokenUse

@@ -27,9 +27,9 @@ from torch import nn
 
 from autocompress import machine
 from autocompress.anatomy import Site
+from autocompress.decisions import Quantize
 from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
-from autocompress.plan import Quantize
 from autocompress.task import Batch
 
 _CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68)

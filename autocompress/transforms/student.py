@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from autocompress.decisions import Student
 from autocompress.errors import ModelError
 from autocompress.model import EncoderModel
-from autocompress.plan import Student
 from autocompress.task import Batch
 from autocompress.transforms.prune import Autocast, Importance, keep_blocks, keep_heads, keep_neurons, linear
 
@@ -143,7 +143,7 @@ def keep_channels(model: EncoderModel, channels: Sequence[int]) -> None:
 
 
 def replace_activation(model: EncoderModel, name: str) -> None:
-    """Put the activation function ``name`` of `plan.ACTIVATIONS` into every FFN.
+    """Put the activation function ``name`` of `decisions.ACTIVATIONS` into every FFN.
 
     Raises:
         ModelError: if a block does not have one module that is an activation function.

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from autocompress.anatomy import Site
+from autocompress.decisions import TrimVocabulary
 from autocompress.errors import PlanError
-from autocompress.plan import TrimVocabulary
 
 _DIRECTIONS = 128
 """Directions that rows are compared in, those in which they matter most: what more bring is within the noise."""

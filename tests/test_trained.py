@@ -13,7 +13,8 @@ import torch
 from autocompress import model, training
 from autocompress.bases import Bases
 from autocompress.config import RunConfig
-from autocompress.plan import MODEL_SITE, CompressionPlan, LowRank, PruneHeads, PruneNeurons, Quantize, Recover, Student
+from autocompress.decisions import LowRank, PruneHeads, PruneNeurons, Quantize, Recover, Student
+from autocompress.plan import MODEL_SITE, CompressionPlan
 
 PRUNED = CompressionPlan(
     (
