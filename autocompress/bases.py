@@ -25,7 +25,6 @@ from autocompress.pieces import Piece, code_version, make_piece, read_piece, sav
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
-from autocompress.task import Batch, Split
 from autocompress.trained import Progress, Trained, silent, torch_threads
 from autocompress.transforms import apply_plan
 from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
@@ -63,15 +62,6 @@ class Bases(Trained):
         """Tokens that are no part of any text; a tokenizer may have more of them than the model has rows."""
         rows = self.teacher.shape.vocabulary
         return frozenset(token for token in self.tokenizer.all_special_ids if token < rows)
-
-    @cached_property
-    def calibration(self) -> Split:
-        head = self.task.head("train", self.run.data.calibration_rows)
-        return head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
-
-    def calibration_batches(self, rows: int | None = None) -> list[Batch]:
-        split = self.calibration if rows is None else self.calibration.head(rows)
-        return list(split.in_order_of_length(16))
 
     def base(self, student: Student | None) -> tuple[EncoderModel, Importance]:
         """Return the teacher or a distilled student with its importance scores; both are shared, not to be changed."""
@@ -261,7 +251,7 @@ class Bases(Trained):
         built = base.clone()
         apply_plan(built, plan, scores)
         wanted = plan.of_type(Recover).get(MODEL_SITE)
-        return built if wanted is None else self._recovered(built, plan, wanted, lambda: self._tables(plan))
+        return built if wanted is None else self._recovered(built, plan, wanted, base, lambda: self._tables(plan))
 
     def piece(self, base: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance) -> Piece:
         """Return what stands at ``site`` of ``base`` after ``decisions``, from the bank."""

@@ -113,14 +113,15 @@ class SearchConfig(Section):
     keep_artefacts: Literal["front", "all"] = "front"
 
 
-Epochs = Annotated[float, Field(gt=0, le=100)] | Literal["auto"]
+Epochs = Annotated[float, Field(ge=0, le=100)] | Literal["auto"]
 
 
 class RecoveryConfig(Section):
     epochs: Epochs = Field(
         1.0,
         description="distillation passes for a picked point; auto for as many as cost no more arithmetic than one "
-        "fine-tuning of the uncompressed model, which is model.finetune.epochs, or 3 where it came with a head",
+        "fine-tuning of the uncompressed model, which is model.finetune.epochs, or 3 where it came with a head; "
+        "0, with reconstruct, trains nothing",
     )
     learning_rate: float = Field(3e-4, gt=0, le=1)
     batch_size: int = Field(32, ge=1, le=4096)
@@ -168,6 +169,11 @@ class RecoveryConfig(Section):
         description="train a picked point with its weights rounded as they are stored, where these have 8 bits or "
         "fewer: quantisation-aware training. Goes with 1 in seeds",
     )
+    reconstruct: bool = Field(
+        False,
+        description="before a picked point is trained, or in place of it, fit the layers that add to what runs through "
+        "the model to the sums of the model or student that was pruned, block by block, by least squares",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="training arithmetic; auto takes bfloat16 where the CPU has instructions for it"
     )
@@ -178,7 +184,7 @@ class RecoveryConfig(Section):
         try:
             found: Epochs = handler(value)
         except ValidationError:  # one for each kind of value that is allowed
-            raise ValueError(f"must be auto, or > 0 and <= 100, got {_short(value)}") from None
+            raise ValueError(f"must be auto, or >= 0 and <= 100, got {_short(value)}") from None
         return found
 
     @field_validator("quantized")
@@ -194,7 +200,7 @@ class StorageConfig(Section):
     bank_gb: float = Field(20.0, gt=0, le=1e6, description="size (1e9 bytes) above which unused pieces are deleted")
 
 
-OF_PICKED_POINTS = frozenset({"hidden", "relations", "l1", "l2", "patience", "seeds", "quantized"})
+OF_PICKED_POINTS = frozenset({"hidden", "relations", "l1", "l2", "patience", "seeds", "quantized", "reconstruct"})
 """Options of recovery that no student of a search depends on; they are part of the plan of a point, not of a study."""
 
 
@@ -230,6 +236,8 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if len(set(self.objectives)) != len(self.objectives):
             raise ValueError("objectives: each may be named once")
+        if not self.recovery.epochs and not self.recovery.reconstruct:
+            raise ValueError("recovery.epochs: 0 goes with true in recovery.reconstruct, else nothing is recovered")
         if self.data.max_tokens < self.target.tokens:
             raise ValueError(
                 f"target.tokens: must be <= data.max_tokens ({self.data.max_tokens}), got {self.target.tokens}"

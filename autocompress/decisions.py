@@ -235,7 +235,7 @@ class Recover(Decision):
     """After all structural decisions, distil from the teacher for ``epochs`` passes over the training rows.
 
     Args:
-        epochs: passes over the training rows.
+        epochs: passes over the training rows; 0 trains nothing.
         hidden: weight of what differs from the teacher between the blocks; 0 for its logits alone.
         relations: weight of what differs from it in the relations of queries, keys and values.
         l1: weight of the sum of magnitudes of the blocks' matrices.
@@ -243,6 +243,8 @@ class Recover(Decision):
         patience: passes without improvement on held training rows after which it ends; 0 to use all rows and end last.
         seeds: trainings that are averaged.
         quantized: whether weights are rounded while they are trained, as the plan's other decisions store them.
+        reconstruct: whether layers are first fitted, by least squares, to what stood between the blocks before
+            anything was removed.
     """
 
     scope: ClassVar[Literal["site", "model"]] = "model"
@@ -254,17 +256,26 @@ class Recover(Decision):
     patience: float = 0.0
     seeds: int = 1
     quantized: bool = False
+    reconstruct: bool = False
 
     def __post_init__(self) -> None:
-        _require_epochs(self, self.epochs)
+        for name in ("quantized", "reconstruct"):
+            if not isinstance(getattr(self, name), bool):
+                raise PlanError(f"Recover.{name}: must be true or false, got {getattr(self, name)!r}")
+        if self.reconstruct and self.epochs in (0, 0.0) and not isinstance(self.epochs, bool):
+            object.__setattr__(self, "epochs", 0.0)
+        else:
+            _require_epochs(self, self.epochs)
         for name in ("hidden", "relations", "l1", "l2"):
             _require_weight(self, name, "1e6")
         _require_weight(self, "patience", "100")
         _require_int(self, "seeds", 1, 32)
-        if not isinstance(self.quantized, bool):
-            raise PlanError(f"Recover.quantized: must be true or false, got {self.quantized!r}")
         if self.quantized and self.seeds > 1:
             raise PlanError(f"Recover.quantized: goes with 1 seed, a mean is on no grid; got {self.seeds} seeds")
+        if not self.epochs:
+            for field in dataclasses.fields(self):
+                if field.name not in ("epochs", "reconstruct") and getattr(self, field.name) != field.default:
+                    raise PlanError(f"Recover.{field.name}: goes with epochs > 0, without which nothing is trained")
 
     def to_dict(self) -> dict[str, Any]:
         # What is not used is not written, as before there was such an option: the ids of such plans stay what they are.
@@ -272,11 +283,15 @@ class Recover(Decision):
         return {name: value for name, value in super().to_dict().items() if value != unused.get(name)}
 
     def words(self) -> str:
+        fitted = "reconstructed" if self.reconstruct else ""
+        if not self.epochs:
+            return fitted
         said = f"recovered {self.epochs:g} epochs" + (" block by block" if self.hidden else "")
         named = ("relations", "l1", "l2", "patience")
         more = [f"{name} {getattr(self, name):g}" for name in named if getattr(self, name)]
         more += [f"mean of {self.seeds} seeds"] if self.seeds > 1 else []
-        return ", ".join([said, *more, *(["with rounded weights"] if self.quantized else [])])
+        more += ["with rounded weights"] if self.quantized else []
+        return ", ".join([*([fitted] if fitted else []), said, *more])
 
 
 def _require_weight(owner: object, field: str, high: str) -> None:

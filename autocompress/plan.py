@@ -76,6 +76,10 @@ class CompressionPlan:
         """Return the part that changes the torch module, without what the runtime does."""
         return CompressionPlan(tuple((s, d) for s, d in self.decisions if d.structural))
 
+    def without(self, *kinds: type[Decision]) -> CompressionPlan:
+        """Return the plan without decisions of these types."""
+        return CompressionPlan(tuple((s, d) for s, d in self.decisions if not isinstance(d, kinds)))
+
     def with_decision(self, site: str, decision: Decision) -> CompressionPlan:
         """Return this plan with one more decision, in place of one of the same type at that site."""
         kept = tuple((s, d) for s, d in self.decisions if s != site or type(d) is not type(decision))
@@ -84,11 +88,17 @@ class CompressionPlan:
     def recovered(self, wanted: Recover) -> CompressionPlan:
         """Return this plan with a recovery at its end, less what there is no use for.
 
-        Between the blocks of a narrower student there is nothing to compare with the teacher's, and weights of 16 bits
-        are not worth rounding while they are trained.
+        Between the blocks of a narrower student there is nothing to compare with the teacher's, blocks that are run
+        several times are not reconstructed, and weights of 16 bits are not worth rounding while they are trained.
+
+        Raises:
+            PlanError: if nothing is left of it.
         """
-        if any(student.hidden for student in self.of_type(Student).values()):
-            wanted = dataclasses.replace(wanted, hidden=0.0)
+        for student in self.of_type(Student).values():
+            if student.hidden:
+                wanted = dataclasses.replace(wanted, hidden=0.0)
+            if student.share > 1:
+                wanted = dataclasses.replace(wanted, reconstruct=False)
         if not self.narrow:
             wanted = dataclasses.replace(wanted, quantized=False)
         return self.with_decision(MODEL_SITE, wanted)

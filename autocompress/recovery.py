@@ -6,8 +6,8 @@ of the plan, which has to be the same on every machine.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
 
 from autocompress import training
 from autocompress.config import OF_PICKED_POINTS, RecoveryConfig
@@ -16,6 +16,7 @@ from autocompress.model import EncoderModel
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.products import Sizes, products_of
 
+_BUDGETED = frozenset(field.name for field in dataclasses.fields(training.TrainingBudget))
 HEADED_EPOCHS = 3.0
 """Passes that stand for one fine-tuning where the model came with a head (Devlin et al. 2019, section 4.1)."""
 _TRAINING = 3.0
@@ -27,7 +28,7 @@ def budget_of(asked: RecoveryConfig, decided: Student | Recover, *, precision: s
     shared = asked.model_dump(exclude={*OF_PICKED_POINTS, "epochs", "precision"})
     # A student's `hidden` is a width.
     of_point = vars(decided) if isinstance(decided, Recover) else {}
-    own = {name: value for name, value in of_point.items() if name in OF_PICKED_POINTS - {"seeds", "quantized"}}
+    own = {name: value for name, value in of_point.items() if name in OF_PICKED_POINTS & _BUDGETED}
     return training.TrainingBudget(epochs=decided.epochs, precision=precision, **shared, **own)
 
 
@@ -69,19 +70,19 @@ def example_of(plan: CompressionPlan, teacher: EncoderModel, built: EncoderModel
     blocks = counterparts(plan, len(teacher.shape.blocks))
     return training.Example(
         teacher.module,
-        tuple((f"{own.blocks}.{mine}", f"{its.blocks}.{theirs}") for mine, theirs in blocks),
+        tuple((f"{own.blocks}.{mine}", f"{its.blocks}.{last}") for mine, (_, last) in enumerate(blocks)),
         related=tuple((own.roles[role], its.roles[role]) for role in ("query", "key", "value")),
         heads=teacher.shape.blocks[0].heads,
     )
 
 
-def counterparts(plan: CompressionPlan, depth: int) -> Iterator[tuple[int, int]]:
-    """Yield each block that a plan leaves, and the block of a teacher of ``depth`` blocks that it is to be like.
+def counterparts(plan: CompressionPlan, depth: int) -> list[tuple[int, int]]:
+    """Return for each block that a plan leaves the first and the last block that it stands for, of ``depth`` blocks.
 
-    That is the last one before the next that is left: it has to do the work of those that are gone in between.
+    The first is the one that it was, and the last the one before the next that is left: it has to do the work of those
+    that are gone in between.
     """
     student, drop = plan.of_type(Student).get(MODEL_SITE), plan.of_type(DropBlocks).get(MODEL_SITE)
     taken = student.blocks if student is not None else range(depth)
     left = [block for number, block in enumerate(taken) if drop is None or number not in drop.blocks]
-    for number, following in enumerate([*left[1:], depth]):
-        yield number, following - 1
+    return [(first, following - 1) for first, following in zip(left, [*left[1:], depth], strict=True)]

@@ -25,8 +25,9 @@ from autocompress.decisions import Recover, Student
 from autocompress.model import EncoderModel
 from autocompress.pieces import code_version
 from autocompress.plan import MODEL_SITE, CompressionPlan
+from autocompress.reconstruct import reconstruct
 from autocompress.rounding import read_packed, rounded, save_packed
-from autocompress.task import Split
+from autocompress.task import Batch, Split
 from autocompress.transforms.quantize import Packed
 
 Progress = training.Progress
@@ -65,6 +66,15 @@ class Trained:
     @cached_property
     def splits(self) -> Mapping[str, Split]:
         return self.task.tokenized(self.tokenizer, self.run.data.max_tokens)
+
+    @cached_property
+    def calibration(self) -> Split:
+        head = self.task.head("train", self.run.data.calibration_rows)
+        return head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
+
+    def calibration_batches(self, rows: int | None = None) -> list[Batch]:
+        split = self.calibration if rows is None else self.calibration.head(rows)
+        return list(split.in_order_of_length(16))
 
     @cached_property
     def teacher_folder(self) -> Path:
@@ -129,12 +139,13 @@ class Trained:
         budget: training.TrainingBudget,
         made_from: dict[str, Any],
         *,
+        begin: Callable[[EncoderModel], None] | None = None,
         example: training.Example | None = None,
         rounded_by: CompressionPlan | None = None,
         tables: Callable[[], Mapping[str, np.ndarray]] = dict,
         seed: int | None = None,
     ) -> EncoderModel:
-        """Give ``target`` the weights that distillation leads to, from the run's seed or another.
+        """Give ``target`` the weights that distillation leads to, from the run's seed or another, after ``begin``.
 
         They are rounded meanwhile as the decisions of ``rounded_by`` say, if it is given; embeddings are then looked up
         in ``tables``, by path.
@@ -142,6 +153,10 @@ class Trained:
         seed = self.run.seed if seed is None else seed
 
         def train() -> Mapping[str, Packed]:
+            if begin is not None:
+                begin(target)
+            if not budget.epochs:
+                return {}
             teacher = self._teacher_logits if budget.alpha else None
             rows = self.splits["train"]
             self.progress(f"distilling {what} on {len(rows)} rows for {budget.epochs:g} epochs")
@@ -199,7 +214,8 @@ class Trained:
     def recovering(self, plan: CompressionPlan) -> CompressionPlan:
         """Return ``plan`` with the recovery that the run file asks for."""
         asked = self.run.recovery
-        options = asked.model_dump(include=set(OF_PICKED_POINTS))
+        # Without training there is no use for the others.
+        options = asked.model_dump(include=set(OF_PICKED_POINTS) if asked.epochs else {"reconstruct"})
         if asked.epochs != "auto":
             return plan.recovered(Recover(epochs=asked.epochs, **options))
         headed = model.head_labels(self.source) is not None
@@ -213,25 +229,42 @@ class Trained:
         built: EncoderModel,
         plan: CompressionPlan,
         wanted: Recover,
+        base: EncoderModel,
         tables: Callable[[], Mapping[str, np.ndarray]],
     ) -> EncoderModel:
-        """Give ``built``, which is what the structural decisions of ``plan`` lead to, the weights of its recovery.
+        """Give ``built``, to which structural decisions of ``plan`` led from ``base``, the weights of its recovery.
 
         Embeddings are looked up in ``tables``, by path, where weights are rounded meanwhile.
         """
-        base, budget, example = built.base, self._budget(wanted), recovery.example_of(plan, self.teacher, built)
+        budget, example = self._budget(wanted), recovery.example_of(plan, self.teacher, built)
         rounded_by = plan if wanted.quantized else None
 
         def made_from(seeds: int) -> dict[str, Any]:
             trained = plan if wanted.quantized else plan.structural()
             counted = trained.with_decision(MODEL_SITE, dataclasses.replace(wanted, seeds=seeds))
-            grid = {"grid": code_version(("transforms/quantize.py",))} if wanted.quantized else {}
-            return {"plan": json.loads(counted.to_json()), "base": base, **grid}
+            code = {"grid": code_version(("transforms/quantize.py",))} if wanted.quantized else {}
+            code |= {"reconstruction": code_version(("reconstruct.py",))} if wanted.reconstruct else {}
+            return {"plan": json.loads(counted.to_json()), "base": base.base, **code}
+
+        def begin(target: EncoderModel) -> None:
+            if wanted.reconstruct:
+                self.progress(f"reconstructing a picked structure on {len(self.calibration)} calibration rows")
+                with torch_threads(machine.cores()):
+                    blocks = recovery.counterparts(plan.without(Student), len(base.shape.blocks))
+                    reconstruct(target, base, blocks, self.calibration_batches())
 
         def one(target: EncoderModel, what: str, seed: int) -> EncoderModel:
             # By the key that it has where it is not averaged: none of them is trained twice.
             return self._distilled(
-                target, what, budget, made_from(1), example=example, rounded_by=rounded_by, tables=tables, seed=seed
+                target,
+                what,
+                budget,
+                made_from(1),
+                begin=begin,
+                example=example,
+                rounded_by=rounded_by,
+                tables=tables,
+                seed=seed,
             )
 
         def average() -> Mapping[str, Packed]:

@@ -638,7 +638,7 @@ def test_percent_and_share_are_the_same_drop(call: Call, results: Callable[..., 
 @pytest.mark.parametrize("epochs", ["0", "-1", "nan", "1000", "many"])
 def test_recovery_of_no_epochs_is_refused(call: Call, results: Callable[..., Path], epochs: str) -> None:
     line = call("recover", results(), f"--epochs={epochs}").line(2)
-    assert line.startswith("run.yaml: recovery.epochs: must be auto, or > 0 and <= 100, got ")
+    assert line.startswith("run.yaml: recovery.epochs: must be auto, or >= 0 and <= 100, got ")
 
 
 def test_only_what_concerns_one_point_is_set_for_it(call: Call, results: Callable[..., Path]) -> None:

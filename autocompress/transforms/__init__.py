@@ -55,11 +55,14 @@ def check_plan(plan: CompressionPlan, shape: ModelShape) -> None:
     """
     for student in plan.of_type(Student).values():
         _check_student(student, shape)
-        if student.hidden and any(recovery.hidden for recovery in plan.of_type(Recover).values()):
-            raise PlanError(
-                f"model: Recover.hidden must be 0 where the student is {student.hidden} wide, as its blocks cannot be "
-                f"compared with the model's, which are {shape.hidden} wide"
-            )
+        for recovery in plan.of_type(Recover).values():
+            if student.hidden and recovery.hidden:
+                raise PlanError(
+                    f"model: Recover.hidden must be 0 where the student is {student.hidden} wide, as its blocks cannot "
+                    f"be compared with the model's, which are {shape.hidden} wide"
+                )
+            if student.share > 1 and recovery.reconstruct:
+                raise PlanError("model: Recover.reconstruct must be false where blocks are run several times")
         shape = shape.of_student(student)
     for drop in plan.of_type(DropBlocks).values():
         depth = len(shape.blocks)
@@ -110,7 +113,7 @@ def apply_plan(model: EncoderModel, plan: CompressionPlan, scores: Importance) -
     Raises:
         PlanError: if a decision does not fit; the model is then unchanged.
     """
-    own = CompressionPlan(tuple((s, d) for s, d in plan if not isinstance(d, (Student, Recover))))
+    own = plan.without(Student, Recover)
     check_plan(own, model.shape)
     for drop in own.of_type(DropBlocks).values():
         kept = [n for n in range(len(model.shape.blocks)) if n not in drop.blocks]

@@ -1,0 +1,216 @@
+"""Weights are fitted so that a pruned model carries on, block by block, what it did before.
+
+A block adds to what runs through the model twice: after its attention and after its FFN. The layer that adds is given,
+from the first block to the last, the weights and the bias with which the sum comes nearest to what it was at that
+place, by least squares over the tokens of calibration rows, for the inputs that it gets from what has been fitted
+before it. It thus makes up for what was removed in front of it, and for what earlier blocks could not make up for: He
+et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 3 and section 3.2 ("residual"); Kwon et
+al. 2022, "A Fast Post-Training Pruning Framework for Transformers", section 4.3, fit a mask by the same criterion.
+
+Nothing is trained: there are no gradients, and one solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autocompress.errors import ModelError
+from autocompress.model import EncoderModel
+from autocompress.task import Batch
+
+RIDGE = 0.1
+"""Pull towards the weights as they are, in mean variances of what a layer reads."""
+_ADDING = ("output", "ffn_out")
+"""Roles of the layers that add to what runs through the model, in the order of their use."""
+
+
+def reconstruct(
+    model: EncoderModel, whole: EncoderModel, counterparts: Sequence[tuple[int, int]], batches: Sequence[Batch]
+) -> None:
+    """Fit the layers of ``model`` that add to what runs through it; of two factors, the second.
+
+    Args:
+        model: what was pruned; changed in place.
+        whole: what it was before.
+        counterparts: for each block of the model, the first and the last block of the whole one that it stands for.
+        batches: calibration rows.
+
+    Raises:
+        ModelError: if a block does not normalise what it added up.
+    """
+    own, its = _Rows(model, batches), _Rows(whole, batches)
+    for number, (first, last) in enumerate(counterparts):
+        its.go_to(first)
+        wanted = its.pass_through(last)
+        for role in _ADDING:
+            sums = _Sums(_last_linear(model.module.get_submodule(model.layout.path(number, role))))
+            for seen, target in zip(own.seen(role), wanted[role], strict=True):
+                sums.count(seen.read, target - seen.after)
+            sums.fit()
+        own.go_to(number + 1)
+
+
+class _Sums:
+    """What least squares need to know of a layer's inputs and of what is missing behind it.
+
+    Args:
+        layer: to be fitted.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+        inner, outer = layer.in_features, layer.out_features
+        self.tokens = 0
+        self.read, self.missing = torch.zeros(inner, dtype=torch.float64), torch.zeros(outer, dtype=torch.float64)
+        self.square = torch.zeros(inner, inner, dtype=torch.float64)
+        self.mixed = torch.zeros(inner, outer, dtype=torch.float64)
+
+    def count(self, read: torch.Tensor, missing: torch.Tensor) -> None:
+        """Take in tokens, ``tokens x inner`` and ``tokens x outer``."""
+        self.tokens += len(read)
+        self.read += read.sum(dim=0)
+        self.missing += missing.sum(dim=0)
+        self.square += read.T @ read
+        self.mixed += read.T @ missing
+
+    def fit(self) -> None:
+        """Change the weights so that the least is missing in squares, and the bias so that nothing is in the mean."""
+        read, missing = self.read / self.tokens, self.missing / self.tokens
+        square, mixed = self.square / self.tokens, self.mixed / self.tokens
+        bias: torch.Tensor | None = self.layer.bias
+        if bias is not None:
+            square, mixed = square - torch.outer(read, read), mixed - torch.outer(read, missing)
+        pull = RIDGE * square.diagonal().mean().clamp_min(1e-12)
+        root = torch.linalg.cholesky(square + pull * torch.eye(len(square), dtype=torch.float64))
+        change = torch.cholesky_solve(mixed, root).T
+        with torch.no_grad():
+            self.layer.weight += change
+            if bias is not None:
+                bias += missing - change @ read
+
+
+class _Stop(Exception):
+    """Ends a run of a block where what comes after it is of no interest."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a layer reads, and what comes of adding its output, of the tokens of a batch, ``tokens x channels``."""
+
+    read: torch.Tensor
+    after: torch.Tensor
+
+
+class _Rows:
+    """Calibration rows on their way through a model, which is run block by block.
+
+    Args:
+        model: to be run.
+        batches: the rows.
+    """
+
+    def __init__(self, model: EncoderModel, batches: Sequence[Batch]) -> None:
+        self.model = model
+        self.blocks = list(model.block_list())
+        self.masks = [batch.attention_mask.bool() for batch in batches]
+        self.block = 0
+        self.inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        """What the block that is up next is called with, by batch."""
+        handle = self.blocks[0].register_forward_pre_hook(self._note_inputs, with_kwargs=True)
+        with torch.no_grad():
+            for batch in batches:
+                with suppress(_Stop):
+                    model.module(**batch.inputs())
+        handle.remove()
+
+    def _note_inputs(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.inputs.append((inputs, named))
+        raise _Stop
+
+    def go_to(self, block: int) -> None:
+        """Run what comes before a block."""
+        while self.block < block:
+            for number in range(len(self.inputs)):
+                self._run(number)
+            self.block += 1
+
+    def pass_through(self, last: int) -> dict[str, list[torch.Tensor]]:
+        """Run the blocks up to ``last`` and return by batch what this one's attention and that one's FFN lead to."""
+        found: dict[str, list[torch.Tensor]] = {}
+        while self.block <= last:
+            with self._noted(_ADDING, stop=False) as seen:
+                of_block: dict[str, list[torch.Tensor]] = {role: [] for role in _ADDING}
+                for number in range(len(self.inputs)):
+                    self._run(number)
+                    for role in _ADDING:
+                        of_block[role].append(self._of_tokens(number, seen, role).after)
+            found = {"output": found.get("output", of_block["output"]), "ffn_out": of_block["ffn_out"]}
+            self.block += 1
+        return found
+
+    def seen(self, role: str) -> Iterator[_Seen]:
+        """Yield for each batch what the layer of a role in this block sees."""
+        with self._noted((role,), stop=True) as seen:
+            for number in range(len(self.inputs)):
+                with suppress(_Stop):
+                    self._run(number)
+                yield self._of_tokens(number, seen, role)
+
+    def _run(self, number: int) -> None:
+        """Run this block for a batch."""
+        inputs, named = self.inputs[number]
+        with torch.no_grad():
+            found = self.blocks[self.block](*inputs, **named)
+        after = found if isinstance(found, torch.Tensor) else found[0]
+        self.inputs[number] = ((after, *inputs[1:]), named)
+
+    def _of_tokens(self, number: int, seen: dict[str, list[torch.Tensor]], role: str) -> _Seen:
+        """Return what was noted, without padding."""
+        noted = seen.pop(role, [])
+        if len(noted) < 2:
+            raise ModelError(f"model: {role} of block {self.block}: nothing normalises what it adds to")
+        return _Seen(*(value[self.masks[number]] for value in noted))
+
+    @contextmanager
+    def _noted(self, roles: Sequence[str], *, stop: bool) -> Iterator[dict[str, list[torch.Tensor]]]:
+        """Note of each run of this block what layers read and what they add up to, which is what is normalised next.
+
+        With ``stop`` that ends the run.
+        """
+        seen: dict[str, list[torch.Tensor]] = {}
+        waiting: list[str] = []
+
+        def adding(role: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                seen[role] = [inputs[0]]
+                waiting[:] = [role]
+
+            return hook
+
+        def normalising(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if waiting:
+                seen[waiting.pop()].append(inputs[0])
+                if stop:
+                    raise _Stop
+
+        block, layout = self.blocks[self.block], self.model.layout
+        paths = {role: self.model.module.get_submodule(layout.path(self.block, role)) for role in roles}
+        handles = [_last_linear(module).register_forward_pre_hook(adding(role)) for role, module in paths.items()]
+        handles += [m.register_forward_pre_hook(normalising) for m in block.modules() if isinstance(m, nn.LayerNorm)]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _last_linear(module: nn.Module) -> nn.Linear:
+    found = module[-1] if isinstance(module, nn.Sequential) else module
+    assert isinstance(found, nn.Linear), "a layer, or two factors of one"
+    return found

@@ -1,0 +1,280 @@
+"""Reconstruction: least squares by hand, what it must leave alone, and that it comes nearer to the whole model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, LABELS, make_model, make_tokenizer
+from torch import nn
+
+from autocompress import reconstruct as module
+from autocompress import recovery, task
+from autocompress.config import DataConfig, RunConfig
+from autocompress.decisions import Decision, DropBlocks, LowRank, PruneHeads, PruneNeurons, Quantize, Recover, Student
+from autocompress.errors import ConfigError, ModelError, PlanError
+from autocompress.evaluate import Workshop
+from autocompress.model import EncoderModel, understand
+from autocompress.plan import MODEL_SITE, CompressionPlan
+from autocompress.reconstruct import reconstruct
+from autocompress.task import Batch
+from autocompress.transforms import apply_plan
+from autocompress.transforms.prune import importance
+
+FITTED = Recover(epochs=0, reconstruct=True)
+PLANS: dict[str, tuple[tuple[str, Decision], ...]] = {
+    "heads": tuple((f"block.{n}.attention", PruneHeads(keep=2)) for n in range(3)),
+    "neurons": tuple((f"block.{n}.ffn", PruneNeurons(keep=16)) for n in range(3)),
+    "rank": (("block.0.attention", LowRank(rank=4)), ("block.1.ffn", LowRank(rank=4))),
+    "blocks": ((MODEL_SITE, DropBlocks(blocks=(1,))),),
+    "the first block": ((MODEL_SITE, DropBlocks(blocks=(0,))), ("block.1.ffn", PruneNeurons(keep=24))),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_layer_is_what_least_squares_lead_to(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    monkeypatch.setattr(module, "RIDGE", 1e-12)
+    generator = torch.Generator().manual_seed(0)
+    read = torch.randn(50, 6, generator=generator) + 2
+    wanted = torch.randn(50, 3, generator=generator)
+    layer = nn.Linear(6, 3, bias=bias)
+    sums = module._Sums(layer)
+    missing = wanted - layer(read).detach()
+    for part in (slice(0, 20), slice(20, 50)):
+        sums.count(read[part], missing[part])
+    sums.fit()
+    with_ones = torch.cat([read, torch.ones(50, 1)], dim=1) if bias else read
+    expected = torch.linalg.lstsq(with_ones, wanted).solution
+    assert torch.allclose(layer.weight.T, expected[:6], atol=1e-4)
+    assert not bias or torch.allclose(layer.bias, expected[6], atol=1e-4)
+
+
+def test_the_pull_is_towards_the_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One input of variance 1 about its mean, one output that should be twice the input: half way there at a pull of 1.
+    monkeypatch.setattr(module, "RIDGE", 1.0)
+    layer = nn.Linear(1, 1)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.fill_(0.0)
+    sums = module._Sums(layer)
+    sums.count(torch.tensor([[4.0], [6.0]]), torch.tensor([[4.0], [6.0]]))
+    sums.fit()
+    assert layer.weight.item() == pytest.approx(1.5)
+    assert layer.bias.item() == pytest.approx(10 - 1.5 * 5), "right in the mean"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(family: str) -> EncoderModel:
+    return understand(make_model(family, labels=LABELS), base=family)
+
+
+@pytest.fixture(scope="module")
+def batches(family: str, tiny_csv: Path) -> list[Batch]:
+    loaded = task.load(DataConfig(source=str(tiny_csv), search_rows=60))
+    return list(loaded.tokenized(make_tokenizer(family), 32)["train"].head(64).in_order_of_length(16))
+
+
+def pruned(whole: EncoderModel, batches: Sequence[Batch], plan: CompressionPlan) -> EncoderModel:
+    built = whole.clone()
+    apply_plan(built, plan, importance(whole, batches))
+    return built
+
+
+def end_of(model: EncoderModel, batches: Sequence[Batch]) -> torch.Tensor:
+    """Return what leaves the last block, ``tokens x hidden``, without padding."""
+    found: list[torch.Tensor] = []
+    handle = model.block_list()[-1].register_forward_hook(
+        lambda _, __, output: found.append(output if isinstance(output, torch.Tensor) else output[0])
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model.module(**batch.inputs())
+    handle.remove()
+    return torch.cat([each[batch.attention_mask.bool()] for each, batch in zip(found, batches, strict=True)])
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_end_of_the_last_block_comes_nearer(whole: EncoderModel, batches: list[Batch], name: str) -> None:
+    plan = CompressionPlan(PLANS[name])
+    built = pruned(whole, batches, plan)
+    wanted, before = end_of(whole, batches), end_of(built, batches)
+    shapes = {key: value.shape for key, value in built.module.state_dict().items()}
+    reconstruct(built, whole, recovery.counterparts(plan, len(whole.shape.blocks)), batches)
+    after = end_of(built, batches)
+    assert (after - wanted).square().mean() < 0.8 * (before - wanted).square().mean()
+    assert {key: value.shape for key, value in built.module.state_dict().items()} == shapes
+
+
+def test_only_what_adds_to_what_runs_through_is_changed(whole: EncoderModel, batches: list[Batch]) -> None:
+    plan = CompressionPlan(PLANS["rank"] + PLANS["blocks"])
+    built = pruned(whole, batches, plan)
+    before = {name: value.clone() for name, value in built.module.state_dict().items()}
+    reconstruct(built, whole, recovery.counterparts(plan, len(whole.shape.blocks)), batches)
+    changed = {name for name, value in built.module.state_dict().items() if not torch.equal(value, before[name])}
+    adding = {built.layout.path(n, role) for n in range(2) for role in ("output", "ffn_out")}
+    factors = {f"{path}.1" for path in adding if isinstance(built.module.get_submodule(path), nn.Sequential)}
+    assert factors, "the plan has them"
+    paths = {path for path in adding if f"{path}.1" not in factors} | factors
+    assert changed <= {f"{path}.{what}" for path in paths for what in ("weight", "bias")}
+    assert {name.rpartition(".")[0] for name in changed} == paths
+
+
+def test_a_whole_model_stays_as_it_is(whole: EncoderModel, batches: list[Batch]) -> None:
+    built = whole.clone()
+    reconstruct(built, whole, [(n, n) for n in range(len(whole.shape.blocks))], batches)
+    for name, value in built.module.state_dict().items():
+        assert torch.allclose(value, whole.module.state_dict()[name], atol=1e-5), name
+
+
+def test_padding_counts_for_nothing(whole: EncoderModel, batches: list[Batch]) -> None:
+    plan = CompressionPlan(PLANS["neurons"])
+    found = []
+    for extra in (0, 5):
+        padded = [
+            Batch(
+                nn.functional.pad(batch.input_ids, (0, extra)),
+                nn.functional.pad(batch.attention_mask, (0, extra)),
+                None if batch.token_type_ids is None else nn.functional.pad(batch.token_type_ids, (0, extra)),
+                batch.labels,
+                batch.rows,
+            )
+            for batch in batches[:2]
+        ]
+        built = pruned(whole, batches, plan)
+        reconstruct(built, whole, recovery.counterparts(plan, len(whole.shape.blocks)), padded)
+        found.append(built.linear(2, "ffn_out").weight)
+    assert torch.allclose(*found, atol=1e-4)
+
+
+def test_a_block_that_normalises_nothing_is_refused(tiny_csv: Path) -> None:
+    whole = understand(make_model("bert", labels=LABELS), base="bert")
+    loaded = task.load(DataConfig(source=str(tiny_csv), search_rows=60))
+    batches = list(loaded.tokenized(make_tokenizer("bert"), 32)["train"].head(8).in_order_of_length(8))
+    for name, layer in list(whole.block_list()[1].named_modules()):
+        if isinstance(layer, nn.LayerNorm):
+            whole.replace(f"{whole.layout.blocks}.1.{name}", nn.Identity())
+    with pytest.raises(ModelError, match=r"block 1: nothing normalises"):
+        reconstruct(whole.clone(), whole, [(n, n) for n in range(len(whole.shape.blocks))], batches)
+
+
+class TestDecision:
+    def test_words_and_json(self) -> None:
+        assert FITTED.words() == "reconstructed"
+        assert Recover(epochs=2, reconstruct=True).words() == "reconstructed, recovered 2 epochs"
+        plan = CompressionPlan(((MODEL_SITE, FITTED),))
+        assert CompressionPlan.from_json(plan.to_json()) == plan
+        assert "reconstruct" not in CompressionPlan(((MODEL_SITE, Recover(epochs=1)),)).to_json()
+
+    @pytest.mark.parametrize("epochs", [0, 0.0])
+    def test_no_training_is_something_only_with_it(self, epochs: float) -> None:
+        assert Recover(epochs=epochs, reconstruct=True) == FITTED
+        with pytest.raises(PlanError, match=r"Recover\.epochs: must be > 0"):
+            Recover(epochs=epochs)
+
+    @pytest.mark.parametrize("value", [False, -1, float("nan"), "0", None])
+    def test_epochs_are_numbers(self, value: Any) -> None:
+        with pytest.raises(PlanError, match=r"Recover\.epochs"):
+            Recover(epochs=value, reconstruct=True)
+
+    @pytest.mark.parametrize(
+        ("option", "value"), [("hidden", 1), ("seeds", 2), ("quantized", True), ("l2", 0.1), ("patience", 1)]
+    )
+    def test_options_of_training_need_some(self, option: str, value: Any) -> None:
+        with pytest.raises(PlanError, match=rf"Recover\.{option}: goes with epochs > 0"):
+            Recover(epochs=0, reconstruct=True, **{option: value})
+
+    @pytest.mark.parametrize("value", [1, "yes", None])
+    def test_it_is_true_or_false(self, value: Any) -> None:
+        with pytest.raises(PlanError, match=r"Recover\.reconstruct: must be true or false"):
+            Recover(epochs=1, reconstruct=value)
+
+    def test_a_run_file_that_asks_for_nothing_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"recovery\.epochs: 0 goes with true in recovery\.reconstruct"):
+            RunConfig.from_mapping({"recovery": {"epochs": 0}}, source="run.yaml")
+        found = RunConfig.from_mapping({"recovery": {"epochs": 0, "reconstruct": True}}, source="run.yaml")
+        assert found.recovery.epochs == 0
+
+
+class TestInAWorkshop:
+    PLAN = CompressionPlan(
+        (
+            ("block.0.attention", PruneHeads(keep=2)),
+            ("block.1.ffn", PruneNeurons(keep=16)),
+            ("block.1.ffn", Quantize(weight_bits=4, group_size=8)),
+            ("block.2.ffn", Quantize(weight_bits=8, activation_bits=8)),
+        )
+    )
+
+    @pytest.fixture
+    def shops(
+        self, tiny_run: Callable[..., RunConfig], tmp_path: Path, bert_headed_folder: Path
+    ) -> Callable[..., Workshop]:
+        """Return a factory of the same teacher on one fresh bank."""
+
+        def make(*overrides: str, told: list[str] | None = None) -> Workshop:
+            where = {"model.id": bert_headed_folder, "storage.bank": tmp_path / "bank"}
+            given = [f"{key}={json.dumps(str(path))}" for key, path in where.items()]
+            options = ["data.max_train_rows=40", "recovery.batch_size=8", "recovery.reconstruct=true"]
+            heard = [] if told is None else told
+            return Workshop(tiny_run([*given, *options, *overrides]), tmp_path / "artefacts", heard.append)
+
+        return make
+
+    def test_it_is_made_once_and_built_as_it_is(self, shops: Callable[..., Workshop], tmp_path: Path) -> None:
+        told: list[str] = []
+        shop = shops("recovery.epochs=0", told=told)
+        plan = shop.recovering(self.PLAN)
+        assert plan.of_type(Recover) == {MODEL_SITE: FITTED}, "options of training have no use"
+        first = shop.build(plan, tmp_path / "first")
+        other_bits = self.PLAN.with_decision("block.1.ffn", Quantize(weight_bits=16))
+        assert shop.structured(other_bits.recovered(FITTED)).base == shop.structured(plan).base
+        assert sum("reconstructing" in line for line in told) == 1
+        assert not any("distilling" in line for line in told)
+        again = shops("recovery.epochs=0").build(plan, tmp_path / "again")
+        rows = shop.splits["search"].batch(range(20)).arrays()
+        logits = [shop.runtime.load(artifact, shop.run.target).run(rows) for artifact in (first, again)]
+        assert (logits[0] == logits[1]).all()
+        plain = shop.build(self.PLAN, tmp_path / "plain")
+        assert (shop.runtime.load(plain, shop.run.target).run(rows) != logits[0]).any()
+
+    def test_training_goes_on_from_it(self, shops: Callable[..., Workshop]) -> None:
+        told: list[str] = []
+        shop = shops("recovery.epochs=1", told=told)
+        with_it = shop.structured(shop.recovering(self.PLAN))
+        assert [line.split()[0] for line in told if line.startswith(("reconstructing", "distilling a"))] == [
+            "reconstructing",
+            "distilling",
+        ]
+        without = shops("recovery.epochs=1", "recovery.reconstruct=false")
+        assert without.structured(without.recovering(self.PLAN)).base != with_it.base
+
+    def test_a_pruned_student_is_drawn_to_the_student(self, shops: Callable[..., Workshop]) -> None:
+        shop = shops("recovery.epochs=0")
+        student = Student(blocks=(0, 2), heads=4, neurons=32, hidden=16, epochs=0.1)
+        shop.adopt(student, shop.cut(student))
+        plan = self.PLAN.with_decision(MODEL_SITE, student).without(Quantize)
+        plan = CompressionPlan(tuple((s, d) for s, d in plan if s != "block.2.ffn"))
+        built, pruned = shop.structured(shop.recovering(plan)), shop.structured(plan)
+        whole = shop.base(student)[0]
+        batches = shop.calibration_batches()
+        wanted = end_of(whole, batches)
+        near, far = ((end_of(model, batches) - wanted).square().mean() for model in (built, pruned))
+        assert near < far
+
+    def test_blocks_that_are_run_several_times_are_refused(self, shops: Callable[..., Workshop]) -> None:
+        shop = shops("recovery.epochs=1")
+        shared = CompressionPlan(((MODEL_SITE, Student(blocks=(0,), heads=2, neurons=32, share=2)),))
+        with pytest.raises(PlanError, match=r"Recover\.reconstruct must be false where blocks are run several times"):
+            shop.check(shared.with_decision(MODEL_SITE, FITTED))
+        assert not shop.recovering(shared).of_type(Recover)[MODEL_SITE].reconstruct
+        with pytest.raises(PlanError, match=r"Recover\.epochs"):
+            shops("recovery.epochs=0").recovering(shared)
