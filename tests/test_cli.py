@@ -635,7 +635,12 @@ def test_percent_and_share_are_the_same_drop(call: Call, results: Callable[..., 
     assert picks[2]["size_bytes"] <= picks[0]["size_bytes"]
 
 
-@pytest.mark.parametrize("epochs", ["0", "-1", "nan", "1000", "many"])
+def test_a_recovery_that_does_nothing_is_refused(call: Call, results: Callable[..., Path]) -> None:
+    line = call("recover", results(), "--epochs=0").line(2)
+    assert line.startswith("run.yaml: recovery.epochs: 0 goes with true in recovery.reconstruct")
+
+
+@pytest.mark.parametrize("epochs", ["-1", "nan", "1000", "many"])
 def test_recovery_of_no_epochs_is_refused(call: Call, results: Callable[..., Path], epochs: str) -> None:
     line = call("recover", results(), f"--epochs={epochs}").line(2)
     assert line.startswith("run.yaml: recovery.epochs: must be auto, or >= 0 and <= 100, got ")
