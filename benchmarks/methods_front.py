@@ -1,13 +1,14 @@
 """Measure what compression retains at which speed and size, and write ``results/benchmarks/methods-front.json``.
 
 ``python benchmarks/methods_front.py`` searches twice on each data set, from a fine-tuned model and an empty bank: in
-the joint space without its students, where nothing is trained, and in the joint space. Of each front it takes the
-fastest and the smallest point that retains a share of the uncompressed model's accuracy on the search rows, and the
-most accurate one of a gain that is aimed at, and tells what these retain on the held-out test rows, with a paired
-bootstrap interval. They were chosen by the search rows, so less is to be expected there.
+the joint space without its students, where nothing is trained and the front is reconstructed at the end, and in the
+joint space. Of each front it takes the fastest and the smallest point that retains a share of the uncompressed model's
+accuracy on the search rows, and the most accurate one of a gain that is aimed at, and tells what these retain on the
+held-out test rows, with a paired bootstrap interval. They were chosen by the search rows, so less is to be expected
+there.
 
-In the joint space it then recovers the most accurate ones, in as many passes as cost no more arithmetic than one
-fine-tuning, with weights rounded as they are stored.
+In the joint space it then recovers the most accurate ones: reconstructed, and trained in as many passes as cost no more
+arithmetic than one fine-tuning, with weights rounded as they are stored.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ FASTEST = {"without training": ((0.99, 4.0),), "with students": ((0.99, 6.0), (0
 """Shares of accuracy to be retained, and times faster that are aimed at there."""
 SMALLEST = ((0.98, 12.0), (0.96, 16.0))
 """The same for times smaller."""
-RECOVERY = ("recovery.epochs=auto", "recovery.quantized=true")
+TRIALS = {"without training": 100, "with students": 200}
+AT_THE_END = {
+    "without training": ("search.recover=30", "recovery.epochs=0", "recovery.reconstruct=true"),
+    "with students": (),
+}
+"""Settings of what is done to the front of a search."""
+OF_PICKED = ("recovery.epochs=auto", "recovery.quantized=true", "recovery.reconstruct=true")
 MINUTES = 10.0
 """In which the points without training are to be found."""
 
@@ -127,7 +134,7 @@ def measure(figures: Figures, data: str, search: str, place: Path, settings: Seq
         picked = most_accurate(measured.front, target, prefer)
         measured.write(f"best of {target:g} times {more}", picked, prefer, share, target)
         if picked is not None and search != SEARCHES[0]:
-            again = api.recover(picked, overrides=RECOVERY, progress=print)
+            again = api.recover(picked, overrides=OF_PICKED, progress=print)
             measured.write(f"best of {target:g} times {more}, recovered", again, prefer, share, target)
 
 
@@ -135,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=SEARCHES)
-    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--trials", type=int, help="by default 100 without training and 200 with students")
     parser.add_argument("--learning-rate", type=float, default=6e-4, help="of students and of recovery")
     parser.add_argument("--keep", type=Path, help="leave the banks and the results folders here")
     options = parser.parse_args()
@@ -149,8 +156,9 @@ def main() -> None:
             trained = RunConfig.from_file("demo", overrides=[f"data.source={data}", f"storage.bank={place / 'bank'}"])
             model = api.finetune(trained, progress=print)
             for search in options.searches:
-                settings = [f"search.trials={options.trials}", f"space={spaces[search]}", f"model.id={model}"]
-                settings.append(f"recovery.learning_rate={options.learning_rate}")
+                trials = options.trials or TRIALS[search]
+                settings = [f"search.trials={trials}", f"space={spaces[search]}", f"model.id={model}"]
+                settings += [f"recovery.learning_rate={options.learning_rate}", *AT_THE_END[search]]
                 measure(figures, data, search, place, settings)
 
 
