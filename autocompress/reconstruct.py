@@ -137,7 +137,7 @@ class _Rows:
         """Run what comes before a block."""
         while self.block < block:
             for number in range(len(self.inputs)):
-                self._run(number)
+                self._pass(number)
             self.block += 1
 
     def pass_through(self, last: int) -> dict[str, list[torch.Tensor]]:
@@ -147,9 +147,9 @@ class _Rows:
             with self._noted(_ADDING, stop=False) as seen:
                 of_block: dict[str, list[torch.Tensor]] = {role: [] for role in _ADDING}
                 for number in range(len(self.inputs)):
-                    self._run(number)
+                    end = self._pass(number)
                     for role in _ADDING:
-                        of_block[role].append(self._of_tokens(number, seen, role).after)
+                        of_block[role].append(self._of_tokens(number, seen, role, end).after)
             found = {"output": found.get("output", of_block["output"]), "ffn_out": of_block["ffn_out"]}
             self.block += 1
         return found
@@ -158,21 +158,32 @@ class _Rows:
         """Yield for each batch what the layer of a role in this block sees."""
         with self._noted((role,), stop=True) as seen:
             for number in range(len(self.inputs)):
+                end: torch.Tensor | None = None
                 with suppress(_Stop):
-                    self._run(number)
-                yield self._of_tokens(number, seen, role)
+                    end = self._run(number)
+                yield self._of_tokens(number, seen, role, end)
 
-    def _run(self, number: int) -> None:
-        """Run this block for a batch."""
+    def _run(self, number: int) -> torch.Tensor:
+        """Return what this block makes of a batch."""
         inputs, named = self.inputs[number]
         with torch.no_grad():
             found = self.blocks[self.block](*inputs, **named)
-        after = found if isinstance(found, torch.Tensor) else found[0]
-        self.inputs[number] = ((after, *inputs[1:]), named)
+        return found if isinstance(found, torch.Tensor) else found[0]
 
-    def _of_tokens(self, number: int, seen: dict[str, list[torch.Tensor]], role: str) -> _Seen:
-        """Return what was noted, without padding."""
+    def _pass(self, number: int) -> torch.Tensor:
+        """Return the same, which the next block is to be called with."""
+        end = self._run(number)
+        inputs, named = self.inputs[number]
+        self.inputs[number] = ((end, *inputs[1:]), named)
+        return end
+
+    def _of_tokens(
+        self, number: int, seen: dict[str, list[torch.Tensor]], role: str, end: torch.Tensor | None
+    ) -> _Seen:
+        """Return what was noted, without padding; ``end`` is what the block returns, unless it was stopped before."""
         noted = seen.pop(role, [])
+        if len(noted) == 1 and role == _ADDING[-1] and end is not None:
+            noted.append(end)  # where each block begins by normalising, the last sum is what it returns
         if len(noted) < 2:
             raise ModelError(f"model: {role} of block {self.block}: nothing normalises what it adds to")
         return _Seen(*(value[self.masks[number]] for value in noted))
@@ -194,8 +205,10 @@ class _Rows:
             return hook
 
         def normalising(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if waiting:
-                seen[waiting.pop()].append(inputs[0])
+            # What waits may be of the batch before, in a block that normalises nothing at its end.
+            noted = seen.get(waiting.pop()) if waiting else None
+            if noted is not None:
+                noted.append(inputs[0])
                 if stop:
                     raise _Stop
 

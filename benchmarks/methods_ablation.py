@@ -20,7 +20,7 @@ from held_out import DATA, hits, interval, logits_of
 
 from autocompress import scoring
 from autocompress.config import RunConfig
-from autocompress.decisions import Decision, LowRank, PruneHeads, PruneNeurons, Quantize
+from autocompress.decisions import Decision, LowRank, PruneHeads, PruneNeurons, Quantize, Recover
 from autocompress.evaluate import Workshop
 from autocompress.model import EncoderModel
 from autocompress.plan import CompressionPlan
@@ -30,6 +30,8 @@ W8A8, W4 = Quantize(weight_bits=8, activation_bits=8), Quantize(weight_bits=4, g
 W4A8, W3A8, W2A8 = (Quantize(weight_bits=bits, activation_bits=8, group_size=64) for bits in (4, 3, 2))
 
 Change = Callable[[EncoderModel, Importance], Importance]
+Side = tuple[str, CompressionPlan]
+"""A variant of a workshop and the plan that it carries out."""
 
 
 def fisher(_: EncoderModel, scores: Importance) -> Importance:
@@ -74,9 +76,9 @@ def uniform(
     return CompressionPlan(tuple(decisions))
 
 
-def comparisons(shop: Workshop) -> dict[str, tuple[str, str, CompressionPlan]]:
-    """Return, by what they are called: a variant, its counterpart, and the plan that both carry out."""
-    found: dict[str, tuple[str, str, CompressionPlan]] = {}
+def comparisons(shop: Workshop) -> dict[str, tuple[Side, Side]]:
+    """Return a method and its counterpart, by what the comparison is called."""
+    found: dict[str, tuple[Side, Side]] = {}
     hidden = shop.teacher.shape.hidden
     neurons = shop.teacher.shape.blocks[0].neurons
     for share in (0.75, 0.5, 0.25):
@@ -89,7 +91,7 @@ def comparisons(shop: Workshop) -> dict[str, tuple[str, str, CompressionPlan]]:
             ),
         }
         for kind, plan in plans.items():
-            found[f"{share:.0%} of {kind}: Fisher over magnitude"] = ("fisher", "magnitude", plan)
+            found[f"{share:.0%} of {kind}: Fisher over magnitude"] = (("fisher", plan), ("magnitude", plan))
     for share in (0.75, 0.5):
         square, wide = (32 * int(share * r / 32) for r in (hidden / 2, hidden * neurons / (hidden + neurons)))
         plan = uniform(
@@ -97,10 +99,18 @@ def comparisons(shop: Workshop) -> dict[str, tuple[str, str, CompressionPlan]]:
             attention=lambda _, r=square: [LowRank(rank=r), W8A8],
             ffn=lambda _, r=wide: [LowRank(rank=r), W8A8],
         )
-        found[f"rank {share:.2f}: activation-aware over plain SVD"] = ("fitted", "fisher", plan)
+        found[f"rank {share:.2f}: activation-aware over plain SVD"] = (("fitted", plan), ("fisher", plan))
     for bits, decision in {"4 bits": W4, "w4a8": W4A8, "w3a8": W3A8, "w2a8": W2A8}.items():
         plan = uniform(shop, attention=lambda _, d=decision: [d], ffn=lambda _, d=decision: [d])
-        found[f"{bits}: GPTQ over rounding to the nearest"] = ("fitted", "fisher", plan)
+        found[f"{bits}: GPTQ over rounding to the nearest"] = (("fitted", plan), ("fisher", plan))
+    for share in (0.75, 0.5, 0.25):
+        plan = uniform(
+            shop,
+            attention=lambda n, s=share: [PruneHeads(keep=round(s * n)), W8A8],
+            ffn=lambda n, s=share: [PruneNeurons(keep=round(s * n)), W8A8],
+        )
+        again = plan.recovered(Recover(epochs=0, reconstruct=True))
+        found[f"{share:.0%} of both: reconstructed over pruned alone"] = (("fitted", again), ("fitted", plan))
     return found
 
 
@@ -109,7 +119,7 @@ def compare(
     data: str,
     scratch: Path,
     variants: Mapping[str, Change] = VARIANTS,
-    comparisons_of: Callable[[Workshop], dict[str, tuple[str, str, CompressionPlan]]] = comparisons,
+    comparisons_of: Callable[[Workshop], dict[str, tuple[Side, Side]]] = comparisons,
 ) -> None:
     """Compare variants on one data set."""
     run = RunConfig.from_file("demo", overrides=[f"data.source={data}"])
@@ -125,9 +135,9 @@ def compare(
     full = {split: logits_of(any_shop, CompressionPlan(), split) for split in ("search", "test")}
     for split, found in full.items():
         figures.more[f"{data}, uncompressed, {split} rows"] = float(hits(trained, found, split).mean())
-    for what, (variant, plain, plan) in comparisons_of(trained).items():
+    for what, sides in comparisons_of(trained).items():
         for split in ("search", "test"):
-            logits = [logits_of(shops[name], plan, split) for name in (variant, plain)]
+            logits = [logits_of(shops[variant], plan, split) for variant, plan in sides]
             first, second = (hits(trained, found, split) for found in logits)
             name = f"{data}, {what}, {split} rows"
             figures.add(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from figures import Figures
 from held_out import DATA
-from methods_ablation import Change, compare
+from methods_ablation import Change, Side, compare
 
 from autocompress.config import RunConfig
 from autocompress.decisions import TrimVocabulary
@@ -45,12 +45,12 @@ def by_distance(counts: torch.Tensor) -> Change:
     return change
 
 
-def comparisons(shop: Workshop) -> dict[str, tuple[str, str, CompressionPlan]]:
-    """Return, by what they are called: a variant, its counterpart, and the plan that both carry out."""
+def comparisons(shop: Workshop) -> dict[str, tuple[Side, Side]]:
+    """Return a method and its counterpart, by what the comparison is called."""
     rows = shop.teacher.shape.vocabulary
     plans = {share: CompressionPlan((("embeddings", TrimVocabulary(keep=round(share * rows))),)) for share in SHARES}
     return {
-        f"{share:.2%} of the vocabulary: by the loss over by distance": ("loss", "distance", plan)
+        f"{share:.2%} of the vocabulary: by the loss over by distance": (("loss", plan), ("distance", plan))
         for share, plan in plans.items()
     }
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LABELS, make_model, make_tokenizer
+import transformers
+from conftest import BLOCKS, FAMILIES, HEADS, HIDDEN, LABELS, NEURONS, VOCABULARY, make_model, make_tokenizer
 from torch import nn
 
 from autocompress import reconstruct as module
@@ -153,6 +154,22 @@ def test_padding_counts_for_nothing(whole: EncoderModel, batches: list[Batch]) -
         reconstruct(built, whole, recovery.counterparts(plan, len(whole.shape.blocks)), padded)
         found.append(built.linear(2, "ffn_out").weight)
     assert torch.allclose(*found, atol=1e-4)
+
+
+def test_blocks_that_begin_by_normalising(tiny_csv: Path) -> None:
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS}
+    rest = {"intermediate_size": NEURONS, "vocab_size": len(VOCABULARY), "type_vocab_size": 1, "pad_token_id": 1}
+    torch.manual_seed(0)
+    made = transformers.RobertaPreLayerNormConfig(**sizes, **rest, max_position_embeddings=64, initializer_range=0.15)
+    model = transformers.RobertaPreLayerNormForSequenceClassification(made).eval()
+    whole = understand(model, base="before")
+    loaded = task.load(DataConfig(source=str(tiny_csv), search_rows=60))
+    batches = list(loaded.tokenized(make_tokenizer("roberta"), 32)["train"].head(64).in_order_of_length(16))
+    plan = CompressionPlan(PLANS["blocks"] + PLANS["neurons"][:2])
+    built = pruned(whole, batches, plan)
+    wanted, before = end_of(whole, batches), end_of(built, batches)
+    reconstruct(built, whole, recovery.counterparts(plan, len(whole.shape.blocks)), batches)
+    assert (end_of(built, batches) - wanted).square().mean() < 0.8 * (before - wanted).square().mean()
 
 
 def test_a_block_that_normalises_nothing_is_refused(tiny_csv: Path) -> None:
