@@ -4,7 +4,7 @@
 linear layers, or the table of tokens, once by a method that neither runtime can store or execute, or that was found not
 to pay, and once by what a plan does at as many bytes or fewer. All else stays in float32. A figure below zero is what
 the method would lose. Accuracies are of the search and of the held-out test rows, with a paired bootstrap interval.
-Nothing is trained.
+Nothing is trained. A comparison that is on file is not made again.
 """
 
 from __future__ import annotations
@@ -221,6 +221,31 @@ def factorised(table: Table) -> Stand:
     return Stand(per_channel(table.weight @ right[:rank].T).restored() @ per_channel(right[:rank]).restored())
 
 
+def min_max(layer: Layer) -> Stand:
+    """Return 8 bits with one range from the smallest to the largest number that calibration rows have."""
+    return Stand(per_channel(layer.weight).restored(), ActivationRange.around(layer.read.min(), layer.read.max()))
+
+
+def percentiles(layer: Layer) -> Stand:
+    """Return the same with a ten-thousandth of these numbers beyond either end."""
+    low, high = np.quantile(layer.read, (1e-4, 1 - 1e-4))
+    return Stand(per_channel(layer.weight).restored(), ActivationRange.around(float(low), float(high)))
+
+
+def least_squares(layer: Layer) -> Stand:
+    """Return the same with the range, of a few about the middle, that leaves the smallest squared error."""
+    low, high = float(layer.read.min()), float(layer.read.max())
+    read = layer.read[:: max(1, len(layer.read) // 4096)]
+
+    def error(span: ActivationRange) -> float:
+        step = (span.high - span.low) / 255
+        rounded = np.rint((read.clip(span.low, span.high) - span.low) / step) * step + span.low
+        return float(np.square(rounded - read).mean())
+
+    spans = [ActivationRange.around(share * low, share * high) for share in np.linspace(0.2, 1, 33)]
+    return Stand(per_channel(layer.weight).restored(), min(spans, key=error))
+
+
 def _scaled(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return ``out x groups x group`` within -1 and 1, and the float16 scales that were taken out."""
     grouped = weight.reshape(len(weight), -1, GROUP)
@@ -241,10 +266,13 @@ COMPARISONS: Mapping[str, tuple[OfLayer, OfLayer]] = {
     "k-means codebook of 16 over 4 bits": (k_means(4), ours(4)),
     "k-means codebook of 4 over 2 bits": (k_means(2), ours(2)),
     "normal floats over 4 bits": (normal_floats, ours(4)),
-    "zero points over 4 bits, both rounded plainly": (asymmetric(4), ours(4, fitted=False)),
-    "zero points over 2 bits, both rounded plainly": (asymmetric(2), ours(2, fitted=False)),
+    "zero points over 4 bits and both rounded plainly": (asymmetric(4), ours(4, fitted=False)),
+    "zero points over 2 bits and both rounded plainly": (asymmetric(2), ours(2, fitted=False)),
     "binary weights (half the bytes) over 2 bits": (binary, ours(2)),
-    "SmoothQuant over plain ranges, w8a8": (smooth, w8a8),
+    "SmoothQuant over mean ends of rows at w8a8": (smooth, w8a8),
+    "smallest and largest over mean ends of rows at w8a8": (min_max, w8a8),
+    "percentiles over mean ends of rows at w8a8": (percentiles, w8a8),
+    "least squared error over mean ends of rows at w8a8": (least_squares, w8a8),
 }
 """What is left out and what is there, by what the comparison is called."""
 OF_TABLES: Mapping[str, tuple[OfTable, OfTable]] = {
@@ -329,10 +357,13 @@ def compare(figures: Figures, data: str, scratch: Path) -> None:
             figures.more[name] = {"accuracy": [float(first.mean()), float(second.mean())], "divergence": apart}
         figures.write()
 
+    known = {name.split(", ")[1] for name in figures.more if name.startswith(data)}
     for what, methods in COMPARISONS.items():
-        add(what, (logits_of({layer.path: method(layer) for layer in layers}) for method in methods))
+        if what not in known:
+            add(what, (logits_of({layer.path: method(layer) for layer in layers}) for method in methods))
     for what, of_table in OF_TABLES.items():
-        add(what, (logits_of({table.path: method(table)}) for method in of_table))
+        if what not in known:
+            add(what, (logits_of({table.path: method(table)}) for method in of_table))
 
 
 def main() -> None:
