@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from figures import Figures
 from held_out import DATA, hits, interval, logits_of
+from torch import nn
+from torch.nn import functional
 
 from autocompress import scoring
 from autocompress.config import RunConfig
@@ -24,6 +26,7 @@ from autocompress.decisions import Decision, LowRank, PruneHeads, PruneNeurons, 
 from autocompress.evaluate import Workshop
 from autocompress.model import EncoderModel
 from autocompress.plan import CompressionPlan
+from autocompress.task import Batch
 from autocompress.transforms.prune import Importance
 
 W8A8, W4 = Quantize(weight_bits=8, activation_bits=8), Quantize(weight_bits=4, group_size=64)
@@ -48,12 +51,92 @@ def magnitude(base: EncoderModel, _: Importance) -> Importance:
     return Importance(tuple(heads), tuple(neurons), tuple(reversed(blocks)))
 
 
+def taylor(base: EncoderModel, scores: Importance, batches: Sequence[Batch]) -> Importance:
+    """Return the mean magnitude of each row's slope of the loss by a gate on each head and neuron.
+
+    Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", eq. 8.
+    """
+    gates: dict[tuple[int, str], torch.Tensor] = {}
+
+    def gated(number: int, role: str, parts: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            rows, tokens, width = inputs[0].shape
+            gate = gates[number, role] = torch.ones(rows, 1, parts, 1, requires_grad=True)
+            return (inputs[0].reshape(rows, tokens, parts, width // parts) * gate).reshape(inputs[0].shape)
+
+        return hook
+
+    found: dict[tuple[int, str], torch.Tensor] = {}
+    handles = [
+        base.linear(number, role).register_forward_pre_hook(gated(number, role, parts))
+        for number, block in enumerate(base.shape.blocks)
+        for role, parts in (("output", block.heads), ("ffn_out", block.neurons))
+    ]
+    for batch in batches:
+        logits = base.module(**batch.inputs()).logits
+        functional.cross_entropy(logits, batch.labels, reduction="sum").backward()
+        for key, gate in gates.items():
+            found[key] = found.get(key, 0) + gate.grad.abs().sum(dim=(0, 1, 3))
+    for handle in handles:
+        handle.remove()
+    base.module.zero_grad(set_to_none=True)
+    heads, neurons = (
+        tuple(found[number, role] for number in range(len(base.shape.blocks))) for role in ("output", "ffn_out")
+    )
+    return dataclasses.replace(scores, heads=heads, neurons=neurons, moments=None)
+
+
+def surgeon(base: EncoderModel, scores: Importance) -> Importance:
+    """Return the order in which heads and neurons go that leaves the smallest error of each layer that reads them.
+
+    Optimal brain surgery of groups of weights: Kurtic et al. 2023, "ZipLM: Inference-Aware Structured Pruning of
+    Language Models", eq. 2-4, at the same number of parts everywhere.
+    """
+    assert scores.moments is not None
+    heads, neurons = [], []
+    for number, block in enumerate(base.shape.blocks):
+        for role, parts, into in (("output", block.heads, heads), ("ffn_out", block.neurons, neurons)):
+            layer = base.linear(number, role)
+            gram = scores.moments(number, role).gram(centred=layer.bias is not None)
+            into.append(_order_of_removal(layer.weight.detach().double(), gram, parts))
+    return dataclasses.replace(scores, heads=tuple(heads), neurons=tuple(neurons), moments=None)
+
+
+def _order_of_removal(weight: torch.Tensor, gram: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return how late each part of the inputs of ``weight`` (``out x in``) is removed, ``parts``."""
+    size = weight.shape[1] // parts
+    weight, inverse = weight.clone(), torch.linalg.inv(gram)
+    left, late = list(range(parts)), torch.zeros(parts)
+    for turn in range(parts):
+        columns = (size * torch.tensor(left)[:, None] + torch.arange(size)).reshape(-1)
+        own = inverse[columns][:, columns].reshape(len(left), size, len(left), size)
+        own = own[torch.arange(len(left)), :, torch.arange(len(left))]
+        read = weight[:, columns].reshape(len(weight), len(left), size)
+        costs = torch.einsum("ops,pst,opt->p", read, torch.linalg.inv(own), read)
+        gone = left.pop(int(costs.argmin()))
+        late[gone] = turn
+        rows = slice(size * gone, size * (gone + 1))
+        made_up = torch.linalg.solve(inverse[rows, rows], inverse[rows])
+        weight -= weight[:, rows] @ made_up
+        inverse -= inverse[:, rows] @ made_up
+    return late
+
+
 def fitted(_: EncoderModel, scores: Importance) -> Importance:
     """Return Fisher scores with the moments that layers are fitted by."""
     return scores
 
 
-VARIANTS: dict[str, Change] = {"magnitude": magnitude, "fisher": fisher, "fitted": fitted}
+def variants_of(shop: Workshop) -> dict[str, Change]:
+    """Return the variants that are compared, by name."""
+    rows = shop.calibration_batches()
+    return {
+        "magnitude": magnitude,
+        "taylor": lambda base, scores: taylor(base, scores, rows),
+        "surgeon": surgeon,
+        "fisher": fisher,
+        "fitted": fitted,
+    }
 
 
 class Varied(Workshop):
@@ -111,6 +194,9 @@ def comparisons(shop: Workshop) -> dict[str, tuple[Side, Side]]:
         )
         again = plan.recovered(Recover(epochs=0, reconstruct=True))
         found[f"{share:.0%} of both: reconstructed over pruned alone"] = (("fitted", again), ("fitted", plan))
+        for name, variant in {"Taylor": "taylor", "optimal brain surgeon": "surgeon"}.items():
+            rival = (variant, again)
+            found[f"{share:.0%} of both reconstructed: Fisher over {name}"] = (("fisher", again), rival)
     return found
 
 
@@ -118,15 +204,19 @@ def compare(
     figures: Figures,
     data: str,
     scratch: Path,
-    variants: Mapping[str, Change] = VARIANTS,
+    variants: Mapping[str, Change] | None = None,
     comparisons_of: Callable[[Workshop], dict[str, tuple[Side, Side]]] = comparisons,
+    only: str | None = None,
 ) -> None:
-    """Compare variants on one data set."""
+    """Compare variants, by default those of this file, on one data set.
+
+    ``only`` is a part of the name of the comparisons that are made.
+    """
     run = RunConfig.from_file("demo", overrides=[f"data.source={data}"])
     trained = Workshop(run, scratch / "unused", print)
     model = str(trained.teacher_folder)
     shops: dict[str, Varied] = {}
-    for name, change in variants.items():
+    for name, change in (variants or variants_of(trained)).items():
         # A bank of its own: pieces are kept by what is decided, not by how it is judged.
         settings = [f"data.source={data}", f"model.id={model}", f"storage.bank={scratch / 'bank' / name}"]
         shops[name] = Varied(RunConfig.from_file("demo", overrides=settings), scratch / name)
@@ -136,6 +226,8 @@ def compare(
     for split, found in full.items():
         figures.more[f"{data}, uncompressed, {split} rows"] = float(hits(trained, found, split).mean())
     for what, sides in comparisons_of(trained).items():
+        if only is not None and only not in what:
+            continue
         for split in ("search", "test"):
             logits = [logits_of(shops[variant], plan, split) for variant, plan in sides]
             first, second = (hits(trained, found, split) for found in logits)
@@ -152,13 +244,14 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--only", help="a part of the name of the comparisons that are made")
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = Figures("methods-ablation", "python benchmarks/methods_ablation.py")
     figures.read()
     for data in options.data:
         with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
-            compare(figures, data, Path(scratch))
+            compare(figures, data, Path(scratch), only=options.only)
 
 
 if __name__ == "__main__":
