@@ -22,7 +22,7 @@ import torch
 from autocompress import machine, model, training
 from autocompress.binding import NO_STUDENT, BoundSpace, bind
 from autocompress.config import RunConfig
-from autocompress.decisions import Quantize
+from autocompress.decisions import Quantize, Recover
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Workshop
 from autocompress.plan import MODEL_SITE, CompressionPlan
@@ -52,6 +52,7 @@ class Forecast:
         students_seconds: to distil all students, where a plan asks for them.
         bank_seconds: importance scores, sensitivities and the reference.
         candidate_seconds: wall time a candidate, with all workers at work.
+        recovered_seconds: at most, of the points that are recovered at the end.
         total_seconds: the whole search with its number of trials, from an empty bank.
         disk_mb: bank and artefacts, 1e6 bytes.
         memory_mb: driver and workers, 1e6 bytes.
@@ -65,6 +66,7 @@ class Forecast:
     students_seconds: float
     bank_seconds: float
     candidate_seconds: float
+    recovered_seconds: float
     total_seconds: float
     disk_mb: float
     memory_mb: float
@@ -141,13 +143,14 @@ def forecast(run: RunConfig) -> Forecast:
             workshop.sensitivity(student)
             bank_seconds += (time.perf_counter() - started) * scored
         each, sizes = _candidates(workshop, space)
+        recovered = run.search.recover and run.search.recover * (each + _recovery_seconds(workshop, epoch, scored))
     cores, threads = machine.cores(), run.target.threads
     workers = 1 if threads > 1 else run.search.workers or max(1, cores // threads)
     candidate = each / min(workers, cores)
     finetune = 0.0 if headed else epoch * run.model.finetune.epochs
     plans, parameters = count_plans(space)
     pieces = _count_pieces(space) * (1 + len(space.students))
-    total = finetune + students + bank_seconds + _START_SECONDS + candidate * run.search.trials
+    total = finetune + students + bank_seconds + _START_SECONDS + candidate * run.search.trials + recovered
     weights = reference.size_bytes / 1e6
     return Forecast(
         plans=plans,
@@ -158,6 +161,7 @@ def forecast(run: RunConfig) -> Forecast:
         students_seconds=students,
         bank_seconds=bank_seconds,
         candidate_seconds=candidate,
+        recovered_seconds=recovered,
         total_seconds=total,
         disk_mb=weights * (2 + len(space.students)) + 2 * sizes / 1e6 * min(run.search.trials, 40),
         memory_mb=(1 + workers) * (600 + 6 * weights),
@@ -197,6 +201,24 @@ def _epoch_seconds(workshop: Workshop, built: model.EncoderModel, *, distilled: 
         else:
             training.finetune(module, rows, budget, seed=0, progress=note)
     return (moments[-1] - moments[0]) / (len(moments) - 1) * math.ceil(len(rows) / size)
+
+
+def _recovery_seconds(workshop: Workshop, epoch: float, scored: float) -> float:
+    """Return the time of recovering a point that nothing was removed from: no other takes as long.
+
+    Args:
+        workshop: with a part of the calibration rows.
+        epoch: seconds of a pass over the training rows.
+        scored: how many times as many calibration rows there are.
+    """
+    asked = workshop.run.recovery
+    passes = workshop.affordable_passes if asked.epochs == "auto" else asked.epochs * asked.seeds
+    found = passes * epoch
+    if asked.reconstruct:
+        started = time.perf_counter()
+        workshop.structured(CompressionPlan().recovered(Recover(epochs=0, reconstruct=True)))
+        found += (time.perf_counter() - started) * scored
+    return found
 
 
 def _candidates(workshop: Workshop, space: BoundSpace) -> tuple[float, float]:

@@ -211,6 +211,12 @@ class Trained:
         spent = {n: value for n, value in dataclasses.asdict(budget).items() if n not in OF_PICKED_POINTS or value}
         return self._key(what=what, budget=spent, seed=seed, recipe=training.RECIPE)
 
+    @property
+    def affordable_passes(self) -> float:
+        """Passes of one fine-tuning of the uncompressed model, whose arithmetic a recovery may take."""
+        headed = model.head_labels(self.source) is not None
+        return recovery.HEADED_EPOCHS if headed else self.run.model.finetune.epochs
+
     def recovering(self, plan: CompressionPlan) -> CompressionPlan:
         """Return ``plan`` with the recovery that the run file asks for."""
         asked = self.run.recovery
@@ -218,10 +224,8 @@ class Trained:
         options = asked.model_dump(include=set(OF_PICKED_POINTS) if asked.epochs else {"reconstruct"})
         if asked.epochs != "auto":
             return plan.recovered(Recover(epochs=asked.epochs, **options))
-        headed = model.head_labels(self.source) is not None
-        passes = recovery.HEADED_EPOCHS if headed else self.run.model.finetune.epochs
         wanted = plan.recovered(Recover(epochs=1, **options)).of_type(Recover)[MODEL_SITE]
-        affordable = recovery.affordable_epochs(plan, wanted, self.teacher, passes, alpha=asked.alpha)
+        affordable = recovery.affordable_epochs(plan, wanted, self.teacher, self.affordable_passes, alpha=asked.alpha)
         return plan.recovered(dataclasses.replace(wanted, epochs=affordable))
 
     def _recovered(

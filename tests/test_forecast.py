@@ -97,7 +97,8 @@ def foreseen(
 ) -> tuple[RunConfig, Forecast]:
     """A forecast of a run whose bank is the user's, made in a folder of its own that has to stay empty."""
     folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
-    run = tiny_run(["search.trials=10", "storage.bank=null"])
+    recovery = ["search.recover=2", "recovery.epochs=0.5", "recovery.reconstruct=true"]
+    run = tiny_run(["search.trials=10", "storage.bank=null", *recovery])
     kept = everything_below(caches)
     os.chdir(folder)
     try:
@@ -117,7 +118,7 @@ def test_a_forecast_is_positive_and_finite_and_touches_nothing(foreseen: tuple[R
         assert value > 0, name
     assert (found.plans, found.parameters, found.sites) == (1944, 8, 8)
     parts = (found.finetune_seconds, found.students_seconds, found.bank_seconds, 10 * found.candidate_seconds)
-    assert found.total_seconds > sum(parts)
+    assert found.total_seconds > sum(parts) + found.recovered_seconds
     assert set(found.to_dict()) == {field.name for field in dataclasses.fields(Forecast)}
 
 
@@ -128,6 +129,7 @@ def test_a_model_with_a_head_needs_no_finetuning(
     kept = everything_below(tiny_bank)
     found = forecast(tiny_run([f"model.id={bert_headed_folder}"]))
     assert found.finetune_seconds == 0.0
+    assert found.recovered_seconds == 0.0, "none is asked for"
     assert found.students_seconds > 0
     assert everything_below(tiny_bank) == kept
 
