@@ -109,7 +109,12 @@ class SearchConfig(Section):
     confirm_pairs: int = Field(
         6, ge=0, le=10_000, description="such blocks that time each point of the front anew at the end; 0 for none"
     )
-    recover: int = Field(0, ge=0, le=1000, description="points that are recovered at the end, the best ranks first")
+    reconstruct: bool = Field(
+        False,
+        description="at the end, fit the weights of the front's pruned points to what the model or student was before "
+        "it was pruned, by least squares on calibration rows; what that leads to is added",
+    )
+    recover: int = Field(0, ge=0, le=1000, description="points that are trained at the end, the best ranks first")
     keep_artefacts: Literal["front", "all"] = "front"
 
 

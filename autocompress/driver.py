@@ -19,8 +19,9 @@ from typing import Any
 
 from autocompress import machine
 from autocompress.config import RunConfig
+from autocompress.decisions import Recover, Student
 from autocompress.distribute import LocalRay, execute
-from autocompress.errors import StudyError
+from autocompress.errors import AutocompressError, StudyError
 from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
 from autocompress.pareto import costs, nondominated_ranks, volume
@@ -115,9 +116,14 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 with clock("candidates"):
                     _evaluate(study, workshop, local, progress, watch)
             with clock("recovery"):
+                _reconstruct(study, workshop, progress)
                 _recover(study, workshop, progress)
-            with clock("confirmation"):
-                _confirm(study, workshop, local, progress)
+            added = True
+            while added:  # a latency that does not hold lets others on the front, until nothing is new there
+                with clock("confirmation"):
+                    _confirm(study, workshop, local, progress)
+                with clock("recovery"):
+                    added = _reconstruct(study, workshop, progress)
             if local is not None:
                 local.stop()  # a baseline has a Ray of its own
             _write_predictions(study)
@@ -186,9 +192,44 @@ def _drop_dominated(study: Study, artefacts: Path, latest: Candidate) -> None:
         shutil.rmtree(artefacts / plan_id, ignore_errors=True)
 
 
+def _reconstruct(study: Study, workshop: Workshop, progress: Progress) -> bool:
+    """Fit the front's pruned points to what was there before they were pruned, if the run file says so.
+
+    Returns:
+        Whether any of them had not been.
+    """
+    if not study.run.search.reconstruct:
+        return False
+    known, any_added = {c.plan.plan_id for c in study.candidates()}, False
+    for candidate in study.front().points:
+        if candidate.plan.of_type(Recover) or not candidate.plan.without(Student).structural():
+            continue
+        try:
+            plan = candidate.plan.recovered(Recover(epochs=0, reconstruct=True))
+            if plan.plan_id not in known:
+                added, any_added = _add(study, workshop, candidate, plan, "reconstruct", progress), True
+                if study.run.search.keep_artefacts == "front":
+                    _drop_dominated(study, workshop.artefacts, added)
+        except AutocompressError as error:  # such as for blocks that are run several times
+            progress(f"trial {candidate.number} cannot be reconstructed: {error}")
+    return any_added
+
+
+def _add(
+    study: Study, workshop: Workshop, candidate: Candidate, plan: CompressionPlan, verb: str, progress: Progress
+) -> Candidate:
+    """Evaluate what is made of a candidate, and record it."""
+    progress(f"{verb}ing trial {candidate.number}")
+    added = study.add(plan, workshop.evaluate(plan), origin="recover")
+    gained = 100 * (added.score.accuracy - candidate.score.accuracy)
+    progress(f"trial {added.number} is trial {candidate.number} {verb}ed: {gained:+.1f} points")
+    return added
+
+
 def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
     """Distil the most promising structures (rung 2), best non-dominated rank first, as many as the run file asks."""
-    wanted = study.run.search.recover - sum(c.origin == "recover" for c in study.candidates())
+    trained = [c for c in study.candidates() if any(r.epochs for r in c.plan.of_type(Recover).values())]
+    wanted = study.run.search.recover - len(trained)
     if wanted <= 0:
         return
     usable = [c for c in study.candidates() if c.measurement is not None and c.feasible and c.origin != "recover"]
@@ -199,10 +240,7 @@ def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
         # Without structural decisions there is nothing that distillation could win back.
         if not candidate.plan.structural() or plan.plan_id in known or wanted <= 0:
             continue
-        progress(f"recovering trial {candidate.number}")
-        recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
-        gained = 100 * (recovered.score.accuracy - candidate.score.accuracy)
-        progress(f"trial {recovered.number} is trial {candidate.number} recovered: {gained:+.1f} points")
+        _add(study, workshop, candidate, plan, "recover", progress)
         wanted -= 1
 
 
@@ -248,7 +286,8 @@ def _baseline(name: str, study: Study, workshop: Workshop, progress: Progress) -
     (folder / "artefacts").mkdir(parents=True, exist_ok=True)
     settings = study.run.model_dump(mode="json", by_alias=True)
     settings["baselines"] = []
-    settings["search"] |= {"sampler": name, "seeds": False, "skip_behind": False, "recover": 0, "confirm_pairs": 0}
+    settings["search"] |= {"sampler": name, "seeds": False, "skip_behind": False}
+    settings["search"] |= {"reconstruct": False, "recover": 0, "confirm_pairs": 0}
     if not (folder / "artefacts" / "reference").is_dir():
         shutil.copytree(workshop.reference_folder, folder / "artefacts" / "reference")
         shutil.copyfile(study.folder / "environment.json", folder / "environment.json")

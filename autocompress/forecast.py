@@ -35,6 +35,8 @@ _STEPS = 6
 _PLANS = 3
 """Random plans that are built and scored for the full model and for each student."""
 _CALIBRATION_ROWS = 64
+_FRONT = 40
+"""Points that a front has at most, as a rule."""
 _START_SECONDS = 15.0
 """Starting Ray and its workers, and reading model and data in each."""
 
@@ -52,7 +54,7 @@ class Forecast:
         students_seconds: to distil all students, where a plan asks for them.
         bank_seconds: importance scores, sensitivities and the reference.
         candidate_seconds: wall time a candidate, with all workers at work.
-        recovered_seconds: at most, of the points that are recovered at the end.
+        recovered_seconds: at most, of the points that are reconstructed or trained at the end.
         total_seconds: the whole search with its number of trials, from an empty bank.
         disk_mb: bank and artefacts, 1e6 bytes.
         memory_mb: driver and workers, 1e6 bytes.
@@ -143,7 +145,7 @@ def forecast(run: RunConfig) -> Forecast:
             workshop.sensitivity(student)
             bank_seconds += (time.perf_counter() - started) * scored
         each, sizes = _candidates(workshop, space)
-        recovered = run.search.recover and run.search.recover * (each + _recovery_seconds(workshop, epoch, scored))
+        recovered = _recovered_seconds(workshop, each, epoch=epoch, scored=scored)
     cores, threads = machine.cores(), run.target.threads
     workers = 1 if threads > 1 else run.search.workers or max(1, cores // threads)
     candidate = each / min(workers, cores)
@@ -163,7 +165,7 @@ def forecast(run: RunConfig) -> Forecast:
         candidate_seconds=candidate,
         recovered_seconds=recovered,
         total_seconds=total,
-        disk_mb=weights * (2 + len(space.students)) + 2 * sizes / 1e6 * min(run.search.trials, 40),
+        disk_mb=weights * (2 + len(space.students)) + 2 * sizes / 1e6 * min(run.search.trials, _FRONT),
         memory_mb=(1 + workers) * (600 + 6 * weights),
     )
 
@@ -203,22 +205,23 @@ def _epoch_seconds(workshop: Workshop, built: model.EncoderModel, *, distilled: 
     return (moments[-1] - moments[0]) / (len(moments) - 1) * math.ceil(len(rows) / size)
 
 
-def _recovery_seconds(workshop: Workshop, epoch: float, scored: float) -> float:
-    """Return the time of recovering a point that nothing was removed from: no other takes as long.
+def _recovered_seconds(workshop: Workshop, each: float, *, epoch: float, scored: float) -> float:
+    """Return the time of what is done at the end, as if nothing was removed from any point: no other takes as long.
 
     Args:
         workshop: with a part of the calibration rows.
+        each: seconds of a candidate.
         epoch: seconds of a pass over the training rows.
         scored: how many times as many calibration rows there are.
     """
-    asked = workshop.run.recovery
-    passes = workshop.affordable_passes if asked.epochs == "auto" else asked.epochs * asked.seeds
-    found = passes * epoch
-    if asked.reconstruct:
+    asked, search, fit = workshop.run.recovery, workshop.run.search, 0.0
+    if search.reconstruct or (search.recover and asked.reconstruct):
         started = time.perf_counter()
         workshop.structured(CompressionPlan().recovered(Recover(epochs=0, reconstruct=True)))
-        found += (time.perf_counter() - started) * scored
-    return found
+        fit = (time.perf_counter() - started) * scored
+    passes = workshop.affordable_passes if asked.epochs == "auto" else asked.epochs * asked.seeds
+    trained = search.recover * (each + passes * epoch + (fit if asked.reconstruct else 0.0))
+    return trained + (min(search.trials, _FRONT) * (each + fit) if search.reconstruct else 0.0)
 
 
 def _candidates(workshop: Workshop, space: BoundSpace) -> tuple[float, float]:

@@ -38,7 +38,7 @@ SMALLEST = ((0.98, 12.0), (0.96, 16.0))
 """The same for times smaller."""
 TRIALS = {"without training": 100, "with students": 200}
 AT_THE_END = {
-    "without training": ("search.recover=30", "recovery.epochs=0", "recovery.reconstruct=true"),
+    "without training": ("search.reconstruct=true",),
     "with students": (),
 }
 """Settings of what is done to the front of a search."""

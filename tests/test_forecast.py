@@ -97,7 +97,7 @@ def foreseen(
 ) -> tuple[RunConfig, Forecast]:
     """A forecast of a run whose bank is the user's, made in a folder of its own that has to stay empty."""
     folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
-    recovery = ["search.recover=2", "recovery.epochs=0.5", "recovery.reconstruct=true"]
+    recovery = ["search.recover=2", "recovery.epochs=0.5", "search.reconstruct=true"]
     run = tiny_run(["search.trials=10", "storage.bank=null", *recovery])
     kept = everything_below(caches)
     os.chdir(folder)
