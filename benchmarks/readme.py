@@ -215,7 +215,10 @@ def methods_table(file: str, how: str) -> str:
     for method in methods:
         cells = []
         for name in data:
-            gained = figures[f"{name}, {method}, test rows: accuracy gained"]
+            gained = figures.get(f"{name}, {method}, test rows: accuracy gained")
+            if gained is None:  # not measured there
+                cells.append(" | ")
+                continue
             low, high = (100 * end for end in gained["interval"])
             left = [
                 figures[f"{name}, {method}, {split} rows: divergence from the full model"]["value"]
