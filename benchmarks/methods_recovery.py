@@ -37,6 +37,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "soup": ("seeds=2",),
     "early": ("patience=0.5",),
     "rounded": ("quantized=true",),
+    "reconstructed": ("reconstruct=true",),
 }
 """What is asked of recovery beside its defaults."""
 COMPARISONS = {
@@ -45,6 +46,7 @@ COMPARISONS = {
     "relations added": ("relations", "blocks"),
     "two seeds averaged": ("soup", "blocks"),
     "best state on held rows": ("early", "blocks"),
+    "reconstructed before": ("reconstructed", "blocks"),
 }
 """A recipe and its counterpart, by what the difference is called."""
 OF_FEW_BITS = {"rounded in training over afterwards": ("rounded", "blocks")}
