@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,41 @@ def test_a_search_outlives_ray(workplace: Callable[..., Path], title: bytes, sai
 @pytest.fixture
 def local(workplace: Callable[..., Path], tmp_path: Path) -> LocalRay:
     return LocalRay(RunConfig.from_file(workplace() / "run.yaml"), tmp_path / "artefacts")
+
+
+def listening(pids: Iterable[int]) -> dict[str, set[ipaddress.IPv4Address | ipaddress.IPv6Address]]:
+    """Return the addresses on which processes wait for connections, by the name of the process."""
+    waiting = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
+            _, local, _, state, *_ = fields = line.split()
+            if state == "0A":
+                # 32-bit words in the machine's order of bytes.
+                words = bytes.fromhex(local.partition(":")[0])
+                packed = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
+                address = ipaddress.ip_address(packed)
+                mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+                waiting[f"socket:[{fields[9]}]"] = mapped or address
+    found: dict[str, set[ipaddress.IPv4Address | ipaddress.IPv6Address]] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
+            for handle in Path(f"/proc/{pid}/fd").iterdir():
+                if (socket := str(handle.readlink())) in waiting:
+                    found.setdefault(name, set()).add(waiting[socket])
+    return found
+
+
+def test_nothing_listens_beyond_this_machine(local: LocalRay) -> None:
+    others = descendants(os.getpid())
+    with local:
+        until = time.monotonic() + 60
+        while not named(os.getpid(), b"ray::"):  # a worker, which is there once all others are
+            assert time.monotonic() < until, "no worker started"
+            time.sleep(0.2)
+        found = listening(descendants(os.getpid()) - others)
+    assert {"raylet", "gcs_server"} <= found.keys()
+    assert all(address.is_loopback for addresses in found.values() for address in addresses), found
 
 
 def test_a_ray_that_always_dies_ends_the_search(local: LocalRay) -> None:
