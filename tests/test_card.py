@@ -24,10 +24,12 @@ TEST = Accuracy(value=0.83, low=0.81, high=0.85, loss=0.5, rows=700, predictions
 MACHINE: dict[str, Any] = {"system": "Linux x86_64", "cpu": {"name": "Some CPU", "features": ["avx2", "avx512_vnni"]}}
 
 
-def card(*, name: str = "reviews", plan: CompressionPlan = PLAN, **fingerprint: object) -> str:
+def card(
+    *, name: str = "reviews", model: str = "some/model", plan: CompressionPlan = PLAN, **fingerprint: object
+) -> str:
     score = make_measurement(accuracy=0.85, size_bytes=12_340_000, ratio=0.25)
     measured = dataclasses.replace(score, fingerprint={**MACHINE, **fingerprint})
-    run = RunConfig.from_mapping({"name": name, "model": {"id": "some/model"}, "data": {"source": "demo/movies"}})
+    run = RunConfig.from_mapping({"name": name, "model": {"id": model}, "data": {"source": "demo/movies"}})
     return model_card(make_candidate(7, plan=plan), run, "openvino", measured, TEST, 0.991)
 
 
@@ -59,6 +61,28 @@ def test_it_says_where_eight_bits_compute_something_else(plan: CompressionPlan, 
 def test_its_front_matter_names_the_model_that_it_comes_from() -> None:
     _, front_matter, _ = card().split("---\n", 2)
     assert yaml.safe_load(front_matter)["base_model"] == "some/model"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "=cmd|' /C calc'!A1",
+        "a: b",
+        "x\n---\nlicense: mit",
+        "---",
+        "- one",
+        "[a, b]",
+        "!!python/name:os.system",
+        "#",
+        "'",
+    ],
+)
+def test_a_models_name_is_quoted_in_the_front_matter(model: str) -> None:
+    found = re.match(r"---\n(.*?\n)---\n\n# ", card(model=model), flags=re.DOTALL)
+    assert found is not None
+    about = yaml.safe_load(found[1])
+    assert about == {"library_name": "autocompress", "base_model": model, "pipeline_tag": "text-classification"}
+    assert len(re.findall("^---$", card(model=model), flags=re.MULTILINE)) == 2
 
 
 def test_its_plan_can_be_read_back() -> None:

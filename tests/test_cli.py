@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pickle
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -277,7 +280,7 @@ def test_a_wrong_option_names_what_is_allowed(
         assert part in line
 
 
-# --- model and data (rows 5 and 8)
+# --- model and data (rows 5 to 8)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +295,40 @@ def test_a_wrong_option_names_what_is_allowed(
 )
 def test_what_is_not_found_is_said(call: Call, run_yaml: Path, args: list[str], line: str) -> None:
     assert call("validate", run_yaml, *args).line(1).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        ("cut", r"model: .+/model\.safetensors: truncated or not a safetensors file \(.+\)"),
+        ("pickled", r"model: .+/pytorch_model\.bin: pickled weights can run code .+ convert them .+save_pretrained.+"),
+        ("code", r"model: .+: needs remote code \(auto_map in config\.json\), which is never run"),
+    ],
+    ids=["cut", "pickled", "code"],
+)
+def test_a_model_that_is_broken_or_could_run_code_is_refused(
+    call: Call,
+    run_yaml: Path,
+    tmp_path: Path,
+    bert_headed_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
+    line: str,
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    folder = Path(shutil.copytree(bert_headed_folder, tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "pickled":
+        weights.unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    else:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write(folder / "config.json", json.dumps({**config, "auto_map": {"AutoConfig": "code.Config"}}))
+    for command in (["validate", run_yaml], ["search", run_yaml, "--out", "out"]):
+        assert re.fullmatch(f"autocompress: {line}", call(*command, "--model", folder).line(1))
+    assert not (tmp_path / "out" / "study.journal").exists()
 
 
 @pytest.fixture
@@ -359,7 +396,7 @@ def test_names_arrive_as_they_were_typed(call: Call, run_yaml: Path, tmp_path: P
 # --- where results go (rows 18 and 27)
 
 
-@pytest.mark.parametrize("out", ["file/below", "file", "/proc/autocompress-test", "/dev/null/x"])
+@pytest.mark.parametrize("out", ["file/below", "file", "/proc", "/proc/autocompress-test", "/dev/null/x"])
 def test_an_output_that_cannot_be_written_fails_before_the_search(call: Call, run_yaml: Path, out: str) -> None:
     file = write(run_yaml.with_name("file"), "content")
     line = call("search", run_yaml, "--out", out).line(1)
@@ -586,6 +623,21 @@ def test_a_study_where_all_candidates_are_equal(call: Call, results: Callable[..
     assert call("report", folder).code == 0
     for prefer in ("knee", "latency", "size", "accuracy"):
         assert call("pick", folder, "--prefer", prefer, "--json").json()["trial"] == front[0]["number"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(
+    call: Call, results: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = results()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        assert call("report", folder).line(1) == "autocompress: No space left on device"
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert call("status", folder, "--json").json()["complete"] == 6
 
 
 @pytest.mark.parametrize("command", ["pick", "recover", "export"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import ipaddress
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from test_study import plan_ids, states
 
 from autocompress.config import RunConfig
 from autocompress.decisions import MaxTokens, Student
-from autocompress.desk import Job
+from autocompress.desk import DIED, Desk, Job
 from autocompress.distribute import LocalRay, execute
 from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
@@ -250,6 +252,48 @@ def test_a_defect_in_one_candidate_is_its_reason(worker: Any, monkeypatch: pytes
     monkeypatch.setattr(Workshop, "attempt", broken)
     assert worker.outcome(job()) == {"failure": "ZeroDivisionError: division by zero"}
     assert worker.outcome(job("no JSON"))["failure"].startswith("plan: not JSON")
+
+
+class Killed(BaseException):
+    """As if the kernel had ended the process, for its memory or otherwise."""
+
+
+class NearDesk:
+    """A desk in this process, called as Ray would call it."""
+
+    def __init__(self) -> None:
+        self.desk = Desk()
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *values: asyncio.run(getattr(self.desk, name)(*values)))
+
+
+def test_a_candidate_that_kills_every_worker_is_tried_three_times(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autocompress import workers
+
+    tried: list[int] = []
+
+    def outcome(job: Job) -> dict[str, Any]:
+        tried.append(job.number)
+        if job.number == 7:
+            raise Killed
+        return {"failure": "evaluated"}
+
+    desk = NearDesk()
+    monkeypatch.setattr(workers.ray, "get", lambda found: found)
+    monkeypatch.setattr(worker, "_desk", desk)
+    monkeypatch.setattr(worker, "_opened", lambda: None)
+    monkeypatch.setattr(worker, "outcome", outcome)
+    for number in (7, 8):
+        desk.put.remote(Job(number, CompressionPlan().to_json(), []))
+    for said in ("open", "close"):
+        getattr(desk, said).remote()
+    for _ in range(3):
+        with pytest.raises(Killed):
+            worker.step()
+    worker.step()
+    assert tried == [7, 7, 7, 8], "twice more than once"
+    assert [desk.result.remote() for _ in range(2)] == [(7, {"failure": DIED}), (8, {"failure": "evaluated"})]
 
 
 def test_a_worker_gives_up_what_cannot_reach_the_front(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:

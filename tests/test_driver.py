@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -17,7 +18,7 @@ import pytest
 from helpers_records import make_candidate, make_reference
 from test_study import SMALL, evaluate, run_of
 
-from autocompress import api
+from autocompress import api, driver, machine
 from autocompress.config import RecoveryConfig, RunConfig
 from autocompress.decisions import PruneNeurons, Quantize, Recover
 from autocompress.driver import BASELINES, SearchStatus, _reconstruct, comparison_of, drive, write_results
@@ -157,6 +158,40 @@ def test_results_can_be_written_again(tmp_path: Path) -> None:
     first = {name: (study.folder / name).read_bytes() for name in names}
     write_results(study)
     assert {name: (study.folder / name).read_bytes() for name in names} == first
+
+
+def test_a_torn_record_that_was_cut_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a finished study and a workshop of paper, in which there is nothing left to do."""
+    folder = tmp_path / "results"
+    (folder / "artefacts" / "reference").mkdir(parents=True)
+    environment_of(folder, majority=MAJORITY)
+    run = run_of("search.confirm_pairs=0", "name=torn")
+    paper = SimpleNamespace(
+        run=run,
+        artefacts=folder / "artefacts",
+        space=SMALL,
+        predictor=SimpleNamespace(errors={}),
+        majority=MAJORITY,
+        teacher=SimpleNamespace(base="m"),
+        task=SimpleNamespace(fingerprint="d", shared_rows=0),
+        bank=SimpleNamespace(trim=lambda: 0, made_seconds={}),
+    )
+    monkeypatch.setattr(driver, "Workshop", lambda *_: paper)
+    identity = identity_of(run, model="m", data=f"d, {run.data.max_tokens} tokens", space=SMALL)
+    identity["machine"] = machine.fingerprint()["id"]
+    study = Study(folder, run, identity=identity, space=SMALL, writable=True)
+    told = evaluate(study)
+    study.close()
+    with (folder / "study.journal").open("ab") as journal:
+        journal.write(b'{"op_code": 6, "wor')
+    torn = (folder / "study.journal").read_bytes()
+    lines: list[str] = []
+    drive(run, folder, progress=lines.append)
+    [backup] = folder.glob("study.journal.torn-*")
+    assert lines[0] == f"the study's last record was torn and was cut off; the file as it was: {backup.name}"
+    assert backup.read_bytes() == torn
+    assert Study(folder, run).candidates() == told
+    assert len(pd.read_csv(folder / "study.csv")) == len(told)
 
 
 # --- a search

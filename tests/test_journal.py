@@ -62,6 +62,27 @@ def test_what_is_missing_empty_or_whole_is_not_repaired(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [journal]
 
 
+def test_a_last_record_that_is_cut_at_any_byte_goes_and_the_others_stay(tmp_path: Path) -> None:
+    journal = tmp_path / "study.journal"
+    searched(journal)
+    whole = journal.read_bytes()
+    *others, last = whole.splitlines(keepends=True)
+    sound = b"".join(others)
+    assert len(last) > 100
+    for left in range(1, len(last)):
+        torn = sound + last[:left]
+        journal.write_bytes(torn)
+        backup = repair_tail(journal)
+        assert backup is not None, f"{left} bytes are left"
+        assert backup.read_bytes() == torn
+        assert journal.read_bytes() == sound
+        backup.unlink()
+    for content in (sound, whole):
+        journal.write_bytes(content)
+        assert repair_tail(journal) is None
+        assert journal.read_bytes() == content
+
+
 def test_repairs_do_not_overwrite_each_others_backups(tmp_path: Path) -> None:
     journal = tmp_path / "study.journal"
     found = []

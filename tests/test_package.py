@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import pkgutil
+import re
 import subprocess
 import sys
 from importlib import resources
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 import autocompress
 from autocompress import errors
 
+ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "ray", "plotly", "transformers", "pandas", "optuna", "openvino", "onnx", "onnxruntime", "datasets")
 
 
@@ -101,3 +105,31 @@ def test_the_demo_data_keep_their_licence_and_citation() -> None:
     readme = demo.joinpath("README.md").read_text(encoding="utf-8")
     assert "Hutto" in readme
     assert "ICWSM" in readme
+
+
+def tests_in(file: Path) -> set[str]:
+    """Return the names of the tests in a file as pytest says them, without running it."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        names = (part.name for part in inner if isinstance(part, ast.FunctionDef) and part.name.startswith("test_"))
+        found |= {f"{node.name}::{name}" if isinstance(node, ast.ClassDef) else name for name in names}
+    return found
+
+
+def test_the_tests_that_the_page_of_faults_names_are_there() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/test_\w+\.py)::((?:\w+::)?test_\w+)`", page)
+    assert len(named) == page.count("tests/") > 50, "each is written as `tests/test_x.py::test_name`"
+    there = {file: tests_in(ROOT / file) if (ROOT / file).is_file() else set() for file, _ in named}
+    missing = sorted({f"{file}::{name}" for file, name in named if name not in there[file]})
+    assert not missing, f"docs/faults.md names tests that are not there: {', '.join(missing)}"
+
+
+def test_the_page_of_faults_leaves_no_fault_out() -> None:
+    covered, separator, rest = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8").partition("\n## Not yet\n")
+    assert separator
+    rows = [int(number) for number in re.findall(r"^\| (\d+) \|", covered, flags=re.MULTILINE)]
+    open_ = [int(number) for number in re.findall(r"^- (\d+), ", rest, flags=re.MULTILINE)]
+    assert (rows, open_) == (sorted(set(rows)), sorted(set(open_))), "once each and in order"
+    assert sorted({*rows, *open_}) == list(range(1, 35))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +55,35 @@ class Timed(Session):
 
     def close(self) -> None:
         """Hold nothing."""
+
+
+class Adding(Session):
+    """Adds up numbers: arithmetic in proportion to how many they are."""
+
+    def __init__(self, count: int) -> None:
+        self.numbers = range(count)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.array([[sum(self.numbers)]], dtype=np.float32)
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+
+@contextlib.contextmanager
+def busy_cores() -> Iterator[None]:
+    """Keep every core busy with another process."""
+    command = [sys.executable, "-S", "-c", "print(1, flush=True)\nwhile True: pass"]
+    hogs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(len(os.sched_getaffinity(0)))]
+    try:
+        for hog in hogs:
+            assert hog.stdout is not None
+            assert hog.stdout.readline() == b"1\n"
+        yield
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.communicate()
 
 
 class Scripted(Session):
@@ -364,6 +397,16 @@ class TestLatency:
         found = self.measure(lambda n: 0.5 if n % 10 == 7 else 0.001, lambda n: 0.9 if n % 10 == 2 else 0.002)
         assert found.ratio == pytest.approx(0.5)
         assert found.p50_ms == pytest.approx(1.0)
+
+    def test_a_busy_machine_leaves_the_ratio(self) -> None:
+        """At one thread, where the clock is the process's own time."""
+        with busy_cores():
+            taken = scoring.paired_times(
+                Adding(10_000), Adding(20_000), {}, pairs=20, clock=scoring.clock_of(TargetConfig(threads=1))
+            )
+        found = scoring.summarize([taken], seed=0)
+        assert found.ratio == pytest.approx(0.5, rel=0.05)
+        assert found.ratio_high < 1, "nor is their order in doubt"
 
     def test_blocks_alternate_and_each_follows_runs_that_do_not_count(self) -> None:
         calls: list[str] = []

@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -742,6 +744,21 @@ def test_a_driver_in_another_process_is_respected_until_it_is_killed(drive: Call
     assert drive().remaining >= 5
 
 
+def test_locks_that_are_left_lying_hold_nobody_up(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive()
+    evaluate(study, 2)
+    study.close()
+    assert (folder / "study.lock").is_file(), "it always stays; what counts is whether somebody holds it"
+    lock = folder / "study.journal.lock"
+    lock.unlink()
+    lock.symlink_to(folder / "study.journal")  # what another program that was killed while it wrote leaves there
+    start = time.monotonic()
+    again = drive()
+    assert again.finished == 2
+    assert len(evaluate(again)) == 4
+    assert time.monotonic() - start < 5, "nobody waits for it to grow old"
+
+
 def test_a_refused_study_can_be_opened_rightly_in_the_same_process(drive: Callable[..., Study]) -> None:
     drive().close()
     with pytest.raises(StudyError, match="other settings"):
@@ -876,6 +893,29 @@ def test_a_last_record_that_is_whole_but_no_json_is_cut_off(drive: Callable[...,
     assert again.repaired is not None
     assert again.candidates() == study.candidates()
     assert journal.read_bytes()[: len(content)] == content
+
+
+def test_a_disk_that_is_full_in_mid_record_keeps_what_was_told(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive()
+    told = evaluate(study, 3)
+    number, plan = study.ask() or pytest.fail("nothing asked for")
+    journal = folder / "study.journal"
+    room = journal.stat().st_size + 40
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # what goes beyond is cut off, as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            study.tell(number, plan, score_of(plan))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    study.close()
+    assert journal.stat().st_size == room, "half a record"
+    assert Study(folder, run_of()).candidates() == told
+    again = drive()
+    assert again.repaired is not None
+    assert (again.candidates(), again.interrupted) == (told, 1)
+    assert plan.plan_id in plan_ids(evaluate(again))
+    assert again.finished == 6
 
 
 def test_a_sound_journal_is_not_repaired(drive: Callable[..., Study], folder: Path) -> None:
