@@ -140,7 +140,7 @@ def recover(
         if (known := study.measured(plan)) is not None:  # a score stays with the artefact that it was taken from
             return known
         recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
-        write_results(study, shared_rows=workshop.task.shared_rows)
+        write_results(study)
     finally:
         study.close()
     return recovered

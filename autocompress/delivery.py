@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,9 +154,27 @@ def _export(
     }
     (aside / "measurement.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     (aside / "README.md").write_text(model_card(candidate, run, runtime, confirmed, test, agreement), encoding="utf-8")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(aside, out, dirs_exist_ok=True)
+    _put(aside, out)
     return Export(out, confirmed, test, agreement, measured.latency_ratio)
+
+
+def _put(made: Path, out: Path) -> None:
+    """Bring what is in ``made`` to ``out``, which may be on another disk: all of it, or an error and nothing."""
+    out = out.resolve()  # aside and in place are then on one disk
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    try:
+        shutil.copytree(made, aside)
+        out.mkdir(exist_ok=True)
+        for entry in aside.iterdir():
+            # What else was in the folder stays there: it was asked for by force.
+            if (there := out / entry.name).is_dir():
+                shutil.rmtree(there)
+            entry.replace(there)
+    except OSError as error:
+        raise ExportError(f"export: {out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _reload(folder: Path, workshop: Workshop, scratch: Path) -> tuple[np.ndarray, scoring.Latency]:

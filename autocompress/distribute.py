@@ -122,10 +122,12 @@ class LocalRay:
         assert self._connection is not None
         assert self._words is not None
         self._connection.close()  # which it sees
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_PATIENCE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # what it left behind, or it
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_PATIENCE_S)
+        finally:  # also where nobody wants to wait
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # what it left behind, or it
         self._process.wait()
         self._words.close()
         self._process = None
@@ -197,7 +199,7 @@ def execute(
         told: called after each candidate was recorded.
 
     Raises:
-        StudyError: if Ray cannot be started, or died too often.
+        StudyError: if Ray cannot be started, or died too often, or no room is left on a disk.
     """
     running: dict[int, CompressionPlan] = {}
     ended = gone = False
@@ -231,6 +233,8 @@ def execute(
             return False
         number, outcome = result
         [(kind, value)] = outcome.items()
+        if kind == "full":
+            raise StudyError(f"search: {value}; make room and run the same command again to continue")
         kinds = {"measurement": Measurement, "stopped": Stopped}
         tell(number, value if kind == "failure" else kinds[kind](**value))
         return True

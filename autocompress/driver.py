@@ -132,7 +132,7 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                     _baseline(name, study, workshop, progress)
             with clock("results"):
                 workshop.bank.trim()
-                write_results(study, shared_rows=workshop.task.shared_rows)
+                write_results(study)
         finally:
             study.close()
     spent = {"driver": clock.seconds, "bank": workshop.bank.made_seconds, "ask": study.ask_seconds}
@@ -320,8 +320,10 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
         if found.get("schema") != ENVIRONMENT_SCHEMA:
             raise StudyError(f"{file}: schema must be {ENVIRONMENT_SCHEMA}, got {found.get('schema')!r}")
         if (folder / "study.journal").exists() or found.get("key") == key:
-            if "majority" not in found:  # written by version 0.1
-                write_aside(file, json.dumps({**found, "majority": workshop.majority}, indent=1))
+            # Written by an earlier version.
+            later = {"majority": workshop.majority, "shared_rows": workshop.task.shared_rows}
+            if not later.keys() <= found.keys():
+                write_aside(file, json.dumps(later | found, indent=1))
             return
     progress("measuring the uncompressed model")
     measured = workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))
@@ -330,6 +332,7 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
         "schema": ENVIRONMENT_SCHEMA,
         "reference": dataclasses.asdict(measured),
         "majority": workshop.majority,
+        "shared_rows": workshop.task.shared_rows,
         "machine": machine.fingerprint(),
         "target": target,
         "runtime_options": workshop.fingerprint["runtime_options"],
@@ -350,13 +353,14 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
     write_aside(file, json.dumps(environment, indent=1))
 
 
-def write_results(study: Study, *, shared_rows: int = 0) -> None:
+def write_results(study: Study) -> None:
     """Write ``study.csv``, ``pareto.csv`` and ``report.html`` from the study."""
     folder, front = study.folder, study.front()
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    shown = {k: v for k, v in environment.items() if k not in ("reference", "key", "schema", "majority")}
+    told_elsewhere = ("reference", "key", "schema", "majority", "shared_rows")
+    shown = {k: v for k, v in environment.items() if k not in told_elsewhere}
     notes = []
-    if shared_rows:
+    if shared_rows := environment.get("shared_rows", 0):
         notes.append(f"{shared_rows} texts stand in two splits; the run file accepts that.")
     tables.write_csv(study.candidates(), folder / "study.csv")
     tables.write_csv(front.points, folder / "pareto.csv")

@@ -105,7 +105,8 @@ class _Records(BaseJournalBackend):
     def _write(self, lines: Sequence[str]) -> tuple[int, int]:
         """Append ``lines``; returns where they begin and end in the file."""
         content = "".join(lines).encode()
-        with _locked(self._path.with_name(f"{self._path.name}.lock")), self._path.open("ab") as opened:
+        # Not Optuna's name: its programs take a file of that name for a lock, and wait half a minute until it is stale.
+        with _locked(self._path.with_name(f"{self._path.name}.flock")), self._path.open("ab") as opened:
             begin = opened.tell()
             opened.write(content)
             opened.flush()

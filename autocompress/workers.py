@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -46,6 +47,8 @@ LATENCY_SLOT = "latency_slot"
 """Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
 
 
+_ROOM = 2**20
+"""Bytes that a disk which is not full has room for."""
 _LOOK_S = 10.0
 """Seconds without a result after which Ray is asked whether it lives."""
 
@@ -109,7 +112,10 @@ class _Worker(tune.Trainable):
         return {"done": True}
 
     def outcome(self, job: Job) -> dict[str, Any]:
-        """Evaluate a job's plan; returns its measurement, or why there is none, by kind."""
+        """Evaluate a job's plan; returns its measurement, or why there is none, by kind.
+
+        A full disk is no candidate's failure: it is told as what it is.
+        """
         from autocompress.plan import CompressionPlan
         from autocompress.records import Measurement
 
@@ -123,9 +129,27 @@ class _Worker(tune.Trainable):
         except AutocompressError as error:
             return {"failure": str(error)}
         except Exception as error:
+            if (folder := self._full()) is not None:
+                return {"full": f"no space is left in {folder} ({type(error).__name__})"}
             # A defect in one candidate's path must not end the search; the class name tells it from a refusal.
             text = str(error).strip().splitlines()
             return {"failure": f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"}
+
+    def _full(self) -> Path | None:
+        """Return the folder in which nothing more can be written, if there is one.
+
+        Asked of the disk and not of the error: libraries say it in words of their own.
+        """
+        folders = [self._artefacts, *([self._workshop.bank.root] if self._workshop is not None else [])]
+        for folder in folders:
+            try:
+                with tempfile.TemporaryFile(dir=folder) as probe:
+                    probe.write(bytes(_ROOM))
+                    probe.flush()
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    return folder
+        return None
 
     def _opened(self) -> Workshop:
         from autocompress.evaluate import Workshop

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,3 +138,56 @@ def test_what_is_not_an_exported_folder_is_refused(runtime: Runtime, exported: P
     with pytest.raises(ExportError, match="give an exported folder"):
         delivery.measure(exported, pairs=8)
     assert not runtime.loaded
+
+
+class TestPuttingInPlace:
+    @pytest.fixture
+    def made(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "made"
+        (folder / "tokenizer").mkdir(parents=True)
+        (folder / "model.bin").write_bytes(b"new")
+        (folder / "tokenizer" / "vocab.txt").write_text("new", encoding="utf-8")
+        return folder
+
+    @pytest.mark.parametrize("there", ["nothing", "an empty folder"])
+    def test_it_is_all_there(self, made: Path, tmp_path: Path, there: str) -> None:
+        out = tmp_path / "deep" / "out"
+        if there != "nothing":
+            out.mkdir(parents=True)
+        delivery._put(made, out)
+        assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {
+            "model.bin",
+            "tokenizer/vocab.txt",
+        }
+        assert list(out.parent.iterdir()) == [out]
+
+    def test_what_else_is_in_a_folder_stays(self, made: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        (out / "tokenizer").mkdir(parents=True)
+        for name in ("model.bin", "tokenizer/added.txt", "notes.txt"):
+            (out / name).write_text("old", encoding="utf-8")
+        link = tmp_path / "link"
+        link.symlink_to(out)
+        delivery._put(made, link)
+        assert link.is_symlink()
+        assert (out / "model.bin").read_bytes() == b"new"
+        assert [path.name for path in (out / "tokenizer").iterdir()] == ["vocab.txt"], "a tokenizer is one thing"
+        assert (out / "notes.txt").read_text(encoding="utf-8") == "old"
+
+    def test_a_full_disk_leaves_what_was_there(
+        self, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "model.bin").write_bytes(b"old")
+
+        def copied(_: Path, there: Path) -> None:
+            there.mkdir()
+            (there / "model.bin").write_bytes(b"ne")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(shutil, "copytree", copied)
+        with pytest.raises(ExportError, match=r"out: cannot be written \(No space left on device\)"):
+            delivery._put(made, out)
+        assert (out / "model.bin").read_bytes() == b"old"
+        assert {path.name for path in tmp_path.iterdir()} == {"made", "out"}

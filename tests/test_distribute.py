@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import json
 import os
@@ -294,6 +295,37 @@ def test_a_candidate_that_kills_every_worker_is_tried_three_times(worker: Any, m
     worker.step()
     assert tried == [7, 7, 7, 8], "twice more than once"
     assert [desk.result.remote() for _ in range(2)] == [(7, {"failure": DIED}), (8, {"failure": "evaluated"})]
+
+
+def test_a_full_disk_is_no_failure_of_a_candidate(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autocompress import workers
+
+    def full(**_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def attempt(*_: Any) -> Any:
+        raise RuntimeError("a library's own words")
+
+    shop = SimpleNamespace(attempt=attempt, ready=lambda: None, bank=SimpleNamespace(root=worker._artefacts.parent))
+    monkeypatch.setattr(worker, "_workshop", shop)
+    worker._artefacts.mkdir()
+    assert worker.outcome(job()) == {"failure": "RuntimeError: a library's own words"}
+    monkeypatch.setattr(workers.tempfile, "TemporaryFile", full)
+    assert worker.outcome(job()) == {"full": f"no space is left in {worker._artefacts} (RuntimeError)"}
+
+
+def test_a_full_disk_ends_the_search() -> None:
+    asked = iter([(0, CompressionPlan())])
+    study: Any = SimpleNamespace(run=RunConfig(), ask=lambda: next(asked, None), rivals=list)
+    found: Any = SimpleNamespace(
+        workers=1,
+        open=lambda: None,
+        close=lambda: None,
+        put=lambda _: None,
+        next_result=lambda: (0, {"full": "no space is left in /results"}),
+    )
+    with pytest.raises(StudyError, match=r"^search: no space is left in /results; make room and run the same command"):
+        execute(study, local=found, prepare=lambda _: None, alone=lambda _: False, told=lambda _: None)
 
 
 def test_a_worker_gives_up_what_cannot_reach_the_front(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,9 +135,12 @@ def test_a_baseline_that_was_interrupted_early_is_left_out(tmp_path: Path, left:
 
 def test_results_are_three_files(tmp_path: Path) -> None:
     study = made_study(tmp_path / "new", trials=20, majority=MAJORITY)
+    file = study.folder / "environment.json"
+    known = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**known, "shared_rows": 3}), encoding="utf-8")
     before = {path.name for path in study.folder.iterdir()}
     assert not {"study.csv", "pareto.csv", "report.html"} & before
-    write_results(study, shared_rows=3)
+    write_results(study)
     assert {path.name for path in study.folder.iterdir()} == before | {"study.csv", "pareto.csv", "report.html"}
     assert list(pd.read_csv(study.folder / "study.csv")["number"]) == [c.number for c in study.candidates()]
     front = pd.read_csv(study.folder / "pareto.csv")

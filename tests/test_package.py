@@ -107,7 +107,7 @@ def test_the_demo_data_keep_their_licence_and_citation() -> None:
     assert "ICWSM" in readme
 
 
-def tests_in(file: Path) -> set[str]:
+def names_in(file: Path) -> set[str]:
     """Return the names of the tests in a file as pytest says them, without running it."""
     found = set()
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -121,7 +121,7 @@ def test_the_tests_that_the_page_of_faults_names_are_there() -> None:
     page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/test_\w+\.py)::((?:\w+::)?test_\w+)`", page)
     assert len(named) == page.count("tests/") > 50, "each is written as `tests/test_x.py::test_name`"
-    there = {file: tests_in(ROOT / file) if (ROOT / file).is_file() else set() for file, _ in named}
+    there = {file: names_in(ROOT / file) if (ROOT / file).is_file() else set() for file, _ in named}
     missing = sorted({f"{file}::{name}" for file, name in named if name not in there[file]})
     assert not missing, f"docs/faults.md names tests that are not there: {', '.join(missing)}"
 
