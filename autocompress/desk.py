@@ -92,6 +92,13 @@ class Desk:
             self._closed = True
             self._changed.notify_all()
 
+    async def withdraw(self) -> None:
+        """Take back the jobs that nobody has, and send workers home."""
+        async with self._changed:
+            self._jobs.clear()
+            self._closed = True
+            self._changed.notify_all()
+
     async def end(self) -> None:
         """Let nobody wait for further results."""
         async with self._changed:

@@ -14,7 +14,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +36,10 @@ _LIVES = 3
 """How often Ray may be started for one search."""
 _PATIENCE_S = 20.0
 """Time that Ray has to end by itself."""
+_LEAVE_S = 15.0
+"""Time that candidates have to come to their end after Ctrl-C."""
+_GLANCE_S = 0.2
+"""Time between two looks whether Ctrl-C was pressed, while nothing comes."""
 
 
 class LocalRay:
@@ -66,7 +72,7 @@ class LocalRay:
             max_failures=(1 + run.search.max_retries) * run.search.trials,
         )
         self._jobs: dict[int, Job] = {}
-        self._open = self._closed = False
+        self._open = self._closed = self._withdrawn = False
         self._lives = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -94,16 +100,30 @@ class LocalRay:
         self._closed = True
         self._send("close")
 
-    def next_result(self) -> Result | None:
+    def withdraw(self) -> None:
+        """Take back the jobs that nobody works on, and send home who is done."""
+        self._progress(f"candidates that are running have {_LEAVE_S:.0f} s to end; Ctrl-C again ends at once")
+        self._withdrawn = True
+        self._send("withdraw")
+
+    def next_result(self, timeout: float | None = None) -> Result | None:
         """Wait for a worker's result; None when all of them have gone home, done or not.
 
+        Args:
+            timeout: in seconds, by default as long as it takes.
+
         Raises:
+            TimeoutError: if none came in time.
             StudyError: if Ray cannot be started, or died too often.
         """
         while True:
             assert self._connection is not None
             try:
+                if not self._connection.poll(timeout):
+                    raise TimeoutError
                 kind, found = self._connection.recv()
+            except TimeoutError:
+                raise
             except (EOFError, OSError):
                 self._start_again()
                 continue
@@ -159,9 +179,9 @@ class LocalRay:
         self._start()
         if self._open:
             self._send("open")
-        for job in self._jobs.values():
+        for job in () if self._withdrawn else self._jobs.values():
             self._send("put", job)
-        if self._closed:
+        if self._closed or self._withdrawn:
             self._send("close")
 
     def _last_words(self) -> str:
@@ -178,6 +198,51 @@ class LocalRay:
         # `next_result` finds it dead, and tells all of this to the next one.
         with contextlib.suppress(OSError):
             self._connection.send(message)
+
+
+class _Leaving:
+    """What Ctrl-C does while candidates are evaluated: once, those that are running may end; twice, none may.
+
+    Where it is not this thread or program that Ctrl-C is for, it does what it did.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._at_once = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Leaving:
+        own = threading.current_thread() is threading.main_thread()
+        if own and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before = signal.signal(signal.SIGINT, self._pressed)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _pressed(self, *_: object) -> None:
+        if self._at_once or self.asked:
+            raise KeyboardInterrupt
+        self._since = time.monotonic()
+
+    @property
+    def asked(self) -> bool:
+        return self._since is not None
+
+    @property
+    def late(self) -> bool:
+        """Whether there is no time left."""
+        return self._since is not None and time.monotonic() - self._since > _LEAVE_S
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let go of what takes longer than anybody would wait."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
 
 def execute(
@@ -200,9 +265,22 @@ def execute(
 
     Raises:
         StudyError: if Ray cannot be started, or died too often, or no room is left on a disk.
+        KeyboardInterrupt: after Ctrl-C, once what was running has ended and is recorded, or there is no time left.
     """
+    with _Leaving() as leaving:
+        _execute(study, local, prepare, alone, told, leaving)
+
+
+def _execute(
+    study: Study,
+    local: LocalRay,
+    prepare: Callable[[CompressionPlan], None],
+    alone: Callable[[CompressionPlan], bool],
+    told: Callable[[Candidate], None],
+    leaving: _Leaving,
+) -> None:
     running: dict[int, CompressionPlan] = {}
-    ended = gone = False
+    ended = gone = withdrawn = False
 
     def hand_out() -> None:
         nonlocal ended
@@ -217,7 +295,8 @@ def execute(
         running[number] = plan
         if gone:
             return
-        prepare(plan)
+        with leaving.at_once():
+            prepare(plan)
         front = study.rivals() if study.run.search.stop_early else []
         local.put(Job(number, plan.to_json(), front))
 
@@ -227,7 +306,7 @@ def execute(
     def tell_next() -> bool:
         """Wait for a result and tell it; False once all workers have gone home."""
         nonlocal gone
-        result = local.next_result()
+        result = wait()
         if result is None:
             gone = True
             return False
@@ -239,13 +318,25 @@ def execute(
         tell(number, value if kind == "failure" else kinds[kind](**value))
         return True
 
+    def wait() -> Result | None:
+        nonlocal withdrawn
+        while not leaving.late:
+            if leaving.asked and not withdrawn:
+                withdrawn = True
+                local.withdraw()
+            with contextlib.suppress(TimeoutError):
+                return local.next_result(_GLANCE_S)
+        raise KeyboardInterrupt
+
     def fill() -> None:
-        while not (ended or gone) and len(running) < local.workers + _AHEAD:
+        while not (ended or gone or leaving.asked) and len(running) < local.workers + _AHEAD:
             hand_out()
 
     local.open()
     fill()
     while not gone and tell_next():
         fill()
+    if leaving.asked:
+        raise KeyboardInterrupt
     for number in list(running):
         tell(number, DIED)  # no worker is left to do it

@@ -41,3 +41,15 @@ def test_a_desk_loses_nothing_to_a_worker_that_died_while_it_waited() -> None:
         return [found and found.number, await desk.exchange("a", (7, {})), await desk.exchange("b", None)]
 
     assert asyncio.run(asyncio.wait_for(day(), 10)) == [7, None, None]
+
+
+def test_what_is_withdrawn_is_given_to_nobody() -> None:
+    async def day() -> list[Any]:
+        desk = Desk()
+        for number in (7, 8):
+            await desk.put(Job(number, "{}", []))
+        first = await desk.exchange("a", None)
+        await desk.withdraw()
+        return [first and first.number, await desk.exchange("b", None), await desk.exchange("a", (7, {}))]
+
+    assert asyncio.run(asyncio.wait_for(day(), 10)) == [7, None, None]

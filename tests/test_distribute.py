@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from test_search import alive, by_number, command, descendants, lines_until, read_csv, start_search
 from test_study import plan_ids, states
 
+from autocompress import distribute
 from autocompress.config import RunConfig
 from autocompress.decisions import MaxTokens, Student
 from autocompress.desk import DIED, Desk, Job
@@ -142,7 +143,7 @@ def test_what_keeps_all_cores_busy_waits_until_nothing_runs(gone_home_after: int
         def put(self, job: Job) -> None:
             self.jobs.append(job.number)
 
-        def next_result(self) -> Any:
+        def next_result(self, timeout: float) -> Any:
             assert not self.left, "Ray would be started again"
             if not self.jobs or self.done == gone_home_after:
                 self.left = True
@@ -314,6 +315,94 @@ def test_a_full_disk_is_no_failure_of_a_candidate(worker: Any, monkeypatch: pyte
     assert worker.outcome(job()) == {"full": f"no space is left in {worker._artefacts} (RuntimeError)"}
 
 
+class Interrupted:
+    """A study of endless plans, and two workers of paper: Ctrl-C is pressed before the first of them is done."""
+
+    run = RunConfig()
+    workers = 2
+
+    def __init__(self, presses: int = 1) -> None:
+        self.presses = presses
+        self.numbers = iter(range(100))
+        self.happened: list[str] = []
+        self.jobs: list[int] = []
+
+    def ask(self) -> tuple[int, CompressionPlan]:
+        number = next(self.numbers)
+        return number, CompressionPlan(((MODEL_SITE, MaxTokens(tokens=number + 1)),))
+
+    def rivals(self) -> list[list[float]]:
+        return []
+
+    def tell(self, number: int, *_: Any) -> int:
+        self.happened.append(f"told {number}")
+        return number
+
+    def open(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def put(self, job: Job) -> None:
+        self.jobs.append(job.number)
+
+    def withdraw(self) -> None:
+        self.happened.append("withdrawn")
+        del self.jobs[self.workers :]
+
+    def next_result(self, timeout: float) -> Any:
+        if self.presses:
+            self.presses -= 1
+            signal.raise_signal(signal.SIGINT)
+            raise TimeoutError
+        return (self.jobs.pop(0), {"failure": "no"}) if self.jobs else None
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """What it does in a program that was not started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    left = signal.signal(signal.SIGINT, before)
+    assert left is signal.default_int_handler, "it does afterwards what it did"
+
+
+def interrupted(paper: Any, prepare: Callable[[CompressionPlan], None] = lambda _: None) -> list[str]:
+    with pytest.raises(KeyboardInterrupt):
+        execute(paper, local=paper, prepare=prepare, alone=lambda _: False, told=lambda _: None)
+    happened: list[str] = paper.happened
+    return happened
+
+
+@pytest.mark.usefixtures("ctrl_c")
+class TestCtrlC:
+    def test_once_lets_what_runs_come_to_its_end(self) -> None:
+        paper = Interrupted()
+        assert interrupted(paper) == ["withdrawn", "told 0", "told 1"]
+        assert next(paper.numbers) == 3, "one lay at the desk, and nothing is proposed any more"
+
+    def test_twice_ends_at_once(self) -> None:
+        assert interrupted(Interrupted(presses=2)) == ["withdrawn"]
+
+    def test_nobody_waits_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(distribute, "_LEAVE_S", 0.0)
+        assert "told 0" not in interrupted(Interrupted())
+
+    def test_a_distillation_is_let_go(self) -> None:
+        assert interrupted(Interrupted(presses=0), lambda _: signal.raise_signal(signal.SIGINT)) == []
+
+    def test_in_another_thread_it_is_left_alone(self) -> None:
+        done: Any = SimpleNamespace(run=RunConfig(), ask=lambda: None, rivals=list, workers=1)
+        done.open = done.close = lambda: None
+        done.next_result = lambda _: None
+
+        def search() -> None:
+            execute(done, local=done, prepare=lambda _: None, alone=lambda _: False, told=lambda _: None)
+
+        thread = threading.Thread(target=search)
+        thread.start()
+        thread.join()
+
+
 def test_a_full_disk_ends_the_search() -> None:
     asked = iter([(0, CompressionPlan())])
     study: Any = SimpleNamespace(run=RunConfig(), ask=lambda: next(asked, None), rivals=list)
@@ -322,7 +411,7 @@ def test_a_full_disk_ends_the_search() -> None:
         open=lambda: None,
         close=lambda: None,
         put=lambda _: None,
-        next_result=lambda: (0, {"full": "no space is left in /results"}),
+        next_result=lambda _: (0, {"full": "no space is left in /results"}),
     )
     with pytest.raises(StudyError, match=r"^search: no space is left in /results; make room and run the same command"):
         execute(study, local=found, prepare=lambda _: None, alone=lambda _: False, told=lambda _: None)
