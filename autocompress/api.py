@@ -18,6 +18,8 @@ from autocompress.forecast import Forecast
 from autocompress.forecast import forecast as _forecast
 from autocompress.pareto import Front
 from autocompress.records import Candidate
+from autocompress.salvage import Salvaged
+from autocompress.salvage import salvage as _salvage
 from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace
 from autocompress.study import Study
@@ -94,6 +96,15 @@ def report(folder: str | Path) -> Study:
     study = open_study(folder)
     write_results(study)
     return study
+
+
+def salvage(folder: str | Path) -> Salvaged:
+    """Write what can be read of a damaged study into a new file beside its journal, which stays as it is.
+
+    Raises:
+        StudyError: if there is no study, if no line is damaged, or if nothing can be saved.
+    """
+    return _salvage(Path(folder) / "study.journal")
 
 
 def _home(candidate: Candidate) -> Path:

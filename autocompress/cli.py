@@ -278,6 +278,18 @@ def report(folder: Folder, as_json: Json = False) -> None:
     _show(api.report(folder), as_json)
 
 
+@app.command()
+def salvage(folder: Folder, as_json: Json = False) -> None:
+    """Write what can be read of a damaged study into a new file; the old one stays as it is."""
+    from autocompress import api
+
+    found = api.salvage(folder)
+    told = {"file": str(found.file), "damaged": found.damaged, "left_out": found.left_out, "again": found.again}
+    _print(told, as_json)
+    if not as_json:
+        typer.echo(f"next: mv {found.file} {folder / 'study.journal'}, then search again")
+
+
 def _picked(
     folder: Path, prefer: Prefer, trial: int | None, drop: str | None, ms: float | None, mb: float | None
 ) -> Any:

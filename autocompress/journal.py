@@ -204,6 +204,13 @@ def hold(folder: Path) -> int:
     return handle
 
 
+def beside(journal: Path, what: str) -> Path:
+    """Return the path of a new file beside a journal, named by the time."""
+    stamp = f"{journal.name}.{what}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (stamp if number == 1 else f"{stamp}-{number}" for number in itertools.count(1))
+    return next(path for path in map(journal.with_name, names) if not path.exists())
+
+
 def repair_tail(journal: Path) -> Path | None:
     """Cut a torn last record, which a killed driver leaves, off the journal.
 
@@ -223,9 +230,7 @@ def repair_tail(journal: Path) -> Path | None:
             return None
         except ValueError:
             end -= len(last)
-    stamp = f"{journal.name}.torn-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (stamp if number == 1 else f"{stamp}-{number}" for number in itertools.count(1))
-    backup = next(path for path in map(journal.with_name, names) if not path.exists())
+    backup = beside(journal, "torn")
     shutil.copyfile(journal, backup)
     with journal.open("r+b") as opened:
         opened.truncate(end)

@@ -115,7 +115,10 @@ class Study:
             self._journal = storage = Journal(journal)
             names = optuna.get_all_study_names(storage)
         except (ValueError, TypeError, LookupError, OSError) as error:
-            raise StudyError(f"{journal}: cannot be read ({str(error).splitlines()[0]})") from None
+            raise StudyError(
+                f"{journal}: cannot be read ({str(error).splitlines()[0]}); what can be is written into a new file by: "
+                f"autocompress salvage {self.folder}"
+            ) from None
         directions = [StudyDirection[OBJECTIVES[name][1].upper()] for name in self.told]
         if _NAME not in names:
             if not writable:

@@ -726,3 +726,18 @@ def test_a_folder_that_is_no_study_is_refused(call: Call, tmp_path: Path, comman
     write(tmp_path / "run.yaml", "{}")
     assert "holds no study.journal" in call(command, tmp_path).line(1)
     assert tree(tmp_path) == {"run.yaml"}
+
+
+def test_a_damaged_study_is_salvaged(call: Call, results: Callable[..., Path]) -> None:
+    folder = results()
+    assert call("salvage", folder).line(1).endswith("study.journal: no line is damaged")
+    known = call("status", folder, "--json").json()
+    journal = folder / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:-2], b"\x00" * 40 + b"\n", lines[-1]]))
+    assert f"by: autocompress salvage {folder}" in call("status", folder).line(1)
+    found = call("salvage", folder, "--json").json()
+    assert (found["damaged"], found["left_out"]) == (1, 0)
+    Path(found["file"]).replace(journal)
+    left = call("status", folder, "--json").json()
+    assert known["complete"] - 1 <= left["complete"] <= known["complete"]
