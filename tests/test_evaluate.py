@@ -316,7 +316,7 @@ class TestStitched:
         assert counterparts(DropBlocks(blocks=(2,))) == [(0, 0), (1, 2)]
         assert counterparts(student) == [(0, 1), (2, 2)]
         assert counterparts(student, DropBlocks(blocks=(0,))) == [(2, 2)]
-        assert counterparts(A_STUDENT["shared"]) == [(0, 2)]
+        assert counterparts(A_STUDENT["shared"]) == [(1, 2)]
 
     def test_a_recovered_model_can_be_trimmed_and_cut(self, shop: Workshop, tmp_path: Path) -> None:
         recovered = CompressionPlan(
