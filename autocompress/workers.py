@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import os
+import secrets
 import sys
 import tempfile
 import threading
@@ -29,6 +30,9 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 # Whoever calls Ray after its end, as Tune does when it is left, would start another one.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# For this search alone. Ray would leave one in a file of the home folder that others may read.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 # With no clusters, whatever the system, Ray's servers are bound to the loopback address alone.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 

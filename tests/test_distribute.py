@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -487,16 +488,37 @@ def listening(pids: Iterable[int]) -> dict[str, set[ipaddress.IPv4Address | ipad
     return found
 
 
-def test_nothing_listens_beyond_this_machine(local: LocalRay) -> None:
+def reaches(address: str, token: str) -> subprocess.CompletedProcess[str]:
+    """Try to get at Ray from another process."""
+    code = f"import ray; ray.init(address={address!r}, log_to_driver=False); print(len(ray.nodes()))"
+    known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **known}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_nobody_else_reaches_ray(local: LocalRay) -> None:
     others = descendants(os.getpid())
     with local:
         until = time.monotonic() + 60
         while not named(os.getpid(), b"ray::"):  # a worker, which is there once all others are
             assert time.monotonic() < until, "no worker started"
             time.sleep(0.2)
-        found = listening(descendants(os.getpid()) - others)
+        own = descendants(os.getpid()) - others
+        found = listening(own)
+        lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in own if Path(f"/proc/{pid}").exists()]
+        [raylet] = named(os.getpid(), b"raylet/raylet")
+        environment = Path(f"/proc/{raylet}/environ").read_text(encoding="utf-8").split("\0")
+        settings = dict(line.split("=", 1) for line in environment if "=" in line)
+        [address] = {match[1].decode() for line in lines if (match := re.search(rb"--gcs-address=([0-9.:]+)", line))}
+        with_it, without = (reaches(address, token) for token in (settings["RAY_AUTH_TOKEN"], "another"))
     assert {"raylet", "gcs_server"} <= found.keys()
     assert all(address.is_loopback for addresses in found.values() for address in addresses), found
+    assert with_it.returncode == 0, with_it.stderr
+    assert with_it.stdout.strip() == "1"
+    assert without.returncode != 0
+    assert "token" in without.stderr
+    assert not any(settings["RAY_AUTH_TOKEN"].encode() in line for line in lines), "others may read command lines"
 
 
 def test_a_ray_that_always_dies_ends_the_search(local: LocalRay) -> None:
