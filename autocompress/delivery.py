@@ -27,6 +27,7 @@ from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 from autocompress.report.card import model_card
+from autocompress.report.script import predict_script
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.trained import Progress
 
@@ -153,6 +154,7 @@ def _export(
         "agreement_with_scored_candidate": agreement,
     }
     (aside / "measurement.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (aside / "predict.py").write_text(predict_script(runtime), encoding="utf-8")
     (aside / "README.md").write_text(model_card(candidate, run, runtime, confirmed, test, agreement), encoding="utf-8")
     _put(aside, out)
     return Export(out, confirmed, test, agreement, measured.latency_ratio)

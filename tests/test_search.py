@@ -259,6 +259,33 @@ def test_an_exported_folder_predicts_as_its_card_says(exported: Path, searched: 
     assert (folder / "README.md").read_text(encoding="utf-8").startswith("---")
 
 
+@pytest.mark.parametrize("format_", FORMATS)
+def test_an_exported_folder_runs_without_this_package(
+    exported: Path, searched: Path, tmp_path: Path, format_: str
+) -> None:
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(exported / format_, folder)
+    about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+    rows = task.load(RunConfig.from_file(searched / "run.yaml").data, labels=tuple(about["labels"])).splits["test"]
+    other = {"openvino": "onnxruntime", "onnxruntime": "openvino"}[about["runtime"]]
+    missing = ("autocompress", "torch", "transformers", "optuna", "ray", other)
+    alone = f"import sys, runpy; sys.modules |= dict.fromkeys({missing}); sys.argv = ['predict.py']; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{alone}runpy.run_path({str(folder / 'predict.py')!r})"],
+        input="".join(f"{text}\n" for text, _, _ in rows),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [text for _, _, text in found] == [text for text, _, _ in rows]
+    right = [label == about["labels"][number] for (label, _, _), (_, _, number) in zip(found, rows, strict=True)]
+    assert sum(right) / len(rows) == about["test"]["value"], "exactly as its card says"
+    assert all(1 / len(about["labels"]) <= float(share) <= 1 for _, share, _ in found)
+
+
 def test_the_artefact_that_was_scored_is_the_one_that_ships(exported: Path, searched: Path) -> None:
     folder, point = exported / "openvino", picked(searched)
     source = searched / "artefacts" / point.plan.plan_id

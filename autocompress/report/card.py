@@ -52,7 +52,9 @@ def model_card(
     plan = json.dumps(json.loads(candidate.plan.to_json()), indent=1)
     return (
         f"---\n{front_matter}---\n\n# {_cell(run.name)}: {_cell(candidate.plan.words())}\n\n"
-        f"| | |\n|---|---|\n{table}\n\n## Plan\n\n```json\n{plan}\n```\n"
+        f"| | |\n|---|---|\n{table}\n\n"
+        f'`python predict.py "a text"` runs it, with numpy, tokenizers and {runtime} alone.\n\n'
+        f"## Plan\n\n```json\n{plan}\n```\n"
     )
 
 

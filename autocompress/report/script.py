@@ -1,0 +1,58 @@
+"""The program that travels with an exported folder and runs its model without this package."""
+
+from __future__ import annotations
+
+_SCRIPT = '''"""Say which class texts belong to, with nothing but numpy, tokenizers and PACKAGE.
+
+    python predict.py "one text" "another"
+    python predict.py < texts.txt
+
+A line each; where the model compares two texts, there is a tab between them. Prints class, probability and text.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import PACKAGE
+from tokenizers import Tokenizer
+
+HERE = Path(__file__).resolve().parent
+about = json.loads((HERE / "measurement.json").read_text(encoding="utf-8"))
+artefact = json.loads((HERE / "artefact.json").read_text(encoding="utf-8"))
+tokenizer = Tokenizer.from_file(str(HERE / "tokenizer" / "tokenizer.json"))
+tokenizer.no_padding()
+tokenizer.enable_truncation(about["max_tokens"])
+LOAD
+
+for text in sys.argv[1:] or sys.stdin.read().splitlines():
+    read = tokenizer.encode(*text.split("\\t", 1))
+    known = {"input_ids": read.ids, "attention_mask": read.attention_mask, "token_type_ids": read.type_ids}
+    logits = RUN[0]
+    shares = np.exp(logits - logits.max())
+    best = int(logits.argmax())
+    print(about["labels"][best], f"{shares[best] / shares.sum():.4f}", text, sep="\\t")
+'''
+_LINES = {
+    "openvino": {
+        "PACKAGE": "openvino",
+        "LOAD": 'settings = {"INFERENCE_NUM_THREADS": about["target"]["threads"], "INFERENCE_PRECISION_HINT": "f32"}\n'
+        'model = openvino.Core().compile_model(HERE / "model.xml", "CPU", settings)',
+        "RUN": 'model([np.array([known[name]]) for name in artefact["inputs"]])[0]',
+    },
+    "onnxruntime": {
+        "PACKAGE": "onnxruntime",
+        "LOAD": 'file = str(HERE / artefact["files"][0])\n'
+        'model = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])',
+        "RUN": 'model.run(None, {name: np.array([known[name]]) for name in artefact["inputs"]})[0]',
+    },
+}
+
+
+def predict_script(runtime: str) -> str:
+    """Return the program for a runtime's artefacts; it is the same for all of them."""
+    text = _SCRIPT
+    for mark, line in _LINES[runtime].items():
+        text = text.replace(mark, line)
+    return text
