@@ -18,6 +18,8 @@ from autocompress.forecast import Forecast
 from autocompress.forecast import forecast as _forecast
 from autocompress.pareto import Front
 from autocompress.records import Candidate
+from autocompress.retarget import Moved
+from autocompress.retarget import retarget as _retarget
 from autocompress.salvage import Salvaged
 from autocompress.salvage import salvage as _salvage
 from autocompress.seeds import uniform_ladder
@@ -105,6 +107,38 @@ def salvage(folder: str | Path) -> Salvaged:
         StudyError: if there is no study, if no line is damaged, or if nothing can be saved.
     """
     return _salvage(Path(folder) / "study.journal")
+
+
+def retarget(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    ranks: int = 2,
+    progress: Progress = silent,
+) -> tuple[Study, list[Moved]]:
+    """Measure the best points of a study for another target, or on another machine, into a study of its own.
+
+    Args:
+        folder: results folder of the study, which stays as it is.
+        out: results folder of the new one.
+        overrides: ``target.key=value``.
+        ranks: how many non-dominated ranks are taken: 1 for the front alone, 2 for what comes next, too.
+        progress: told what happens, a line at a time.
+
+    Returns:
+        The new study, open for reading, and what became of each point.
+
+    Raises:
+        ConfigError: if more than the target is set.
+        AutocompressError: if the study cannot be read, or the uncompressed model cannot be measured.
+    """
+    old = open_study(folder)
+    run = RunConfig.from_file(Path(folder) / "run.yaml", overrides=overrides)
+    if Path(out).resolve() == Path(folder).resolve():
+        raise StudyError(f"{out}: is the study itself; give another folder with --out")
+    moved = _retarget(old, run, results_folder(run, out), ranks=ranks, progress=progress)
+    return open_study(out), moved
 
 
 def _home(candidate: Candidate) -> Path:

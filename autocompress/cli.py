@@ -279,6 +279,37 @@ def report(folder: Folder, as_json: Json = False) -> None:
 
 
 @app.command()
+def retarget(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Results folder of the new study.")],
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="1 for the front, 2 for what comes next, too.")] = 2,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the best points of a study on this machine, or for another target, into a new study."""
+    from autocompress import api
+
+    _, moved = api.retarget(folder, out, overrides=set_ or [], ranks=ranks, progress=_progress)
+    if as_json:
+        told = [
+            {
+                "trial": each.number,
+                "latency_ratio": each.before.latency_ratio,
+                "was_on_front": each.was_on_front,
+                "new_trial": each.candidate and each.candidate.number,
+                "new_latency_ratio": each.candidate and each.candidate.score.latency_ratio,
+                "is_on_front": each.is_on_front,
+            }
+            for each in moved
+        ]
+        _print(told, True)
+        return
+    for each in moved:
+        typer.echo(each.words())
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+@app.command()
 def salvage(folder: Folder, as_json: Json = False) -> None:
     """Write what can be read of a damaged study into a new file; the old one stays as it is."""
     from autocompress import api

@@ -95,16 +95,11 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
             workshop = Workshop(run, folder / "artefacts", progress)
             # It starts while the model is loaded. A study that is there already may be finished, and need no Ray.
             local = None if (folder / "study.journal").exists() else stack.enter_context(_local_ray(workshop))
-            space = workshop.space
+            workshop.space  # noqa: B018 - loads the model, which is then there for the workers, too
             if local is not None:
                 local.open()
         with clock("reference"):
-            _ensure_environment(folder, workshop, progress)
-        data = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
-        identity = identity_of(run, model=workshop.teacher.base, data=data, space=space)
-        # Latencies of two machines are not to be mixed in one study.
-        identity["machine"] = machine.fingerprint()["id"]
-        study = Study(folder, run, identity=identity, space=space, writable=True, predictor=workshop.predictor)
+            study = open_for_writing(run, folder, workshop, progress)
         try:
             if study.repaired is not None:
                 progress(f"the study's last record was torn and was cut off; the file as it was: {study.repaired.name}")
@@ -138,6 +133,16 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
     spent = {"driver": clock.seconds, "bank": workshop.bank.made_seconds, "ask": study.ask_seconds}
     write_aside(folder / "timing.json", json.dumps(spent, indent=1))
     progress(f"{study.finished} candidates, {len(study.front())} on the front; {clock.seconds['all']:.0f} s")
+
+
+def open_for_writing(run: RunConfig, folder: Path, workshop: Workshop, progress: Progress) -> Study:
+    """Begin or continue the study of ``run`` in ``folder``, with the uncompressed model measured."""
+    _ensure_environment(folder, workshop, progress)
+    data = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
+    identity = identity_of(run, model=workshop.teacher.base, data=data, space=workshop.space)
+    # Latencies of two machines are not to be mixed in one study.
+    identity["machine"] = machine.fingerprint()["id"]
+    return Study(folder, run, identity=identity, space=workshop.space, writable=True, predictor=workshop.predictor)
 
 
 def _local_ray(workshop: Workshop) -> LocalRay:

@@ -132,7 +132,9 @@ class Study:
         elif stored is not None and stored.get("schema") != STUDY_SCHEMA:
             raise StudyError(f"{journal}: schema must be {STUDY_SCHEMA}, got {stored.get('schema')!r}")
         elif identity is not None and stored is not None and (changes := difference(stored, identity)):
-            raise StudyError(f"{journal}: this study was made with other settings ({changes}); use another --out")
+            elsewhere = stored.get("machine") != identity.get("machine")
+            hint = f"; autocompress retarget {self.folder} measures its front here" if elsewhere else ""
+            raise StudyError(f"{journal}: this study was made with other settings ({changes}); use another --out{hint}")
         if writable:
             # A continued study must not draw the same numbers again.
             seed = (self.seed + len(study.get_trials(deepcopy=False))) % 2**32

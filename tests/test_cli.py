@@ -741,3 +741,11 @@ def test_a_damaged_study_is_salvaged(call: Call, results: Callable[..., Path]) -
     Path(found["file"]).replace(journal)
     left = call("status", folder, "--json").json()
     assert known["complete"] - 1 <= left["complete"] <= known["complete"]
+
+
+def test_a_study_whose_model_is_gone_cannot_be_retargeted(
+    call: Call, results: Callable[..., Path], tmp_path: Path
+) -> None:
+    line = call("retarget", results(), "-o", tmp_path / "other").line(1)
+    assert line.startswith("model: ./none: no such folder")
+    assert call("retarget", results("one more"), "-o", tmp_path / "other", "--set", "data.search_rows=9").code == 2

@@ -1,0 +1,115 @@
+"""A front on another device or runtime: what a study found is measured for another target, in a study of its own.
+
+The study that it comes from stays as it is. Where the same artefact runs, it is copied and timed; accuracy and size are
+what they were. For another runtime, or a CPU on which the same plan becomes another artefact, it is built and scored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from autocompress import machine
+from autocompress.config import RunConfig
+from autocompress.driver import open_for_writing, write_results
+from autocompress.errors import AutocompressError, ConfigError
+from autocompress.evaluate import Workshop
+from autocompress.pareto import costs, nondominated_ranks
+from autocompress.records import Candidate, Measurement
+from autocompress.report.tables import write_aside
+from autocompress.study import Study
+from autocompress.trained import Progress
+
+PAIRS = 6
+"""Rounds in which points are timed."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A point of a study, and what became of it for another target.
+
+    Args:
+        number: its trial in the study that it comes from.
+        before: what was measured there.
+        was_on_front: there.
+        candidate: what it is in the new study, or None if it cannot be built for that target.
+        is_on_front: in the new study.
+    """
+
+    number: int
+    before: Measurement
+    was_on_front: bool
+    candidate: Candidate | None
+    is_on_front: bool
+
+    def words(self) -> str:
+        """Say it on one line."""
+        said = f"trial {self.number}, {1 / self.before.latency_ratio:.2f}x faster"
+        if self.candidate is None:
+            return f"{said}: cannot be built for this target"
+        front = {(True, False): ", left the front", (False, True): ", came onto the front"}
+        moved = front.get((self.was_on_front, self.is_on_front), "")
+        return f"{said}: trial {self.candidate.number}, {1 / self.candidate.score.latency_ratio:.2f}x faster{moved}"
+
+
+def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: Progress) -> list[Moved]:
+    """Measure the best points of a study for the target of ``run``, into a study in ``folder``.
+
+    Args:
+        old: open for reading.
+        run: that study's, but for the target.
+        folder: where the new study stands, or shall stand.
+        ranks: how many non-dominated ranks are taken, 1 for the front alone.
+        progress: told what happens, a line at a time.
+
+    Raises:
+        ConfigError: if more than the target differs.
+        AutocompressError: if the uncompressed model cannot be measured.
+    """
+    if run.model_dump(exclude={"target"}) != old.run.model_dump(exclude={"target"}):
+        raise ConfigError("retarget: only the target can be another; search anew for another model, task or space")
+    usable = [c for c in old.candidates() if c.measurement is not None and c.feasible]
+    rank = nondominated_ranks(costs(usable, old.run.objectives))
+    chosen = [candidate for candidate, n in zip(usable, rank, strict=True) if n < ranks]
+    front_before = {c.number for c in old.front().points}
+    workshop = Workshop(run, folder / "artefacts", progress)
+    made: dict[int, Candidate] = {}
+    with closing(open_for_writing(run, folder, workshop, progress)) as study:
+        write_aside(folder / "run.yaml", run.to_yaml())
+        copied = []
+        for candidate in chosen:
+            there = old.folder / "artefacts" / candidate.plan.plan_id
+            if study.measured(candidate.plan) is None and there.is_dir() and _runs_as_it_is(candidate, old, run):
+                shutil.copytree(there, workshop.artefacts / there.name, dirs_exist_ok=True)
+                copied.append(candidate)
+        timed = workshop.confirmed([(c.plan, c.score) for c in copied], pairs=PAIRS, progress=progress)
+        for candidate, measured in zip(copied, timed, strict=True):
+            here = dataclasses.replace(measured, fingerprint=workshop.fingerprint)
+            made[candidate.number] = study.add(candidate.plan, here, origin="retarget")
+        for candidate in chosen:
+            if candidate.number not in made:
+                known = study.measured(candidate.plan)
+                try:
+                    progress(f"building and scoring trial {candidate.number}")
+                    made[candidate.number] = known or study.add(
+                        candidate.plan, workshop.evaluate(candidate.plan), origin="retarget"
+                    )
+                except AutocompressError as error:
+                    progress(f"trial {candidate.number}: {error}")
+        front = {c.number for c in study.front().points}
+        write_results(study)
+    return [
+        Moved(c.number, c.score, c.number in front_before, new, new is not None and new.number in front)
+        for c in chosen
+        for new in (made.get(c.number),)
+    ]
+
+
+def _runs_as_it_is(candidate: Candidate, old: Study, run: RunConfig) -> bool:
+    """Return whether the artefact that was scored computes the same for the new target."""
+    same_runtime = run.target.runtime == old.run.target.runtime and run.target.precision == old.run.target.precision
+    overflows = [machine.adds_in_16_bits(where) for where in (machine.fingerprint(), candidate.score.fingerprint)]
+    return same_runtime and (not candidate.plan.integer_arithmetic or overflows[0] == overflows[1])

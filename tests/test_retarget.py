@@ -1,0 +1,120 @@
+"""Retargeting: a front is measured for another target in a study of its own, and the first one stays as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers_records import make_candidate
+
+from autocompress import api
+from autocompress.config import RunConfig
+from autocompress.driver import drive
+from autocompress.errors import ConfigError, StudyError
+from autocompress.records import Candidate
+from autocompress.retarget import Moved
+from autocompress.runtimes import Artifact
+from autocompress.study import Study
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def first(
+    tiny_run: Callable[..., RunConfig], bert_headed_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The results folder of a search of eight candidates with OpenVINO."""
+    folder = tmp_path_factory.mktemp("first") / "results"
+    overrides = ["search.trials=8", "search.workers=2", "search.confirm_pairs=2"]
+    run = tiny_run([*overrides, f"model.id={json.dumps(str(bert_headed_folder))}"])
+    api.results_folder(run, folder)
+    drive(run, folder, progress=lambda _: None)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def by_plan(study: Study) -> dict[str, Candidate]:
+    return {c.plan.plan_id: c for c in study.candidates() if c.measurement is not None}
+
+
+def test_the_same_artefact_is_timed_and_not_scored_again(first: Path, tmp_path: Path) -> None:
+    before, lines = contents(first), list[str]()
+    study, moved = api.retarget(first, tmp_path / "out", overrides=["target.tokens=8"], progress=lines.append)
+    assert contents(first) == before
+    assert study.run.target.tokens == 8
+    old, new = by_plan(api.open_study(first)), by_plan(study)
+    kept = {path.name for path in (first / "artefacts").iterdir()}
+    assert {each.number for each in moved} == {old[plan_id].number for plan_id in new}
+    assert {c.plan.plan_id for c in api.open_study(first).front().points} <= new.keys()
+    for plan_id, candidate in new.items():
+        assert candidate.origin == "retarget"
+        for name in ("accuracy", "loss", "rows", "predictions", "size_bytes"):
+            assert getattr(candidate.score, name) == getattr(old[plan_id].score, name)
+        if plan_id in kept:
+            assert candidate.score.confirmed
+            assert not any(line.endswith(f"scoring trial {old[plan_id].number}") for line in lines)
+            copy = Artifact.open(study.folder / "artefacts" / plan_id)
+            assert copy.size_bytes == candidate.score.size_bytes
+    front = {c.number for c in study.front().points}
+    for each in moved:
+        assert each.candidate is not None
+        assert each.is_on_front == (each.candidate.number in front)
+        assert each.words().startswith(f"trial {each.number}, ")
+    assert (study.folder / "report.html").exists()
+
+
+def test_another_runtime_builds_and_scores(first: Path, tmp_path: Path) -> None:
+    study, moved = api.retarget(first, tmp_path / "out", overrides=["target.runtime=onnxruntime"], ranks=1)
+    assert {each.number for each in moved} == {c.number for c in api.open_study(first).front().points}
+    assert {Artifact.open(study.folder / "artefacts" / c.plan.plan_id).runtime for c in study.front().points} == {
+        "onnxruntime"
+    }
+    again, same = api.retarget(first, tmp_path / "out", overrides=["target.runtime=onnxruntime"], ranks=1)
+    assert again.candidates() == study.candidates(), "what is known is not measured again"
+    assert [each.candidate for each in same] == [each.candidate for each in moved]
+
+
+def test_a_study_of_another_machine_goes_on_elsewhere(first: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    shutil.copytree(first, there)
+    journal = there / "study.journal"
+    own = json.loads((first / "environment.json").read_text(encoding="utf-8"))["machine"]["id"]
+    journal.write_text(journal.read_text(encoding="utf-8").replace(own, "another"), encoding="utf-8")
+    run = RunConfig.from_file(there / "run.yaml")
+    with pytest.raises(StudyError, match=rf"machine: another became {own}.*autocompress retarget .*there measures"):
+        drive(run, there, progress=lambda _: None)
+    study, moved = api.retarget(there, tmp_path / "here")
+    assert len(study.front()) > 0
+    assert all(each.candidate is not None for each in moved)
+    trials = len(study.candidates()) + 1
+    drive(
+        RunConfig.from_file(tmp_path / "here" / "run.yaml", overrides=[f"search.trials={trials}"]),
+        tmp_path / "here",
+        progress=lambda _: None,
+    )
+    assert api.open_study(tmp_path / "here").finished == trials, "it can be searched on"
+
+
+def test_only_the_target_can_be_another(first: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="only the target can be another"):
+        api.retarget(first, tmp_path / "out", overrides=["data.search_rows=20"])
+    with pytest.raises(StudyError, match="is the study itself"):
+        api.retarget(first, first)
+
+
+def test_words() -> None:
+    old, new = make_candidate(3, accuracy=0.9), make_candidate(7, accuracy=0.9)
+    said = {
+        (was, is_): Moved(3, old.score, was, new, is_).words().rpartition("faster")[2]
+        for was in (True, False)
+        for is_ in (True, False)
+    }
+    assert said[True, True] == said[False, False] == ""
+    assert (said[True, False], said[False, True]) == (", left the front", ", came onto the front")
+    assert Moved(3, old.score, True, None, False).words().endswith("cannot be built for this target")
