@@ -747,5 +747,5 @@ def test_a_study_whose_model_is_gone_cannot_be_retargeted(
     call: Call, results: Callable[..., Path], tmp_path: Path
 ) -> None:
     line = call("retarget", results(), "-o", tmp_path / "other").line(1)
-    assert line.startswith("model: ./none: no such folder")
-    assert call("retarget", results("one more"), "-o", tmp_path / "other", "--set", "data.search_rows=9").code == 2
+    assert line == "autocompress: model: ./none: no such folder"
+    assert call("retarget", results("more"), "-o", tmp_path / "other", "--set", "data.search_rows=9").code == 2
