@@ -31,6 +31,8 @@ from autocompress.task import Batch, Split
 from autocompress.transforms.quantize import Packed
 
 Progress = training.Progress
+_RECONSTRUCTION = ("reconstruct.py", *(f"transforms/{name}.py" for name in ("prune", "factorize", "moments")))
+"""What a reconstructed model comes of: its weights, and what they go on from."""
 
 
 def silent(_: str) -> None:
@@ -178,26 +180,40 @@ class Trained:
                 )
             return weights.stored
 
-        return self._trained(target, self._distilled_from(made_from, budget, seed), train)
+        key = self._distilled_from(made_from, budget, seed)
+        # Those of a training stay of use when the code that prunes is another.
+        return self._trained(target, key, train, changed_only=not budget.epochs)
 
     def _trained(
-        self, target: EncoderModel, key: dict[str, Any], train: Callable[[], Mapping[str, Packed]]
+        self,
+        target: EncoderModel,
+        key: dict[str, Any],
+        train: Callable[[], Mapping[str, Packed]],
+        *,
+        changed_only: bool = False,
     ) -> EncoderModel:
         """Give ``target`` the weights that ``train`` gives it; they are kept in the bank.
 
         Some may be trained in the numbers that are to be stored; ``train`` returns these.
+
+        Args:
+            target: as it is before.
+            key: what it is made from; with ``changed_only`` also the code that made it what it is before.
+            train: changes it.
+            changed_only: keep nothing of what stays as it is before.
         """
 
         def make(folder: Path) -> None:
+            state = target.module.state_dict() if changed_only else {}
+            before = {name: tensor.clone() for name, tensor in state.items()}
             found = train()
-            save_file(
-                {name: tensor.contiguous() for name, tensor in target.module.state_dict().items()},
-                folder / "weights.safetensors",
-            )
+            after = target.module.state_dict()
+            kept = [name for name in after if name not in before or not torch.equal(after[name], before[name])]
+            save_file({name: after[name].contiguous() for name in kept}, folder / "weights.safetensors")
             save_packed(found, folder)
 
         folder = self.bank.get("distilled", key, make)
-        target.module.load_state_dict(load_file(folder / "weights.safetensors"), strict=True)
+        target.module.load_state_dict(load_file(folder / "weights.safetensors"), strict=not changed_only)
         target.module.eval()
         target.base = folder.name
         self._rounded[target.base] = read_packed(folder)
@@ -247,7 +263,7 @@ class Trained:
             trained = plan if wanted.quantized else plan.structural()
             counted = trained.with_decision(MODEL_SITE, dataclasses.replace(wanted, seeds=seeds))
             code = {"grid": code_version(("transforms/quantize.py",))} if wanted.quantized else {}
-            code |= {"reconstruction": code_version(("reconstruct.py",))} if wanted.reconstruct else {}
+            code |= {"reconstruction": code_version(_RECONSTRUCTION)} if wanted.reconstruct else {}
             return {"plan": json.loads(counted.to_json()), "base": base.base, **code}
 
         def begin(target: EncoderModel) -> None:

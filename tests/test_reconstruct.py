@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import BLOCKS, FAMILIES, HEADS, HIDDEN, LABELS, NEURONS, VOCABULARY, make_model, make_tokenizer
+from safetensors.torch import load_file
 from torch import nn
 
 from autocompress import reconstruct as module
@@ -252,6 +253,9 @@ class TestInAWorkshop:
         plan = shop.recovering(self.PLAN)
         assert plan.of_type(Recover) == {MODEL_SITE: FITTED}, "options of training have no use"
         first = shop.build(plan, tmp_path / "first")
+        [kept] = (tmp_path / "bank" / "distilled").glob("*/weights.safetensors")
+        fitted = {f"{shop.teacher.layout.path(n, role)}" for n in range(3) for role in ("output", "ffn_out")}
+        assert {name.rpartition(".")[0] for name in load_file(kept)} <= fitted, "the rest is known"
         other_bits = self.PLAN.with_decision("block.1.ffn", Quantize(weight_bits=16))
         assert shop.structured(other_bits.recovered(FITTED)).base == shop.structured(plan).base
         assert sum("reconstructing" in line for line in told) == 1

@@ -149,7 +149,7 @@ class TestKeys:
         """What distilled models were made from."""
         found: list[dict[str, Any]] = []
 
-        def stop(_: Bases, target: Any, key: dict[str, Any], train: object) -> Any:
+        def stop(_: Bases, target: Any, key: dict[str, Any], train: object, **__: Any) -> Any:
             found.append(key)
             return target
 
