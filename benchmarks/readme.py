@@ -46,6 +46,7 @@ METHODS = {
 }
 """Tables of methods and their plain counterparts, and how they were made."""
 LEFT_OUT = "methods-left-out"
+PLANS = "methods-plans"
 JOINT = "methods-joint"
 SEARCH = (
     "search-cost",
@@ -277,6 +278,7 @@ def main() -> None:
     parts = {
         "figures": table(DEMO),
         "search": search_table(),
+        "plans": table(PLANS),
         "front": table(FRONT, with_target=True),
         "methods": "\n\n".join(tables),
         "left-out": methods_table(LEFT_OUT, "in torch, without any training"),
