@@ -14,7 +14,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from autocompress.config import RunConfig
 from autocompress.decisions import Quantize
 from autocompress.evaluate import Workshop
 from autocompress.model import ROLES
+from autocompress.transforms.moments import Moments, same_in_the_mean
 from autocompress.transforms.quantize import ActivationRange, Activations, observe, packed, per_channel
 
 GROUP = 64
@@ -44,13 +45,13 @@ class Layer:
     Args:
         path: of the module.
         weight: ``out x in``, float32.
-        gram: second moments of what it reads, by which a plan fits few bits, ``in x in``, float64.
+        moments: of what it reads, by which a plan fits few bits.
         seen: what all layers read on calibration rows.
     """
 
     path: str
     weight: np.ndarray
-    gram: np.ndarray
+    moments: Moments
     seen: Activations
 
     @property
@@ -95,7 +96,12 @@ OfTable = Callable[[Table], Stand]
 def ours(bits: int, *, fitted: bool = True) -> OfLayer:
     """Return what a plan does at few bits; not ``fitted`` is each number rounded by itself."""
     decision = Quantize(weight_bits=bits, group_size=GROUP)
-    return lambda layer: Stand(packed(layer.weight, decision, gram=layer.gram if fitted else None).restored())
+
+    def method(layer: Layer) -> Stand:
+        gram = layer.moments.gram(centred=True).numpy() if fitted else None
+        return Stand(packed(layer.weight, decision, gram=gram).restored())
+
+    return method
 
 
 def table_of_4_bits(table: Table) -> Stand:
@@ -259,16 +265,17 @@ def _nearest(values: np.ndarray, code: np.ndarray) -> np.ndarray:
     return np.searchsorted((code[1:] + code[:-1]) / 2, values)
 
 
+FOUR, TWO = ours(4), ours(2)
 COMPARISONS: Mapping[str, tuple[OfLayer, OfLayer]] = {
-    "zeros anywhere at 8 bits over 4 bits": (unstructured(4), ours(4)),
-    "two zeros in four at 8 bits (5 bits) over 4 bits": (two_of_four, ours(4)),
+    "zeros anywhere at 8 bits over 4 bits": (unstructured(4), FOUR),
+    "two zeros in four at 8 bits (5 bits) over 4 bits": (two_of_four, FOUR),
     "zeros anywhere at 8 bits over 3 bits": (unstructured(3), ours(3)),
-    "k-means codebook of 16 over 4 bits": (k_means(4), ours(4)),
-    "k-means codebook of 4 over 2 bits": (k_means(2), ours(2)),
-    "normal floats over 4 bits": (normal_floats, ours(4)),
+    "k-means codebook of 16 over 4 bits": (k_means(4), FOUR),
+    "k-means codebook of 4 over 2 bits": (k_means(2), TWO),
+    "normal floats over 4 bits": (normal_floats, FOUR),
     "zero points over 4 bits and both rounded plainly": (asymmetric(4), ours(4, fitted=False)),
     "zero points over 2 bits and both rounded plainly": (asymmetric(2), ours(2, fitted=False)),
-    "binary weights (half the bytes) over 2 bits": (binary, ours(2)),
+    "binary weights (half the bytes) over 2 bits": (binary, TWO),
     "SmoothQuant over mean ends of rows at w8a8": (smooth, w8a8),
     "smallest and largest over mean ends of rows at w8a8": (min_max, w8a8),
     "percentiles over mean ends of rows at w8a8": (percentiles, w8a8),
@@ -291,9 +298,8 @@ def layers_of(shop: Workshop) -> list[Layer]:
             path, layer = base.layout.path(number, role), base.linear(number, role)
             moments = scores.read_by(number, role, block)
             assert moments is not None, "the workshop takes moments"
-            gram = moments.gram(centred=layer.bias is not None).numpy()
-            weight = layer.weight.detach().numpy().copy()
-            found.append(Layer(path, weight, gram, seen))
+            assert layer.bias is not None, "which takes up what a method changes in the mean"
+            found.append(Layer(path, layer.weight.detach().numpy().copy(), moments, seen))
     return found
 
 
@@ -306,12 +312,17 @@ def table_of(shop: Workshop) -> Table:
     return Table(path, weight, np.bincount(read, minlength=len(weight)))
 
 
-def standing(shop: Workshop, stands: Mapping[str, Stand]) -> torch.nn.Module:
-    """Return the model with other weights, which rounds what its layers read."""
+def standing(shop: Workshop, stands: Mapping[str, Stand], moments: Mapping[str, Moments]) -> torch.nn.Module:
+    """Return the model with other weights, which rounds what its layers read.
+
+    As in a plan, and for all methods alike, biases take up what is changed in the mean.
+    """
     built = shop.base(None)[0].clone()
     for path, stand in stands.items():
-        layer = built.module.get_submodule(path)
-        layer.weight.data = torch.from_numpy(np.ascontiguousarray(stand.weight, dtype=np.float32))
+        layer, weight = built.module.get_submodule(path), np.ascontiguousarray(stand.weight, dtype=np.float32)
+        if path in moments:
+            layer.bias.data = same_in_the_mean(layer, torch.from_numpy(weight), moments[path])
+        layer.weight.data = torch.from_numpy(weight)
         if stand.span is not None:
             layer.register_forward_pre_hook(rounding(stand.span, stand.divided))
     return built.module
@@ -336,8 +347,10 @@ def compare(figures: Figures, data: str, scratch: Path) -> None:
     shop = Workshop(RunConfig.from_file("demo", overrides=[f"data.source={data}"]), scratch / "unused", print)
     layers, table, splits = layers_of(shop), table_of(shop), ("search", "test")
 
+    moments = {layer.path: layer.moments for layer in layers}
+
     def logits_of(stands: Mapping[str, Stand]) -> dict[str, np.ndarray]:
-        module = standing(shop, stands)
+        module = standing(shop, stands, moments)
         return {split: training.logits_of(module, shop.splits[split]).numpy() for split in splits}
 
     full = logits_of({})
@@ -357,12 +370,16 @@ def compare(figures: Figures, data: str, scratch: Path) -> None:
             figures.more[name] = {"accuracy": [float(first.mean()), float(second.mean())], "divergence": apart}
         figures.write()
 
-    known = {name.split(", ")[1] for name in figures.more if name.startswith(data)}
+    @cache
+    def of_layers(method: OfLayer) -> dict[str, np.ndarray]:
+        return logits_of({layer.path: method(layer) for layer in layers})
+
+    on_file = {name.split(", ")[1] for name in figures.more if name.startswith(data)}
     for what, methods in COMPARISONS.items():
-        if what not in known:
-            add(what, (logits_of({layer.path: method(layer) for layer in layers}) for method in methods))
+        if what not in on_file:
+            add(what, map(of_layers, methods))
     for what, of_table in OF_TABLES.items():
-        if what not in known:
+        if what not in on_file:
             add(what, (logits_of({table.path: method(table)}) for method in of_table))
 
 
