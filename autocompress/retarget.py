@@ -23,9 +23,6 @@ from autocompress.report.tables import write_aside
 from autocompress.study import Study
 from autocompress.trained import Progress
 
-PAIRS = 6
-"""Rounds in which points are timed."""
-
 
 @dataclass(frozen=True)
 class Moved:
@@ -85,18 +82,15 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
             if study.measured(candidate.plan) is None and there.is_dir() and _runs_as_it_is(candidate, old, run):
                 shutil.copytree(there, workshop.artefacts / there.name, dirs_exist_ok=True)
                 copied.append(candidate)
-        timed = workshop.confirmed([(c.plan, c.score) for c in copied], pairs=PAIRS, progress=progress)
+        pairs = run.search.confirm_pairs or run.search.latency_pairs
+        timed = workshop.confirmed([(c.plan, c.score) for c in copied], pairs=pairs, progress=progress)
         for candidate, measured in zip(copied, timed, strict=True):
             here = dataclasses.replace(measured, fingerprint=workshop.fingerprint)
             made[candidate.number] = study.add(candidate.plan, here, origin="retarget")
         for candidate in chosen:
             if candidate.number not in made:
-                known = study.measured(candidate.plan)
                 try:
-                    progress(f"building and scoring trial {candidate.number}")
-                    made[candidate.number] = known or study.add(
-                        candidate.plan, workshop.evaluate(candidate.plan), origin="retarget"
-                    )
+                    made[candidate.number] = study.measured(candidate.plan) or _scored(candidate, study, workshop)
                 except AutocompressError as error:
                     progress(f"trial {candidate.number}: {error}")
         front = {c.number for c in study.front().points}
@@ -108,8 +102,16 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
     ]
 
 
+def _scored(candidate: Candidate, study: Study, workshop: Workshop) -> Candidate:
+    workshop.progress(f"building and scoring trial {candidate.number}")
+    return study.add(candidate.plan, workshop.evaluate(candidate.plan), origin="retarget")
+
+
 def _runs_as_it_is(candidate: Candidate, old: Study, run: RunConfig) -> bool:
     """Return whether the artefact that was scored computes the same for the new target."""
-    same_runtime = run.target.runtime == old.run.target.runtime and run.target.precision == old.run.target.precision
-    overflows = [machine.adds_in_16_bits(where) for where in (machine.fingerprint(), candidate.score.fingerprint)]
-    return same_runtime and (not candidate.plan.integer_arithmetic or overflows[0] == overflows[1])
+    here, there = machine.fingerprint(), candidate.score.fingerprint
+    same = run.target.runtime == old.run.target.runtime and run.target.precision == old.run.target.precision
+    # Another version may compute otherwise.
+    same = same and here["versions"].get(run.target.runtime) == there["versions"].get(run.target.runtime)
+    overflows = machine.adds_in_16_bits(here) != machine.adds_in_16_bits(there)
+    return same and not (candidate.plan.integer_arithmetic and overflows)
