@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import yaml
+from figures import Figures
 
 from autocompress import scoring
 from autocompress.evaluate import Workshop
@@ -39,6 +41,28 @@ def test_hits(shop: Workshop, folder: Path) -> np.ndarray:
 def hits(shop: Workshop, logits: np.ndarray, split: str) -> np.ndarray:
     """Return which rows of a split are predicted rightly, ``rows``, bool."""
     return np.asarray(logits.argmax(axis=1) == np.array(shop.splits[split].labels))
+
+
+def add_comparison(
+    figures: Figures, shop: Workshop, name: str, split: str, logits: Sequence[np.ndarray], full: np.ndarray
+) -> None:
+    """Add what a method gains over its plain counterpart on a split: accuracy, and divergence from the full model.
+
+    Args:
+        figures: to add to.
+        shop: of the split.
+        name: of the comparison.
+        split: whose rows were run.
+        logits: of the method and of its counterpart, each ``rows x classes``.
+        full: of the full model.
+    """
+    first, second = (hits(shop, each, split) for each in logits)
+    name = f"{name}, {split} rows"
+    gained = first.mean() - second.mean()
+    figures.add(f"{name}: accuracy gained", gained, "share", interval=interval(first, second))
+    apart = [scoring.divergence(each, full) for each in logits]
+    figures.add(f"{name}: divergence from the full model", apart[0] / apart[1], "times the plain's")
+    figures.more[name] = {"accuracy": [float(first.mean()), float(second.mean())], "divergence": apart}
 
 
 def interval(first: np.ndarray, second: np.ndarray) -> list[float]:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 from figures import Figures
-from held_out import DATA, hits, interval, logits_of
+from held_out import DATA, add_comparison, hits, logits_of
 from torch import nn
 from torch.nn import functional
 
-from autocompress import scoring
 from autocompress.config import RunConfig
 from autocompress.decisions import Decision, LowRank, PruneHeads, PruneNeurons, Quantize, Recover
 from autocompress.evaluate import Workshop
@@ -230,14 +229,7 @@ def compare(
             continue
         for split in ("search", "test"):
             logits = [logits_of(shops[variant], plan, split) for variant, plan in sides]
-            first, second = (hits(trained, found, split) for found in logits)
-            name = f"{data}, {what}, {split} rows"
-            figures.add(
-                f"{name}: accuracy gained", first.mean() - second.mean(), "share", interval=interval(first, second)
-            )
-            divergences = [scoring.divergence(found, full[split]) for found in logits]
-            figures.add(f"{name}: divergence from the full model", divergences[0] / divergences[1], "times the plain's")
-            figures.more[name] = {"accuracy": [float(first.mean()), float(second.mean())], "divergence": divergences}
+            add_comparison(figures, trained, f"{data}, {what}", split, logits, full[split])
         figures.write()
 
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from figures import Figures
-from held_out import DATA, hits, interval
+from held_out import DATA, add_comparison, hits
 
-from autocompress import scoring, training
+from autocompress import training
 from autocompress.config import RunConfig
 from autocompress.decisions import Quantize
 from autocompress.evaluate import Workshop
@@ -360,14 +360,7 @@ def compare(figures: Figures, data: str, scratch: Path) -> None:
     def add(what: str, pair: Iterable[dict[str, np.ndarray]]) -> None:
         by_method = list(pair)
         for split in splits:
-            logits = [found[split] for found in by_method]
-            first, second = (hits(shop, found, split) for found in logits)
-            name = f"{data}, {what}, {split} rows"
-            gained = first.mean() - second.mean()
-            figures.add(f"{name}: accuracy gained", gained, "share", interval=interval(first, second))
-            apart = [scoring.divergence(found, full[split]) for found in logits]
-            figures.add(f"{name}: divergence from the full model", apart[0] / apart[1], "times the plain's")
-            figures.more[name] = {"accuracy": [float(first.mean()), float(second.mean())], "divergence": apart}
+            add_comparison(figures, shop, f"{data}, {what}", split, [found[split] for found in by_method], full[split])
         figures.write()
 
     @cache

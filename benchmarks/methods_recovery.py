@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 from figures import Figures
-from methods_ablation import DATA, W8A8, hits, interval, logits_of
+from held_out import DATA, add_comparison, hits, logits_of
+from methods_ablation import W8A8
 
-from autocompress import scoring
 from autocompress.config import RunConfig
 from autocompress.decisions import Decision, DropBlocks, PruneHeads, PruneNeurons, Quantize
 from autocompress.evaluate import Workshop
@@ -115,12 +115,7 @@ def compare(figures: Figures, data: str, scratch: Path, *, epochs: float, rows: 
                 full = known("uncompressed", CompressionPlan(), split)
                 known(f"{structure} as it is", plan, split)
                 found = [logits(recipe, shop(recipe).recovering(plan), split) for recipe in recipes]
-                first, second = (hits(shop("blocks"), each, split) for each in found)
-                gained = first.mean() - second.mean()
-                figures.add(f"{name}: accuracy gained", gained, "share", interval=interval(first, second))
-                apart = [scoring.divergence(each, full) for each in found]
-                figures.add(f"{name}: divergence from the full model", apart[0] / apart[1], "times the plain's")
-                figures.more[name] = {"accuracy": [float(first.mean()), float(second.mean())], "divergence": apart}
+                add_comparison(figures, shop("blocks"), f"{data}, {structure}: {what}", split, found, full)
                 figures.write()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from figures import Figures
-from methods_ablation import DATA, hits, interval, logits_of
+from held_out import DATA, hits, interval, logits_of
 
 from autocompress.anatomy import ModelShape
 from autocompress.binding import quantize_decision, students_of
