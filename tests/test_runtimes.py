@@ -875,6 +875,21 @@ print(json.dumps([artifact.plan.plan_id, logits.tolist()]))
 """
 
 
+SIGNAL_AFTER_TWO = """
+import signal, sys
+from pathlib import Path
+from autocompress.config import TargetConfig
+from autocompress.runtimes import Artifact, get_runtime
+artifact = Artifact.open(Path(sys.argv[1]))
+load = lambda: get_runtime(artifact.runtime).load(artifact, TargetConfig(tokens=16))
+signal.signal(signal.SIGINT, lambda *_: print("pressed"))
+first, second = load(), load()
+del first
+del second
+signal.raise_signal(signal.SIGINT)
+"""
+
+
 class TestFiles:
     def test_another_process_reads_it_back(
         self, runtime: Runtime, build: Build, material: Callable[[str], Material], tmp_path: Path
@@ -890,6 +905,19 @@ class TestFiles:
         plan_id, logits = json.loads(done.stdout.splitlines()[-1])
         assert plan_id == CompressionPlan(MIXED).plan_id
         assert np.array_equal(np.array(logits, dtype=np.float32), run(runtime, artifact, given.batch))
+
+    def test_a_signal_after_models_were_let_go_is_only_a_signal(
+        self, runtime: Runtime, build: Build, material: Callable[[str], Material]
+    ) -> None:
+        artifact, _ = build(material("bert"))
+        done = subprocess.run(
+            [sys.executable, "-c", SIGNAL_AFTER_TWO, str(artifact.folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert (done.returncode, done.stdout) == (0, "pressed\n"), done.stderr
 
     def test_its_description_survives(
         self, runtime: Runtime, build: Build, material: Callable[[str], Material]

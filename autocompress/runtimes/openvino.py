@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,14 @@ def _openvino() -> Any:
         import openvino
         import openvino.tools.ovc
     return openvino
+
+
+@cache
+def _core() -> Any:
+    # On CPUs with AVX512, what a core starts with gives this thread a stack for signals and takes it away when its last
+    # model goes. Of two, the one that goes first can leave the thread a stack that is no longer there, and the next
+    # signal, such as Ctrl-C, ends the process. So there is one, and it stays.
+    return _openvino().Core()
 
 
 class OpenVINOSession(Session):
@@ -143,9 +152,8 @@ class OpenVINORuntime(Runtime):
         return stored + (2 * weights / product.group if product.bits == 4 else 0)
 
     def load(self, artifact: Artifact, target: TargetConfig) -> OpenVINOSession:
-        core = _openvino().Core()
         try:
-            compiled = core.compile_model(artifact.folder / "model.xml", "CPU", self.settings(target))
+            compiled = _core().compile_model(artifact.folder / "model.xml", "CPU", self.settings(target))
         except RuntimeError as error:
             line = str(error).strip().splitlines()[-1]
             raise RuntimeBuildError(f"{artifact.folder}: OpenVINO cannot load it ({line})") from None
