@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,9 @@ def _openvino() -> Any:
         import openvino
         import openvino.tools.ovc
     return openvino
+
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @cache
@@ -152,8 +156,10 @@ class OpenVINORuntime(Runtime):
         return stored + (2 * weights / product.group if product.bits == 4 else 0)
 
     def load(self, artifact: Artifact, target: TargetConfig) -> OpenVINOSession:
+        with _ONE_AT_A_TIME:
+            core = _core()
         try:
-            compiled = _core().compile_model(artifact.folder / "model.xml", "CPU", self.settings(target))
+            compiled = core.compile_model(artifact.folder / "model.xml", "CPU", self.settings(target))
         except RuntimeError as error:
             line = str(error).strip().splitlines()[-1]
             raise RuntimeBuildError(f"{artifact.folder}: OpenVINO cannot load it ({line})") from None
