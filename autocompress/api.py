@@ -10,6 +10,7 @@ from typing import Any, Literal
 from autocompress import delivery, driver, model
 from autocompress.bank import Bank
 from autocompress.binding import bind
+from autocompress.cluster import Cluster
 from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.driver import write_results
 from autocompress.errors import ConfigError, StudyError
@@ -37,6 +38,7 @@ def search(
     *,
     progress: Progress = silent,
     watch: driver.Watch | None = None,
+    cluster: Cluster | None = None,
 ) -> Study:
     """Run a search to its number of trials, continuing what already stands in the results folder.
 
@@ -45,6 +47,7 @@ def search(
         out: results folder, by default ``results/<name>``.
         progress: told what happens, a line at a time.
         watch: told how far the search is, after each candidate.
+        cluster: whose nodes evaluate candidates, by default this machine; all of them see ``out`` and ``storage.bank``.
 
     Returns:
         The study, open for reading.
@@ -53,7 +56,7 @@ def search(
         AutocompressError: if the run cannot be started or continued; finished candidates are kept in any case.
     """
     folder = results_folder(run, out)
-    driver.drive(run, folder, progress=progress, watch=watch)
+    driver.drive(run, folder, progress=progress, watch=watch, cluster=cluster)
     return open_study(folder)
 
 

@@ -152,6 +152,18 @@ class Bank:
                     raise
         return read(self.get(kind, made_from, make))
 
+    def copied(self, original: Path) -> Path:
+        """Return a copy of a file or a folder, for readers who see the bank but not the original."""
+        files = [original] if original.is_file() else sorted(f for f in original.rglob("*") if f.is_file())
+        content = {str(file.relative_to(original.parent)): _digest(file) for file in files}
+
+        def make(folder: Path) -> None:
+            for name in content:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(original.parent / name, folder / name)
+
+        return self.get("copies", content, make) / original.name
+
     def usage(self) -> dict[str, Usage]:
         """Return what each kind takes, sorted by name; entries in the making and kinds without entries are left out."""
         found: dict[str, Usage] = {}
@@ -233,6 +245,11 @@ class _Entry(NamedTuple):
     folder: Path
     size_bytes: int
     used_s: float
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _aside(final: Path) -> Path:

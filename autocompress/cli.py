@@ -208,16 +208,29 @@ def search(
     space: Space = None,
     target: Target = None,
     set_: Set = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", help="A Ray cluster to search on: auto or HOST:PORT from one of its machines, ray://HOST:PORT."
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Accept a cluster that asks nobody for a token.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Search for compressed models; run again to continue."""
     config = _run(run, model, data, space, target, set_)
     from autocompress import api
+    from autocompress.cluster import Cluster
 
+    if insecure and address is None:
+        raise ConfigError("--insecure: goes with --address")
+    cluster = None if address is None else Cluster(address, insecure)
     folder = api.results_folder(config, out)
     try:
         with _live() as watch:
-            study = api.search(config, folder, progress=_progress, watch=watch)
+            study = api.search(config, folder, progress=_progress, watch=watch, cluster=cluster)
     except KeyboardInterrupt:
         _progress("interrupted; run the same command again to continue")
         raise

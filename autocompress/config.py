@@ -102,6 +102,10 @@ class SearchConfig(Section):
     skip_behind: bool = Field(True, description="pass over plans that are predicted far behind the front")
     stop_early: bool = Field(True, description="end an accuracy pass once the candidate cannot reach the front")
     workers: int | None = Field(None, ge=1, le=1024, description="parallel candidates; default: cores / target.threads")
+    resources: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
+        default_factory=dict,
+        description="what a worker takes of a cluster's node beside its cores, by Ray's names, such as {big_node: 1}",
+    )
     max_retries: int = Field(2, ge=0, le=10, description="new attempts after a worker died")
     latency_pairs: int = Field(
         4, ge=2, le=10_000, description="blocks of runs of the candidate and of the reference, alternating"

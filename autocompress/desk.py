@@ -10,6 +10,8 @@ from typing import Any
 
 Result = tuple[int, dict[str, Any]]
 """A job's number and its measurement, or why there is none, by kind."""
+Fingerprint = dict[str, Any]
+"""What `machine.fingerprint` returns."""
 DIED = "the worker died or ended without a result in every attempt"
 """Why there is no measurement of a job that no worker lived through."""
 
@@ -21,20 +23,30 @@ class Crew:
     Args:
         run: the resolved run file as JSON.
         artefacts: folder for built candidates.
-        workers: how many there are.
+        workers: how many there are; None for as many as find a place.
+        most: more are of no use.
         threads: cores that each of them has to itself.
-        cores: what Ray is told that there are.
+        cores: what a Ray of our own is told that there are.
         exclusive: whether a worker must have the machine to itself while it times.
+        resources: what else each of them takes of a node, by Ray's names.
         max_failures: how often one worker may die.
+        driver: the machine and the versions that measured the uncompressed model.
+        address: of the cluster; None for a Ray of our own.
+        insecure: whether the cluster may be one that asks nobody for a token.
     """
 
     run: str
     artefacts: str
-    workers: int
+    workers: int | None
+    most: int
     threads: int
     cores: int
     exclusive: bool
+    resources: dict[str, float]
     max_failures: int
+    driver: Fingerprint
+    address: str | None = None
+    insecure: bool = False
 
 
 @dataclass(frozen=True)

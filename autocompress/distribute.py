@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from autocompress import machine
+from autocompress.cluster import Cluster, environment
 from autocompress.config import RunConfig
 from autocompress.desk import DIED, Crew, Job, Result
 from autocompress.errors import StudyError
@@ -38,38 +39,53 @@ _PATIENCE_S = 20.0
 """Time that Ray has to end by itself."""
 _LEAVE_S = 15.0
 """Time that candidates have to come to their end after Ctrl-C."""
+_JOIN_S = 120.0
+"""Time that a cluster has to take us in."""
 _GLANCE_S = 0.2
 """Time between two looks whether Ctrl-C was pressed, while nothing comes."""
 
 
-class LocalRay:
-    """Ray and the workers of one search on this machine, which start while the driver does other things.
+class Workers:
+    """Ray and the workers of one search, which start while the driver does other things.
 
-    When Ray dies, which ends the process that started it, it is started again and given what had no result yet.
+    When Ray dies, which ends the process that it was reached from, it is started again, or joined again, and given what
+    had no result yet.
 
     Args:
         run: the resolved run file, as workers shall read it.
         artefacts: folder for built candidates.
         progress: told when it is started again.
+        cluster: where the workers are, instead of on this machine.
     """
 
-    def __init__(self, run: RunConfig, artefacts: Path, progress: Progress = silent) -> None:
+    def __init__(
+        self, run: RunConfig, artefacts: Path, progress: Progress = silent, *, cluster: Cluster | None = None
+    ) -> None:
         self._progress = progress
+        self._cluster = cluster
         cores = machine.cores()
         threads = min(run.target.threads, cores)
         # Wall-clock timing needs the node to itself; CPU time at one thread does not.
         exclusive = run.target.threads > 1
-        wanted = 1 if exclusive else run.search.workers or cores // threads
-        self.workers = min(wanted, run.search.trials)
+        wanted = run.search.workers
+        if cluster is None:
+            wanted = 1 if exclusive else wanted or cores // threads
+        self.count = min(wanted or 1, run.search.trials)
+        """How many there are; on a cluster this is known once it is entered."""
         self._crew = Crew(
             run=json.dumps(run.model_dump(mode="json", by_alias=True)),
             artefacts=str(artefacts.absolute()),  # Tune runs its workers in folders of their own
-            workers=self.workers,
+            workers=wanted,
+            most=run.search.trials,
             threads=threads,
             # More workers than cores were asked for by name: Ray would wait for cores that do not exist.
-            cores=max(cores, self.workers * threads),
+            cores=max(cores, self.count * threads),
             exclusive=exclusive,
+            resources=run.search.resources,
             max_failures=(1 + run.search.max_retries) * run.search.trials,
+            driver=machine.fingerprint(),
+            address=None if cluster is None else cluster.address,
+            insecure=cluster is not None and cluster.insecure,
         )
         self._jobs: dict[int, Job] = {}
         self._open = self._closed = self._withdrawn = False
@@ -78,9 +94,29 @@ class LocalRay:
         self._connection: Connection | None = None
         self._words: IO[bytes] | None = None
 
-    def __enter__(self) -> LocalRay:
+    def __enter__(self) -> Workers:
         self._start()
+        if self._cluster is not None:
+            try:
+                self._join()
+            except BaseException:
+                self.stop()
+                raise
         return self
+
+    def _join(self) -> None:
+        """Wait until it is known for how many workers the cluster has a place."""
+        assert self._connection is not None
+        self._progress(f"joining the cluster at {self._crew.address}")
+        try:
+            if not self._connection.poll(_JOIN_S):
+                raise StudyError(f"search: {self._crew.address}: no answer in {_JOIN_S:.0f} s")
+            kind, found = self._connection.recv()
+        except (EOFError, OSError):
+            raise StudyError(f"search: {self._crew.address}: cannot be joined ({self._last_words()})") from None
+        if kind == "ended":
+            raise StudyError(f"search: {found}")
+        self.count = found
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -127,12 +163,15 @@ class LocalRay:
             except (EOFError, OSError):
                 self._start_again()
                 continue
+            if kind == "workers":
+                self.count = found
+                continue
             if kind == "result":
                 result: Result = found
                 self._jobs.pop(result[0], None)
                 return result
             if found is not None:
-                raise StudyError(f"search: Ray cannot be started or ended early ({found})")
+                raise StudyError(f"search: {found}")
             return None
 
     def stop(self) -> None:
@@ -159,7 +198,11 @@ class LocalRay:
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-c", "from autocompress.workers import main; main()", str(theirs.fileno())],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    **environment(self._cluster),
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._words,
@@ -248,7 +291,7 @@ class _Leaving:
 def execute(
     study: Study,
     *,
-    local: LocalRay,
+    workers: Workers,
     prepare: Callable[[CompressionPlan], None],
     alone: Callable[[CompressionPlan], bool],
     told: Callable[[Candidate], None],
@@ -257,7 +300,7 @@ def execute(
 
     Args:
         study: open for writing.
-        local: entered; it need not have started yet.
+        workers: entered; it need not have started yet.
         prepare: called before a plan is handed out; makes what workers then find in the bank.
         alone: whether that keeps all cores busy for long; no candidate is then evaluated meanwhile, since that would
             take several times as long as without.
@@ -268,12 +311,12 @@ def execute(
         KeyboardInterrupt: after Ctrl-C, once what was running has ended and is recorded, or there is no time left.
     """
     with _Leaving() as leaving:
-        _execute(study, local, prepare, alone, told, leaving)
+        _execute(study, workers, prepare, alone, told, leaving)
 
 
 def _execute(
     study: Study,
-    local: LocalRay,
+    workers: Workers,
     prepare: Callable[[CompressionPlan], None],
     alone: Callable[[CompressionPlan], bool],
     told: Callable[[Candidate], None],
@@ -287,7 +330,7 @@ def _execute(
         asked = study.ask()
         if asked is None:
             ended = True
-            local.close()
+            workers.close()
             return
         number, plan = asked
         while running and alone(plan) and tell_next():
@@ -298,7 +341,7 @@ def _execute(
         with leaving.at_once():
             prepare(plan)
         front = study.rivals() if study.run.search.stop_early else []
-        local.put(Job(number, plan.to_json(), front))
+        workers.put(Job(number, plan.to_json(), front))
 
     def tell(number: int, outcome: Measurement | Stopped | str) -> None:
         told(study.tell(number, running.pop(number), outcome))
@@ -312,8 +355,8 @@ def _execute(
             return False
         number, outcome = result
         [(kind, value)] = outcome.items()
-        if kind == "full":
-            raise StudyError(f"search: {value}; make room and run the same command again to continue")
+        if kind == "end":
+            raise StudyError(f"search: {value}, and run the same command again to continue")
         kinds = {"measurement": Measurement, "stopped": Stopped}
         tell(number, value if kind == "failure" else kinds[kind](**value))
         return True
@@ -323,16 +366,16 @@ def _execute(
         while not leaving.late:
             if leaving.asked and not withdrawn:
                 withdrawn = True
-                local.withdraw()
+                workers.withdraw()
             with contextlib.suppress(TimeoutError):
-                return local.next_result(_GLANCE_S)
+                return workers.next_result(_GLANCE_S)
         raise KeyboardInterrupt
 
     def fill() -> None:
-        while not (ended or gone or leaving.asked) and len(running) < local.workers + _AHEAD:
+        while not (ended or gone or leaving.asked) and len(running) < workers.count + _AHEAD:
             hand_out()
 
-    local.open()
+    workers.open()
     fill()
     while not gone and tell_next():
         fill()

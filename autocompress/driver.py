@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from autocompress import machine
+from autocompress.cluster import Cluster
 from autocompress.config import RunConfig
 from autocompress.decisions import Recover, Student
-from autocompress.distribute import LocalRay, execute
+from autocompress.distribute import Workers, execute
 from autocompress.errors import AutocompressError, StudyError
 from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
@@ -79,25 +80,28 @@ class SearchStatus:
         )
 
 
-def drive(run: RunConfig, folder: Path, *, progress: Progress, watch: Watch | None = None) -> None:
+def drive(
+    run: RunConfig, folder: Path, *, progress: Progress, watch: Watch | None = None, cluster: Cluster | None = None
+) -> None:
     """Run or continue the search of ``run`` in ``folder`` to its end and write its results."""
     try:
-        _drive(run, folder, progress, watch)
+        _drive(run, folder, progress, watch, cluster)
     finally:
         # Models hang on a few Python objects that refer to each other: too few for the collector to come by itself.
         gc.collect()
 
 
-def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None) -> None:
+def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None, cluster: Cluster | None) -> None:
     clock = Stopwatch()
     with ExitStack() as stack, clock("all"):
         with clock("start"):
             workshop = Workshop(run, folder / "artefacts", progress)
-            # It starts while the model is loaded. A study that is there already may be finished, and need no Ray.
-            local = None if (folder / "study.journal").exists() else stack.enter_context(_local_ray(workshop))
+            # They start while the model is loaded. A study that is there already may be finished, and need none.
+            finished = (folder / "study.journal").exists()
+            workers = None if finished else stack.enter_context(_workers(workshop, cluster))
             workshop.space  # noqa: B018 - loads the model, which is then there for the workers, too
-            if local is not None:
-                local.open()
+            if workers is not None:
+                workers.open()
         with clock("reference"):
             study = open_for_writing(run, folder, workshop, progress)
         try:
@@ -107,24 +111,24 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 progress(f"{study.interrupted} interrupted candidates are evaluated again")
             write_aside(folder / "run.yaml", run.to_yaml())
             if study.remaining:
-                local = local or stack.enter_context(_local_ray(workshop))
+                workers = workers or stack.enter_context(_workers(workshop, cluster))
                 with clock("candidates"):
-                    _evaluate(study, workshop, local, progress, watch)
+                    _evaluate(study, workshop, workers, progress, watch)
             with clock("recovery"):
                 _reconstruct(study, workshop, progress)
                 _recover(study, workshop, progress)
             added = True
             while added:  # a latency that does not hold lets others on the front, until nothing is new there
                 with clock("confirmation"):
-                    _confirm(study, workshop, local, progress)
+                    _confirm(study, workshop, workers, progress)
                 with clock("recovery"):
                     added = _reconstruct(study, workshop, progress)
-            if local is not None:
-                local.stop()  # a baseline has a Ray of its own
+            if workers is not None:
+                workers.stop()  # a baseline has a Ray of its own
             _write_predictions(study)
             with clock("baselines"):
                 for name in run.baselines:
-                    _baseline(name, study, workshop, progress)
+                    _baseline(name, study, workshop, progress, cluster)
             with clock("results"):
                 workshop.bank.trim()
                 write_results(study)
@@ -145,11 +149,12 @@ def open_for_writing(run: RunConfig, folder: Path, workshop: Workshop, progress:
     return Study(folder, run, identity=identity, space=workshop.space, writable=True, predictor=workshop.predictor)
 
 
-def _local_ray(workshop: Workshop) -> LocalRay:
-    return LocalRay(_run_for_workers(workshop), workshop.artefacts, workshop.progress)
+def _workers(workshop: Workshop, cluster: Cluster | None) -> Workers:
+    run = _run_for_workers(workshop, elsewhere=cluster is not None)
+    return Workers(run, workshop.artefacts, workshop.progress, cluster=cluster)
 
 
-def _evaluate(study: Study, workshop: Workshop, local: LocalRay, progress: Progress, watch: Watch | None) -> None:
+def _evaluate(study: Study, workshop: Workshop, workers: Workers, progress: Progress, watch: Watch | None) -> None:
     """Have the remaining candidates evaluated."""
     run = study.run
     total, reference, majority = run.search.trials, study.reference, workshop.majority
@@ -168,7 +173,7 @@ def _evaluate(study: Study, workshop: Workshop, local: LocalRay, progress: Progr
             each = (time.perf_counter() - began) / (study.finished - before)
             watch(_status(study, reference, majority, each))
 
-    execute(study, local=local, prepare=workshop.prepare, alone=workshop.needs_training, told=told)
+    execute(study, workers=workers, prepare=workshop.prepare, alone=workshop.needs_training, told=told)
     if study.remaining:
         progress(f"{study.remaining} candidates are left: the space holds no others, or Ray was stopped")
 
@@ -249,7 +254,7 @@ def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
         wanted -= 1
 
 
-def _confirm(study: Study, workshop: Workshop, local: LocalRay | None, progress: Progress) -> None:
+def _confirm(study: Study, workshop: Workshop, workers: Workers | None, progress: Progress) -> None:
     """Time the front's points anew, one after the other; points that this pushes off the front stay in the study."""
     pairs = study.run.search.confirm_pairs
     while pairs and (waiting := [c for c in study.front().points if not c.score.confirmed]):
@@ -258,7 +263,7 @@ def _confirm(study: Study, workshop: Workshop, local: LocalRay | None, progress:
             # Its artefact is gone if a latency that did not hold had pushed it off the front.
             kept = (workshop.artefacts / candidate.plan.plan_id).is_dir()
             points.append((candidate.plan, candidate.score if kept else workshop.evaluate(candidate.plan)))
-        quiet = local.stop if local is not None else None  # it ends while they are loaded
+        quiet = workers.stop if workers is not None else None  # it ends while they are loaded
         confirmed = workshop.confirmed(points, pairs=pairs, quiet=quiet, progress=progress)
         for candidate, measured in zip(waiting, confirmed, strict=True):
             study.confirm(candidate.number, measured)
@@ -285,7 +290,7 @@ def _predictions(study: Study) -> dict[str, list[float]]:
     return found
 
 
-def _baseline(name: str, study: Study, workshop: Workshop, progress: Progress) -> None:
+def _baseline(name: str, study: Study, workshop: Workshop, progress: Progress, cluster: Cluster | None) -> None:
     """Run a search to hold this one against, in a folder of its own, with as many evaluations."""
     folder = study.folder / BASELINES / name
     (folder / "artefacts").mkdir(parents=True, exist_ok=True)
@@ -297,18 +302,27 @@ def _baseline(name: str, study: Study, workshop: Workshop, progress: Progress) -
         shutil.copytree(workshop.reference_folder, folder / "artefacts" / "reference")
         shutil.copyfile(study.folder / "environment.json", folder / "environment.json")
     progress(f"baseline: {name} search with {study.run.search.trials} candidates")
-    drive(RunConfig.from_mapping(settings), folder, progress=lambda line: progress(f"{name}: {line}"))
+    run, said = RunConfig.from_mapping(settings), lambda line: progress(f"{name}: {line}")
+    drive(run, folder, progress=said, cluster=cluster)
 
 
-def _run_for_workers(workshop: Workshop) -> RunConfig:
-    """Return the run with everything resolved to what the driver found, so that workers look nothing up."""
+def _run_for_workers(workshop: Workshop, *, elsewhere: bool) -> RunConfig:
+    """Return the run with everything resolved to what the driver found, so that workers look nothing up.
+
+    Args:
+        workshop: of the run.
+        elsewhere: whether they are on other machines: these find copies in the bank, which all of them see.
+    """
     settings = workshop.run.model_dump(mode="json", by_alias=True)
     settings["storage"]["bank"] = str(workshop.bank.root.absolute())
-    source = Path(settings["data"]["source"])
-    settings["data"]["source"] = str(source.absolute()) if source.exists() else settings["data"]["source"]
-    settings["model"]["id"] = str(workshop.source.absolute())
-    space = Path(settings["space"])
-    settings["space"] = str(space.absolute()) if space.suffix in (".yaml", ".yml") else settings["space"]
+
+    def found(path: Path) -> str:
+        return str((workshop.bank.copied(path) if elsewhere else path).absolute())
+
+    source, space = Path(settings["data"]["source"]), Path(settings["space"])
+    settings["data"]["source"] = found(source) if source.exists() else settings["data"]["source"]
+    settings["model"]["id"] = found(workshop.source)
+    settings["space"] = found(space) if space.suffix in (".yaml", ".yml") else settings["space"]
     return RunConfig.from_mapping(settings)
 
 

@@ -1,4 +1,4 @@
-"""Ray and the workers of one search: a process that `distribute.LocalRay` starts, and the only file that imports ray.
+"""Ray and the workers of one search: a process that `distribute.Workers` starts. Only `knock.py` imports Ray, too.
 
 It is a process of its own because Ray ends the one that it was started from, without a word, when one of its own
 processes fails. What stands here can be killed at any moment; plans and results come and go through a pipe. Each
@@ -14,10 +14,11 @@ import errno
 import json
 import logging
 import os
-import secrets
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -30,17 +31,13 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 # Whoever calls Ray after its end, as Tune does when it is left, would start another one.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# For this search alone. Ray would leave one in a file of the home folder that others may read.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-# With no clusters, whatever the system, Ray's servers are bound to the loopback address alone.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from autocompress import garbage
-from autocompress.desk import DIED, Crew, Desk, Job, Result
+from autocompress import garbage, machine
+from autocompress.desk import DIED, Crew, Desk, Fingerprint, Job, Result
 from autocompress.errors import AutocompressError
 
 if TYPE_CHECKING:
@@ -55,6 +52,10 @@ _ROOM = 2**20
 """Bytes that a disk which is not full has room for."""
 _LOOK_S = 10.0
 """Seconds without a result after which Ray is asked whether it lives."""
+_PLACE_S = 20.0
+"""Seconds in which a node of a cluster may still join that has a place for a worker."""
+_KNOCK_S = 15.0
+"""Seconds in which it is known whether a cluster answers somebody without a token."""
 
 
 def _or_die(work: Callable[[_Site], None]) -> Callable[[_Site], None]:
@@ -69,6 +70,35 @@ def _or_die(work: Callable[[_Site], None]) -> Callable[[_Site], None]:
                 os._exit(1)
 
     return carried_out
+
+
+class _Refused(Exception):
+    """What is asked for cannot be had, and why."""
+
+
+def _words(resources: dict[str, float]) -> str:
+    """Say what a node offers or a worker takes, without what every node has that nobody asks for."""
+    named = {name: amount for name, amount in sorted(resources.items()) if not name.startswith(("node:", "memory"))}
+    return ", ".join(f"{name}: {amount:g}" for name, amount in named.items() if name != "object_store_memory")
+
+
+def _knock(address: str) -> str:
+    """Ask a cluster something without a token; returns what `knock` printed."""
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    try:
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "autocompress.knock", address],
+            env={**without, "RAY_AUTH_MODE": "disabled"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=False,
+            timeout=_KNOCK_S,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {_KNOCK_S:.0f} s"
+    return done.stdout.strip() or "no answer"
 
 
 class _Left(Exception):
@@ -86,7 +116,10 @@ class _Leave(tune.Callback):
             raise _Left
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its settings for a restore that is never made; an event cannot be
+        return {}  # Tune pickles its settings, for a restore that is never made or to run there; an event cannot be
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._left = threading.Event()  # where Tune runs on a cluster's head, the cluster ends it
 
 
 class _Worker(tune.Trainable):
@@ -98,6 +131,7 @@ class _Worker(tune.Trainable):
 
         self._run: RunConfig = RunConfig.from_mapping(json.loads(config["run"]))
         self._artefacts, self._desk = Path(config["artefacts"]), config["desk"]
+        self._driver: Fingerprint = config["driver"]
         self._workshop: Workshop | None = None
         self._ready = False
 
@@ -107,8 +141,9 @@ class _Worker(tune.Trainable):
             import autocompress.evaluate  # noqa: F401 - seconds, in which the driver loads the model
 
             ray.get(self._desk.opened.remote())
-            self._workshop = self._opened()
-            self._get_ready(self._workshop)
+            if self._elsewhere() is None:
+                self._workshop = self._opened()
+                self._get_ready(self._workshop)
         result: Result | None = None
         while (job := ray.get(self._desk.exchange.remote(self.trial_id, result))) is not None:
             died = job.attempt > 1 + self._run.search.max_retries
@@ -118,11 +153,13 @@ class _Worker(tune.Trainable):
     def outcome(self, job: Job) -> dict[str, Any]:
         """Evaluate a job's plan; returns its measurement, or why there is none, by kind.
 
-        A full disk is no candidate's failure: it is told as what it is.
+        What no other candidate would fare better with, such as a full disk, is told as what ends the search.
         """
         from autocompress.plan import CompressionPlan
         from autocompress.records import Measurement
 
+        if (elsewhere := self._elsewhere()) is not None:
+            return {"end": elsewhere}
         try:
             # Not in setup: what fails there reaches the driver without its reason.
             self._workshop = self._workshop or self._opened()
@@ -134,10 +171,25 @@ class _Worker(tune.Trainable):
             return {"failure": str(error)}
         except Exception as error:
             if (folder := self._full()) is not None:
-                return {"full": f"no space is left in {folder} ({type(error).__name__})"}
+                return {"end": f"no space is left in {folder} ({type(error).__name__}); make room"}
             # A defect in one candidate's path must not end the search; the class name tells it from a refusal.
             text = str(error).strip().splitlines()
             return {"failure": f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"}
+
+    def _elsewhere(self) -> str | None:
+        """Return why what is measured here does not belong in the study, and what to do about it; None if it does."""
+        node = f"node {ray.util.get_node_ip_address()}"  # type: ignore[no-untyped-call]
+        here = machine.fingerprint()
+        if not self._artefacts.is_dir():
+            return f"{node} has no folder {self._artefacts}; put --out and storage.bank where all nodes see them"
+        if here["id"] != self._driver["id"]:
+            cpus = f"{here['cpu']['name']}, not {self._driver['cpu']['name']}"
+            return f"{node} has another CPU ({cpus}); keep workers on nodes like the driver's with search.resources"
+        known = self._driver["versions"]
+        for name in sorted({*here["versions"], *known}):
+            if (found := here["versions"].get(name)) != known.get(name):
+                return f"{node} has {name} {found}, the driver {known.get(name)}; install the same on all nodes"
+        return None
 
     def _full(self) -> Path | None:
         """Return the folder in which nothing more can be written, if there is one.
@@ -190,16 +242,19 @@ class _Site:
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         failure = None
         try:
-            self._start()
+            workers = self._start()
             report = threading.Thread(target=self._report, name="report", daemon=True)
             report.start()
-            self._work()
+            self._work(workers)
             ray.get(self._desk.end.remote())
             report.join()
         except _Left:
             pass
+        except _Refused as error:
+            failure = str(error)
         except Exception as error:  # told to the driver
-            failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failure = f"Ray cannot be started or ended early ({reason})"
         with contextlib.suppress(OSError):  # the driver has left
             self._connection.send(("ended", failure))
         self.over.set()
@@ -235,30 +290,89 @@ class _Site:
             if not any(node["Alive"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
                 raise RuntimeError("no node of Ray is alive")
 
-    def _start(self) -> None:
-        ray.init(
-            num_cpus=self._crew.cores,
-            resources={LATENCY_SLOT: 1},
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=100 * 2**20,
-        )
+    def _start(self) -> int:
+        """Start Ray, or join the cluster, and tell the driver for how many workers there is a place."""
+        crew = self._crew
+        if crew.address is None:
+            ray.init(
+                "local",
+                num_cpus=crew.cores,
+                resources={LATENCY_SLOT: 1},
+                include_dashboard=False,
+                object_store_memory=100 * 2**20,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            self._join(crew.address)
         # A worker's death is retried and then told as the candidate's failure; Tune's own traceback of it is noise.
         for name in ("ray", "ray.tune"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._desk = ray.remote(num_cpus=0)(Desk).remote()
+        places = self._places()
+        workers = min(crew.workers or places, crew.most)
+        self._connection.send(("workers", workers))
+        # Here, since other nodes may go at any time.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._desk = ray.remote(num_cpus=0)(Desk).options(scheduling_strategy=here).remote()
         self._started.set()
+        return workers
 
-    def _work(self) -> None:
+    def _join(self, address: str) -> None:
+        said = _knock(address)
+        if said == "open" and not self._crew.insecure:
+            raise _Refused(
+                f"{address}: asks nobody for a token, so that whoever reaches it runs what they like there; start it "
+                "with RAY_AUTH_MODE=token, or accept that with --insecure"
+            )
+        if said not in ("open", "closed"):
+            raise _Refused(f"{address}: no cluster answers there ({said})")
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise _Refused(f"{address}: cannot be joined ({reason}); is the token its own? (RAY_AUTH_TOKEN)") from None
+
+    @property
+    def _takes(self) -> dict[str, float]:
+        """What a worker takes of a node."""
+        crew = self._crew
+        return {"CPU": crew.threads, **({LATENCY_SLOT: 1} if crew.exclusive else {}), **crew.resources}
+
+    def _places(self) -> int:
+        """Return for how many workers there is a place.
+
+        Raises:
+            _Refused: if there is none, where Ray would wait for ever.
+        """
+        until = time.monotonic() + (0.0 if self._crew.address is None else _PLACE_S)
+        while True:
+            offered = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+            found = sum(
+                int(min(node.get(name, 0.0) / amount for name, amount in self._takes.items())) for node in offered
+            )
+            if found:
+                return found
+            if time.monotonic() > until:
+                break
+            time.sleep(1.0)
+        seen = "; ".join(sorted({_words(node) for node in offered})) or "nothing"
+        raise _Refused(f"a worker takes {_words(self._takes)}, which no node has; the nodes have: {seen}")
+
+    def _work(self, workers: int) -> None:
         """Run workers until all are sent home."""
         crew = self._crew
-        resources: dict[str, float] = {"cpu": crew.threads, **({LATENCY_SLOT: 1} if crew.exclusive else {})}
-        with tempfile.TemporaryDirectory(prefix="autocompress-tune-") as scratch:
+        # On a cluster Tune wants a folder that all nodes see, though nothing is to be kept in it.
+        shared = None if crew.address is None else Path(crew.artefacts).parent
+        with tempfile.TemporaryDirectory(prefix=".autocompress-tune-", dir=shared) as scratch:
             tune.Tuner(
-                tune.with_resources(_Worker, resources),
-                param_space={"run": crew.run, "artefacts": crew.artefacts, "desk": self._desk},
-                tune_config=tune.TuneConfig(num_samples=crew.workers, max_concurrent_trials=crew.workers),
+                tune.with_resources(_Worker, tune.PlacementGroupFactory([self._takes])),
+                param_space={
+                    "run": crew.run,
+                    "artefacts": crew.artefacts,
+                    "desk": self._desk,
+                    "driver": crew.driver,
+                },
+                tune_config=tune.TuneConfig(num_samples=workers, max_concurrent_trials=workers),
                 run_config=tune.RunConfig(
                     name="search",
                     storage_path=scratch,

@@ -52,6 +52,23 @@ def test_an_entry_is_made_once(tmp_path: Path) -> None:
     assert json.loads((first / "made_from.json").read_text(encoding="utf-8")) == MADE_FROM
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "model"])
+def test_a_copy_stands_for_its_original(tmp_path: Path, name: str) -> None:
+    original = tmp_path / "from" / name
+    texts = {"": "text,label\n"} if name == "rows.csv" else {"config.json": "{}", "deep/er.bin": "weights"}
+    for place, text in texts.items():
+        (original / place).parent.mkdir(parents=True, exist_ok=True)
+        (original / place).write_text(text, encoding="utf-8")
+    store = Bank(tmp_path / "bank")
+    copy = store.copied(original)
+    assert copy.name == name
+    assert store.root in copy.parents
+    assert {place: (copy / place).read_text(encoding="utf-8") for place in texts} == texts
+    assert store.copied(original) == copy
+    (original / next(iter(texts))).write_text("changed", encoding="utf-8")
+    assert store.copied(original) != copy
+
+
 @pytest.mark.parametrize(
     "changed",
     [{"model": "abd"}, {"rows": 11}, {"rows": "10"}, {"nested": {"b": 1, "a": [2, 1]}}, {"more": None}],

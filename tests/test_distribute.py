@@ -10,6 +10,7 @@ import ipaddress
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,11 +27,11 @@ from safetensors.torch import load_file, save_file
 from test_search import alive, by_number, command, descendants, lines_until, read_csv, start_search
 from test_study import plan_ids, states
 
-from autocompress import distribute
+from autocompress import distribute, machine
 from autocompress.config import RunConfig
 from autocompress.decisions import MaxTokens, Student
 from autocompress.desk import DIED, Desk, Job
-from autocompress.distribute import LocalRay, execute
+from autocompress.distribute import Workers, execute
 from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
 from autocompress.plan import MODEL_SITE, CompressionPlan
@@ -158,7 +159,7 @@ def test_what_keeps_all_cores_busy_waits_until_nothing_runs(gone_home_after: int
         happened.append(f"prepared {plans.index(plan)}, {len(workers.jobs)} running")
 
     study: Any = PaperStudy()
-    execute(study, local=workers, prepare=prepare, alone=slow.__contains__, told=lambda _: None)
+    execute(study, workers=workers, prepare=prepare, alone=slow.__contains__, told=lambda _: None)
     told = [line for line in happened if line.startswith(("told", "lost"))]
     prepared = [line for line in happened if line.startswith("prepared")]
     if gone_home_after is None:
@@ -235,8 +236,9 @@ def worker(workplace: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> A
     from autocompress.workers import _Worker
 
     run = RunConfig.from_file(workplace() / "run.yaml")
-    config = {"run": json.dumps(run.model_dump(mode="json", by_alias=True)), "artefacts": str(workplace() / "none")}
-    return _Worker({**config, "desk": None})
+    (artefacts := workplace() / "artefacts").mkdir()
+    settings = json.dumps(run.model_dump(mode="json", by_alias=True))
+    return _Worker({"run": settings, "artefacts": str(artefacts), "desk": None, "driver": machine.fingerprint()})
 
 
 def job(plan: str = CompressionPlan().to_json(), front: list[list[float]] | None = None) -> Job:
@@ -255,6 +257,22 @@ def test_a_defect_in_one_candidate_is_its_reason(worker: Any, monkeypatch: pytes
     monkeypatch.setattr(Workshop, "attempt", broken)
     assert worker.outcome(job()) == {"failure": "ZeroDivisionError: division by zero"}
     assert worker.outcome(job("no JSON"))["failure"].startswith("plan: not JSON")
+
+
+def test_what_is_measured_elsewhere_ends_the_search(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = machine.fingerprint()
+    for about, said in (
+        ({**here, "id": "another", "cpu": {**here["cpu"], "name": "slow"}}, "has another CPU (slow, not"),
+        ({**here, "versions": {**here["versions"], "torch": "1.0"}}, "has torch 1.0, the driver"),
+        ({**here, "versions": {n: v for n, v in here["versions"].items() if n != "onnx"}}, "has onnx None, the driver"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(machine, "fingerprint", lambda about=about: about)
+            [(kind, reason)] = worker.outcome(job()).items()
+        assert kind == "end"
+        assert said in reason
+    shutil.rmtree(worker._artefacts)
+    assert "has no folder" in worker.outcome(job())["end"]
 
 
 class Killed(BaseException):
@@ -320,7 +338,7 @@ class Interrupted:
     """A study of endless plans, and two workers of paper: Ctrl-C is pressed before the first of them is done."""
 
     run = RunConfig()
-    workers = 2
+    count = 2
 
     def __init__(self, presses: int = 1) -> None:
         self.presses = presses
@@ -348,7 +366,7 @@ class Interrupted:
 
     def withdraw(self) -> None:
         self.happened.append("withdrawn")
-        del self.jobs[self.workers :]
+        del self.jobs[self.count :]
 
     def next_result(self, timeout: float) -> Any:
         if self.presses:
@@ -369,7 +387,7 @@ def ctrl_c() -> Iterator[None]:
 
 def interrupted(paper: Any, prepare: Callable[[CompressionPlan], None] = lambda _: None) -> list[str]:
     with pytest.raises(KeyboardInterrupt):
-        execute(paper, local=paper, prepare=prepare, alone=lambda _: False, told=lambda _: None)
+        execute(paper, workers=paper, prepare=prepare, alone=lambda _: False, told=lambda _: None)
     happened: list[str] = paper.happened
     return happened
 
@@ -392,12 +410,12 @@ class TestCtrlC:
         assert interrupted(Interrupted(presses=0), lambda _: signal.raise_signal(signal.SIGINT)) == []
 
     def test_in_another_thread_it_is_left_alone(self) -> None:
-        done: Any = SimpleNamespace(run=RunConfig(), ask=lambda: None, rivals=list, workers=1)
+        done: Any = SimpleNamespace(run=RunConfig(), ask=lambda: None, rivals=list, count=1)
         done.open = done.close = lambda: None
         done.next_result = lambda _: None
 
         def search() -> None:
-            execute(done, local=done, prepare=lambda _: None, alone=lambda _: False, told=lambda _: None)
+            execute(done, workers=done, prepare=lambda _: None, alone=lambda _: False, told=lambda _: None)
 
         thread = threading.Thread(target=search)
         thread.start()
@@ -408,14 +426,14 @@ def test_a_full_disk_ends_the_search() -> None:
     asked = iter([(0, CompressionPlan())])
     study: Any = SimpleNamespace(run=RunConfig(), ask=lambda: next(asked, None), rivals=list)
     found: Any = SimpleNamespace(
-        workers=1,
+        count=1,
         open=lambda: None,
         close=lambda: None,
         put=lambda _: None,
-        next_result=lambda _: (0, {"full": "no space is left in /results"}),
+        next_result=lambda _: (0, {"end": "no space is left in /results; make room"}),
     )
-    with pytest.raises(StudyError, match=r"^search: no space is left in /results; make room and run the same command"):
-        execute(study, local=found, prepare=lambda _: None, alone=lambda _: False, told=lambda _: None)
+    with pytest.raises(StudyError, match=r"^search: no space is left in /results; make room, and run the same command"):
+        execute(study, workers=found, prepare=lambda _: None, alone=lambda _: False, told=lambda _: None)
 
 
 def test_a_worker_gives_up_what_cannot_reach_the_front(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,8 +479,8 @@ def test_a_search_outlives_ray(workplace: Callable[..., Path], title: bytes, sai
 
 
 @pytest.fixture
-def local(workplace: Callable[..., Path], tmp_path: Path) -> LocalRay:
-    return LocalRay(RunConfig.from_file(workplace() / "run.yaml"), tmp_path / "artefacts")
+def workers(workplace: Callable[..., Path], tmp_path: Path) -> Workers:
+    return Workers(RunConfig.from_file(workplace() / "run.yaml"), tmp_path / "artefacts")
 
 
 def listening(pids: Iterable[int]) -> dict[str, set[ipaddress.IPv4Address | ipaddress.IPv6Address]]:
@@ -497,9 +515,9 @@ def reaches(address: str, token: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_nobody_else_reaches_ray(local: LocalRay) -> None:
+def test_nobody_else_reaches_ray(workers: Workers) -> None:
     others = descendants(os.getpid())
-    with local:
+    with workers:
         until = time.monotonic() + 60
         while not named(os.getpid(), b"ray::"):  # a worker, which is there once all others are
             assert time.monotonic() < until, "no worker started"
@@ -521,7 +539,7 @@ def test_nobody_else_reaches_ray(local: LocalRay) -> None:
     assert not any(settings["RAY_AUTH_TOKEN"].encode() in line for line in lines), "others may read command lines"
 
 
-def test_a_ray_that_always_dies_ends_the_search(local: LocalRay) -> None:
+def test_a_ray_that_always_dies_ends_the_search(workers: Workers) -> None:
     others, killed, over = descendants(os.getpid()), set[int](), threading.Event()
 
     def kill() -> None:
@@ -531,26 +549,26 @@ def test_a_ray_that_always_dies_ends_the_search(local: LocalRay) -> None:
                 killed.add(ray)
 
     killer = threading.Thread(target=kill, daemon=True)
-    with local:
+    with workers:
         killer.start()
         with pytest.raises(StudyError, match=r"Ray died 3 times \(it left no word\); run the same command again"):
-            local.next_result()
+            workers.next_result()
     over.set()
     killer.join()
     assert len(killed) == 3
     assert not {pid for pid in descendants(os.getpid()) - others if alive(pid)}
 
 
-def test_why_ray_cannot_start_is_said(local: LocalRay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of a cluster that is not there
-    with local, pytest.raises(StudyError, match=r"search: Ray cannot be started or ended early \(.+\)"):
-        local.next_result()
+def test_why_ray_cannot_start_is_said(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/proc")
+    with workers, pytest.raises(StudyError, match=r"search: Ray cannot be started or ended early \(.+\)"):
+        workers.next_result()
 
 
-def test_ray_ends_with_a_search_that_is_left_while_its_workers_start(local: LocalRay) -> None:
+def test_ray_ends_with_a_search_that_is_left_while_its_workers_start(workers: Workers) -> None:
     others = descendants(os.getpid())
-    with local:
-        local.open()
+    with workers:
+        workers.open()
         until = time.monotonic() + 60
         while not named(os.getpid(), b"ray::"):
             assert time.monotonic() < until, "no worker was started"
@@ -563,8 +581,6 @@ def test_ray_ends_with_a_search_that_is_left_while_its_workers_start(local: Loca
 def test_a_model_of_not_a_number_is_refused_before_the_first_candidate(
     workplace: Callable[..., Path], bert_headed_folder: Path
 ) -> None:
-    import shutil
-
     folder = workplace()
     shutil.copytree(bert_headed_folder, folder / "bad")
     weights = folder / "bad" / "model.safetensors"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import LABELS, make_model
 
-from autocompress import model, training
+from autocompress import machine, model, training
 from autocompress.config import RunConfig
 from autocompress.decisions import Decision, LowRank, PruneHeads, Quantize, Recover, Student, TrimVocabulary
 from autocompress.errors import ConfigError, PlanError
@@ -202,7 +202,10 @@ class TestRecovery:
             assert all(any(np.array_equal(r, layer.weight.detach()) for layer in layers.values()) for r in restored)
 
     def test_the_artefact_computes_what_was_trained(self, shops: Callable[..., Workshop], tmp_path: Path) -> None:
-        """Weights alone are rounded here, so that torch and runtime agree; the table stays whole in the torch model."""
+        """Weights alone are rounded here, so that torch and runtime agree; the table stays whole in the torch model.
+
+        Where the CPU has instructions for it, OpenVINO rounds the inputs of 8-bit weights by itself.
+        """
         only = [(s, Quantize(weight_bits=d.weight_bits, group_size=d.group_size)) for s, d in PLAN.narrow.items()]
         plan = recovered(CompressionPlan(tuple((s, d) for s, d in only if s != "embeddings")), quantized=True)
         shop = shops()
@@ -210,7 +213,8 @@ class TestRecovery:
         batch = shop.splits["search"].batch([0, 7, 20, 33])
         with torch.no_grad():
             expected = shop.structured(plan).module(**batch.inputs()).logits.numpy()
-        assert np.allclose(session.run(batch.arrays()), expected, atol=1e-4)
+        allowed = 1e-4 if machine.adds_in_16_bits() else 0.01 * np.abs(expected).max()
+        assert np.allclose(session.run(batch.arrays()), expected, atol=allowed)
 
     def test_it_is_trained_with_the_table_that_is_shipped(
         self, shops: Callable[..., Workshop], monkeypatch: pytest.MonkeyPatch

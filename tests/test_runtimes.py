@@ -686,8 +686,10 @@ class TestNarrow:
         artifact, model = build(given, [(site, decided) for site in sites], "structured model")
         logits, plain = run(runtime, artifact, given.batch), torch_logits(model, given.batch)
         expected = simulated(runtime, model, artifact.plan, given)
-        # Inputs that fall on the edge between two steps may round either way, here as there.
-        allowed = 0.03 if decided.activation_bits == 8 else 1e-4
+        # Inputs that fall on the edge between two steps may round either way, here as there; and where the CPU has
+        # instructions for it, OpenVINO rounds the inputs of 8-bit weights by itself, 32 at a time.
+        by_itself = runtime.name == "openvino" and kind != "embeddings" and not machine.adds_in_16_bits()
+        allowed = 0.03 if decided.activation_bits == 8 or by_itself else 1e-4
         assert np.abs(logits - expected).max() <= allowed * np.abs(plain).max()
         assert np.abs(logits - expected).mean() < 0.5 * np.abs(logits - plain).mean()
 

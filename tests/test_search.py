@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -388,10 +388,10 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
-def start_search(workplace: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+def start_search(workplace: Path, out: Path, *overrides: str, options: Sequence[str] = ()) -> subprocess.Popen[str]:
     sets = [part for override in overrides for part in ("--set", override)]
     return subprocess.Popen(
-        [sys.executable, "-m", "autocompress.cli", "search", "run.yaml", "--out", str(out), *sets],
+        [sys.executable, "-m", "autocompress.cli", "search", "run.yaml", "--out", str(out), *options, *sets],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
