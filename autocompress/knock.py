@@ -14,7 +14,7 @@ _ANSWER_S = 10.0
 def at_its_head(address: str) -> str:
     """Ask the service that knows a cluster's nodes; ``address`` is ``auto`` or ``HOST:PORT``."""
     from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
     try:

@@ -78,8 +78,8 @@ def score_of(plan: CompressionPlan) -> Measurement:
     )
 
 
-def run_of(sampler: SamplerName) -> RunConfig:
-    return RunConfig.from_mapping({"search": {"trials": 100_000, "sampler": sampler, "seeds": False}})
+def run_of(sampler: SamplerName, trials: int = 100_000) -> RunConfig:
+    return RunConfig.from_mapping({"search": {"trials": trials, "sampler": sampler, "seeds": False}})
 
 
 def sensitivity_of(student: Student | None) -> Sensitivity:
@@ -94,9 +94,9 @@ def sensitivity_of(student: Student | None) -> Sensitivity:
 
 
 @contextmanager
-def opened(folder: Path, space: BoundSpace, sampler: SamplerName) -> Iterator[Study]:
+def opened(folder: Path, space: BoundSpace, sampler: SamplerName, trials: int = 100_000) -> Iterator[Study]:
     """Open a study for writing, as a search does: with a predictor that screens proposals."""
-    run = run_of(sampler)
+    run = run_of(sampler, trials)
     identity = identity_of(run, model="benchmark", data="benchmark", space=space)
     guide, tokens = run.search.guide, run.target.tokens
     predictor = Predictor(MINILM, TABLES, lambda p: p.outer * p.inner * p.bits / 8, sensitivity_of, guide, tokens)

@@ -2,106 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import json
+import re
 import secrets
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from processes import descendants
+from ray_nodes import Nodes, free_port
 from test_distribute import ended
 from test_search import command, lines_until, start_search
 
 from autocompress import machine
 from autocompress.config import RunConfig
+from autocompress.workers import LATENCY_SLOT
 
 pytestmark = pytest.mark.slow
 
 TRIALS = 8
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Nodes:
-    """A cluster of nodes of one core each, all on the loopback address.
-
-    Args:
-        token: without which nobody is let in; None lets in anybody.
-    """
-
-    def __init__(self, token: str | None) -> None:
-        self.address = f"127.0.0.1:{free_port()}"
-        self.client_address = f"ray://127.0.0.1:{free_port()}"
-        self.token = token
-        self._folder = tempfile.mkdtemp(prefix="ray")  # of a short name: sockets stand in it
-        self._nodes: list[subprocess.Popen[bytes]] = []
-        client = self.client_address.rpartition(":")[2]
-        self._start("--head", f"--port={self.address.partition(':')[2]}", f"--ray-client-server-port={client}",
-                    "--include-dashboard=false", f"--temp-dir={self._folder}")  # fmt: skip
-
-    @property
-    def environment(self) -> dict[str, str]:
-        auth = {"RAY_AUTH_MODE": "disabled"} if self.token is None else {"RAY_AUTH_MODE": "token"}
-        return auth if self.token is None else {**auth, "RAY_AUTH_TOKEN": self.token}
-
-    def grow(self) -> None:
-        self._start(f"--address={self.address}")
-
-    def _start(self, *arguments: str) -> None:
-        ray = Path(sys.executable).with_name("ray")
-        self._nodes.append(
-            subprocess.Popen(
-                [str(ray), "start", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats", "--block",
-                 "--object-store-memory=100000000", *arguments],
-                env={**os.environ, **self.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        )  # fmt: skip
-
-    def lose(self, number: int) -> None:
-        """End a node and all that it runs at once."""
-        os.killpg(self._nodes[number].pid, signal.SIGKILL)
-        self._nodes[number].wait()
-
-    def alive(self) -> int:
-        """Return how many nodes are there."""
-        code = (
-            "import sys, ray; ray.init(sys.argv[1], log_to_driver=False); "
-            "print(sum(node['Alive'] for node in ray.nodes()))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, self.address],
-            env={**os.environ, **self.environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        return int(done.stdout) if done.returncode == 0 else 0
-
-    def wait(self, nodes: int) -> None:
-        until = time.monotonic() + 90
-        while self.alive() < nodes:
-            assert time.monotonic() < until, "the cluster did not start"
-            time.sleep(0.5)
-
-    def stop(self) -> None:
-        for node in reversed(self._nodes):
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
-                node.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+FILES = Path(__file__).parents[1] / "docs" / "clusters"
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +76,22 @@ def test_the_same_command_goes_on_with_it(nodes: Nodes, workplace: Path, monkeyp
     done = command("search", "run.yaml", *there, cwd=workplace)
     assert done.code == 0, done.err
     assert f"evaluating {TRIALS - 3} of {TRIALS} candidates" in done.err
+
+
+def test_its_token_is_told_nobody(nodes: Nodes, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(nodes, monkeypatch)
+    out, token = workplace / "out", str(nodes.token)
+    search = start_search(workplace, out, "search.trials=3", options=("--address", nodes.address))
+    said = "".join(lines_until(search, "] trial "))
+    lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in [search.pid, *descendants(search.pid)]]
+    rest, errors = search.communicate(timeout=120)
+    assert search.returncode == 0, errors
+    assert token not in said + rest + errors
+    assert len(lines) > 1
+    assert not [line for line in lines if token.encode() in line], "others may read command lines"
+    written = [file for file in out.rglob("*") if file.is_file()]
+    assert {"report.html", "environment.json", "run.yaml", "study.journal"} <= {file.name for file in written}
+    assert not [file for file in written if token.encode() in file.read_bytes()]
 
 
 def test_from_another_machine(nodes: Nodes, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +149,38 @@ def test_a_cluster_that_is_not_there(workplace: Path) -> None:
     done = command("search", "run.yaml", "--out", "out", "--address", f"127.0.0.1:{free_port()}", cwd=workplace)
     assert done.code == 1
     assert "no cluster answers there" in done.err
+
+
+class TestFiles:
+    """What docs/clusters holds, as far as it can be known without such a cluster."""
+
+    def test_ray_up_takes_the_one_for_machines(self) -> None:
+        from ray.autoscaler._private.util import prepare_config, validate_config
+
+        given = yaml.safe_load((FILES / "ray-up.yaml").read_text(encoding="utf-8"))
+        validate_config(prepare_config(given))
+        for name in ("head_start_ray_commands", "worker_start_ray_commands"):
+            stops, starts = given[name]
+            assert stops.endswith("ray stop")
+            assert starts.startswith("RAY_AUTH_MODE=token ")
+            assert LATENCY_SLOT in starts
+            assert "--disable-usage-stats" in starts
+        assert given["min_workers"] == given["max_workers"] == len(given["provider"]["worker_ips"])
+
+    def test_the_one_for_kubernetes_searches_behind_a_token(self) -> None:
+        given = yaml.safe_load((FILES / "rayjob.yaml").read_text(encoding="utf-8"))
+        cluster = given["spec"]["rayClusterSpec"]
+        assert cluster["authOptions"] == {"mode": "token"}
+        assert f"ray=={cluster['rayVersion']}" in (FILES.parents[1] / "constraints.txt").read_text().splitlines()
+        program, verb, *options = given["spec"]["entrypoint"].split()
+        assert (program, verb) == ("autocompress", "search")
+        known = command("search", "--help", cwd=FILES).out
+        assert {option for option in options if option.startswith("--")} <= set(re.findall(r"--[a-z]+", known))
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            # KubeRay hands it to a shell in quotes of its own.
+            assert json.loads(json.loads(group["rayStartParams"]["resources"])) == {LATENCY_SLOT: 1}
+            [container] = group["template"]["spec"]["containers"]
+            assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
 def test_insecure_is_of_clusters(workplace: Path) -> None:

@@ -23,8 +23,9 @@ from typing import Any
 
 import pytest
 import torch
+from processes import busy_workers, descendants, named
 from safetensors.torch import load_file, save_file
-from test_search import alive, by_number, command, descendants, lines_until, read_csv, start_search
+from test_search import alive, by_number, command, lines_until, read_csv, start_search
 from test_study import plan_ids, states
 
 from autocompress import distribute, machine
@@ -55,19 +56,6 @@ def workplace(tmp_path: Path, tiny_run: Callable[..., RunConfig], bert_headed_fo
         return tmp_path
 
     return make
-
-
-def busy_workers(driver: int) -> list[int]:
-    """Return the actor processes below ``driver`` that are evaluating a candidate right now."""
-    found = []
-    for pid in descendants(driver):
-        try:
-            title = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if re.match(rb"ray::\w+\.train\b", title):
-            found.append(pid)
-    return found
 
 
 def kill_a_busy_worker(search: subprocess.Popen[str]) -> int:
@@ -449,16 +437,6 @@ def test_a_worker_gives_up_what_cannot_reach_the_front(worker: Any, monkeypatch:
     assert worker.outcome(job()) == {"stopped": dataclasses.asdict(given_up)}
     worker.outcome(job(front=[[-0.9, 1.0, 0.1]]))
     assert asked == [(CompressionPlan().plan_id, []), (CompressionPlan().plan_id, [[-0.9, 1.0, 0.1]])]
-
-
-def named(driver: int, title: bytes) -> list[int]:
-    """Return the processes below ``driver`` in whose command line ``title`` stands."""
-    found = []
-    for pid in descendants(driver):
-        with contextlib.suppress(OSError):
-            if title in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
 
 
 # Workers that lost their raylet may go on to their end, if that comes soon.

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from processes import descendants
 from test_cli import Done
 from test_study import CSV_COLUMNS, plan_ids, rows, states
 
@@ -371,21 +372,6 @@ def test_an_artefact_that_no_longer_matches_its_score_is_not_shipped(
 # --- the driver killed in mid-search (row 13)
 
 BUDGET = 8
-
-
-def descendants(pid: int) -> set[int]:
-    """Return the processes below ``pid``."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = stat.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        parents[int(stat.parent.name)] = int(text.rpartition(")")[2].split()[1])
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
 
 
 def start_search(workplace: Path, out: Path, *overrides: str, options: Sequence[str] = ()) -> subprocess.Popen[str]:

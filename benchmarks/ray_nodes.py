@@ -1,0 +1,91 @@
+"""A Ray cluster of nodes on this machine, one of which can be lost like a machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Nodes:
+    """A cluster of nodes of one core each, all on the loopback address.
+
+    Args:
+        token: without which nobody is let in; None lets in anybody.
+    """
+
+    def __init__(self, token: str | None) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        self.client_address = f"ray://127.0.0.1:{free_port()}"
+        self.token = token
+        self._folder = tempfile.mkdtemp(prefix="ray")  # of a short name: sockets stand in it
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        client = self.client_address.rpartition(":")[2]
+        self._start("--head", f"--port={self.address.partition(':')[2]}", f"--ray-client-server-port={client}",
+                    "--include-dashboard=false", f"--temp-dir={self._folder}")  # fmt: skip
+
+    @property
+    def environment(self) -> dict[str, str]:
+        auth = {"RAY_AUTH_MODE": "disabled"} if self.token is None else {"RAY_AUTH_MODE": "token"}
+        return auth if self.token is None else {**auth, "RAY_AUTH_TOKEN": self.token}
+
+    def grow(self) -> None:
+        self._start(f"--address={self.address}")
+
+    def _start(self, *arguments: str) -> None:
+        ray = Path(sys.executable).with_name("ray")
+        self._nodes.append(
+            subprocess.Popen(
+                [str(ray), "start", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats", "--block",
+                 "--object-store-memory=100000000", *arguments],
+                env={**os.environ, **self.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        )  # fmt: skip
+
+    def lose(self, number: int) -> None:
+        """End a node and all that it runs at once."""
+        os.killpg(self._nodes[number].pid, signal.SIGKILL)
+        self._nodes[number].wait()
+
+    def alive(self) -> int:
+        """Return how many nodes are there."""
+        code = (
+            "import sys, ray; ray.init(sys.argv[1], log_to_driver=False); "
+            "print(sum(node['Alive'] for node in ray.nodes()))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, self.address],
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return int(done.stdout) if done.returncode == 0 else 0
+
+    def wait(self, nodes: int) -> None:
+        until = time.monotonic() + 90
+        while self.alive() < nodes:
+            assert time.monotonic() < until, "the cluster did not start"
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        for node in reversed(self._nodes):
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+                node.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
