@@ -1,8 +1,8 @@
 """Kill workers and drivers of one search at random: ``results/benchmarks/cluster-kills.json``.
 
-``python benchmarks/cluster_kills.py`` searches on the demo in a small space, with two workers. Once a candidate was told,
-it waits for a random time and kills a worker or the driver, in random order, with SIGKILL; after a driver's death the
-same command goes on. What the search printed before each death is held against what the study holds in the end.
+``python benchmarks/cluster_kills.py`` searches on the demo in a small space, with two workers. Once a candidate was
+told, it waits for a random time and kills a worker or the driver, in random order, with SIGKILL; after a driver's death
+the same command goes on. What the search printed before each death is held against what the study holds in the end.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class Search:
     """A search in a process of its own, whose lines are read as they come."""
 
     def __init__(self, out: Path, trials: int, cache: Path) -> None:
-        sets = [part for setting in (*SETTINGS, f"search.trials={trials}") for part in ("--set", setting)]
+        settings = (*SETTINGS, f"search.trials={trials}", f"search.workers={WORKERS}")
+        sets = [part for setting in settings for part in ("--set", setting)]
         self.told: list[int] = []
+        arguments = ["search", "demo", "--space", "encoder-small", "--out", str(out), *sets]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "autocompress.cli", "search", "demo", "--space", "encoder-small"]
-            + ["--out", str(out), "--set", f"search.workers={WORKERS}", *sets],
+            [sys.executable, "-m", "autocompress.cli", *arguments],
             cwd=ROOT,
             env={**os.environ, "XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"},
             stdout=subprocess.DEVNULL,

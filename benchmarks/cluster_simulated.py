@@ -1,9 +1,9 @@
 """Simulate searches on 1 to 1,000 workers: ``results/benchmarks/cluster-simulated.json``.
 
-``python benchmarks/cluster_simulated.py`` on an idle machine. The driver, the study and its proposals are the real ones,
-and what they compute passes in the simulation as long as it takes here; candidates take as long as recorded ones, brought
-to a mean of ten seconds, a few take several times as long, and workers die. No model is run: scores are a formula of the
-plan. Each size of cluster is simulated in a process of its own.
+``python benchmarks/cluster_simulated.py`` on an idle machine. The driver, the study and its proposals are the real
+ones, and what they compute passes in the simulation as long as it takes here; candidates take as long as recorded ones,
+brought to a mean of ten seconds, a few take several times as long, and workers die. No model is run: scores are a
+formula of the plan. Each size of cluster is simulated in a process of its own.
 """
 
 from __future__ import annotations
