@@ -479,9 +479,10 @@ def ls(what: Listing, as_json: Json = False) -> None:
         found = _runtimes()
     else:
         from autocompress import api
+        from autocompress.storage import holds_study
 
-        for file in sorted(Path("results").glob("*/study.journal")):
-            found[str(file.parent)] = api.status(file.parent)
+        for folder in sorted(filter(holds_study, Path("results").glob("*"))):
+            found[str(folder)] = api.status(folder)
     _print(found, as_json)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -205,8 +206,25 @@ class RecoveryConfig(Section):
 
 
 class StorageConfig(Section):
+    study: str | None = Field(
+        None,
+        description="PostgreSQL database for the study, such as postgresql://me@host/searches; default: a journal file "
+        "in the results folder. Its password belongs in ~/.pgpass or PGPASSWORD",
+    )
     bank: str | None = Field(None, description="folder of reusable pieces; default: the user's cache folder")
     bank_gb: float = Field(20.0, gt=0, le=1e6, description="size (1e9 bytes) above which unused pieces are deleted")
+
+    @field_validator("study")
+    @classmethod
+    def _a_database(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme != "postgresql" or not parts.path.strip("/"):
+            raise ValueError("must read postgresql://USER@HOST/DATABASE")  # not shown: it may hold a password
+        if parts.password is not None:
+            raise ValueError("holds a password, which would be copied with the run file; use ~/.pgpass or PGPASSWORD")
+        return url
 
 
 OF_PICKED_POINTS = frozenset({"hidden", "relations", "l1", "l2", "patience", "seeds", "quantized", "reconstruct"})

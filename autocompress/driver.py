@@ -20,18 +20,19 @@ from typing import Any
 from autocompress import machine
 from autocompress.cluster import Cluster
 from autocompress.config import RunConfig
-from autocompress.decisions import Recover, Student
 from autocompress.distribute import Workers, execute
-from autocompress.errors import AutocompressError, StudyError
+from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
-from autocompress.pareto import costs, nondominated_ranks, volume
+from autocompress.pareto import volume
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
+from autocompress.refine import drop_dominated, refine
 from autocompress.report import page, tables
 from autocompress.report.comparison import Comparison
 from autocompress.report.tables import write_aside
 from autocompress.stopwatch import Stopwatch
+from autocompress.storage import holds_study
 from autocompress.study import Study
 from autocompress.trained import Progress
 
@@ -97,8 +98,7 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
         with clock("start"):
             workshop = Workshop(run, folder / "artefacts", progress)
             # They start while the model is loaded. A study that is there already may be finished, and need none.
-            finished = (folder / "study.journal").exists()
-            workers = None if finished else stack.enter_context(_workers(workshop, cluster))
+            workers = None if holds_study(folder) else stack.enter_context(_workers(workshop, cluster))
             workshop.space  # noqa: B018 - loads the model, which is then there for the workers, too
             if workers is not None:
                 workers.open()
@@ -114,15 +114,8 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 workers = workers or stack.enter_context(_workers(workshop, cluster))
                 with clock("candidates"):
                     _evaluate(study, workshop, workers, progress, watch)
-            with clock("recovery"):
-                _reconstruct(study, workshop, progress)
-                _recover(study, workshop, progress)
-            added = True
-            while added:  # a latency that does not hold lets others on the front, until nothing is new there
-                with clock("confirmation"):
-                    _confirm(study, workshop, workers, progress)
-                with clock("recovery"):
-                    added = _reconstruct(study, workshop, progress)
+            # Workers end while what is to be timed is loaded.
+            refine(study, workshop, clock, quiet=workers.stop if workers is not None else None, progress=progress)
             if workers is not None:
                 workers.stop()  # a baseline has a Ray of its own
             _write_predictions(study)
@@ -168,7 +161,7 @@ def _evaluate(study: Study, workshop: Workshop, workers: Workers, progress: Prog
             written = time.perf_counter()
             tables.write_csv(study.candidates(), study.folder / "study.csv")
         if run.search.keep_artefacts == "front":
-            _drop_dominated(study, workshop.artefacts, candidate)
+            drop_dominated(study, workshop.artefacts, candidate)
         if watch is not None:
             each = (time.perf_counter() - began) / (study.finished - before)
             watch(_status(study, reference, majority, each))
@@ -192,86 +185,6 @@ def _status(study: Study, reference: Any, majority: float, each: float) -> Searc
         gain=volume(front, reference, majority) / ladder if ladder > 0 else None,
         seconds_each=each,
     )
-
-
-def _drop_dominated(study: Study, artefacts: Path, latest: Candidate) -> None:
-    """Delete the artefacts that ``latest`` pushed off the front, or its own; others may be in the making."""
-    front = {c.plan.plan_id for c in study.front().points}
-    kept = {c.plan.plan_id for c in study.candidates() if c.state == "COMPLETE"} - front
-    for plan_id in {p.name for p in artefacts.iterdir()} & kept | ({latest.plan.plan_id} - front):
-        shutil.rmtree(artefacts / plan_id, ignore_errors=True)
-
-
-def _reconstruct(study: Study, workshop: Workshop, progress: Progress) -> bool:
-    """Fit the front's pruned points to what was there before they were pruned, if the run file says so.
-
-    Returns:
-        Whether any of them had not been.
-    """
-    if not study.run.search.reconstruct:
-        return False
-    known, any_added = {c.plan.plan_id for c in study.candidates()}, False
-    for candidate in study.front().points:
-        if candidate.plan.of_type(Recover) or not candidate.plan.without(Student).structural():
-            continue
-        try:
-            plan = candidate.plan.recovered(Recover(epochs=0, reconstruct=True))
-            if plan.plan_id not in known:
-                added, any_added = _add(study, workshop, candidate, plan, "reconstruct", progress), True
-                if study.run.search.keep_artefacts == "front":
-                    _drop_dominated(study, workshop.artefacts, added)
-        except AutocompressError as error:  # such as for blocks that are run several times
-            progress(f"trial {candidate.number} cannot be reconstructed: {error}")
-    return any_added
-
-
-def _add(
-    study: Study, workshop: Workshop, candidate: Candidate, plan: CompressionPlan, verb: str, progress: Progress
-) -> Candidate:
-    """Evaluate what is made of a candidate, and record it."""
-    progress(f"{verb}ing trial {candidate.number}")
-    added = study.add(plan, workshop.evaluate(plan), origin="recover")
-    gained = 100 * (added.score.accuracy - candidate.score.accuracy)
-    progress(f"trial {added.number} is trial {candidate.number} {verb}ed: {gained:+.1f} points")
-    return added
-
-
-def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
-    """Distil the most promising structures (rung 2), best non-dominated rank first, as many as the run file asks."""
-    trained = [c for c in study.candidates() if any(r.epochs for r in c.plan.of_type(Recover).values())]
-    wanted = study.run.search.recover - len(trained)
-    if wanted <= 0:
-        return
-    usable = [c for c in study.candidates() if c.measurement is not None and c.feasible and c.origin != "recover"]
-    ranks = nondominated_ranks(costs(usable, study.run.objectives))
-    known = {c.plan.plan_id for c in study.candidates()}
-    for candidate in sorted(usable, key=lambda c: (ranks[usable.index(c)], -c.score.accuracy)):
-        plan = workshop.recovering(candidate.plan)
-        # Without structural decisions there is nothing that distillation could win back.
-        if not candidate.plan.structural() or plan.plan_id in known or wanted <= 0:
-            continue
-        _add(study, workshop, candidate, plan, "recover", progress)
-        wanted -= 1
-
-
-def _confirm(study: Study, workshop: Workshop, workers: Workers | None, progress: Progress) -> None:
-    """Time the front's points anew, one after the other; points that this pushes off the front stay in the study."""
-    pairs = study.run.search.confirm_pairs
-    while pairs and (waiting := [c for c in study.front().points if not c.score.confirmed]):
-        points = []
-        for candidate in waiting:
-            # Its artefact is gone if a latency that did not hold had pushed it off the front.
-            kept = (workshop.artefacts / candidate.plan.plan_id).is_dir()
-            points.append((candidate.plan, candidate.score if kept else workshop.evaluate(candidate.plan)))
-        quiet = workers.stop if workers is not None else None  # it ends while they are loaded
-        confirmed = workshop.confirmed(points, pairs=pairs, quiet=quiet, progress=progress)
-        for candidate, measured in zip(waiting, confirmed, strict=True):
-            study.confirm(candidate.number, measured)
-    if study.run.search.keep_artefacts == "front":
-        front = {c.plan.plan_id for c in study.front().points} | {"reference"}
-        for folder in workshop.artefacts.iterdir():
-            if folder.name not in front:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_predictions(study: Study) -> None:
@@ -338,7 +251,7 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
             raise StudyError(f"{file}: not readable as JSON ({error})") from None
         if found.get("schema") != ENVIRONMENT_SCHEMA:
             raise StudyError(f"{file}: schema must be {ENVIRONMENT_SCHEMA}, got {found.get('schema')!r}")
-        if (folder / "study.journal").exists() or found.get("key") == key:
+        if holds_study(folder) or found.get("key") == key:
             # Written by an earlier version.
             later = {"majority": workshop.majority, "shared_rows": workshop.task.shared_rows}
             if not later.keys() <= found.keys():
@@ -405,7 +318,7 @@ def comparison_of(study: Study) -> Comparison | None:
     folder = study.folder / BASELINES / "random"
     random: Sequence[Candidate] | None = None
     # A baseline that was interrupted early holds no study yet.
-    if (folder / "run.yaml").exists() and (folder / "study.journal").exists():
+    if (folder / "run.yaml").exists() and holds_study(folder):
         random = _searched(Study(folder, RunConfig.from_file(folder / "run.yaml")))
     predictor: dict[str, float] = {}
     for name, values in _predictions(study).items():

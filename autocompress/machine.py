@@ -46,6 +46,17 @@ def adds_in_16_bits(about: Mapping[str, Any] | None = None) -> bool:
     return about["system"].endswith(("x86_64", "AMD64")) and _SUMS_IN_32_BITS.isdisjoint(about["cpu"]["features"])
 
 
+def waited_seconds() -> float:
+    """Return how long the threads of this process have stood ready without a core; 0 where the system does not say."""
+    total = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(file.read_text(encoding="ascii").split()[1])
+        except (OSError, LookupError, ValueError):  # the thread has ended, or another kernel writes something else
+            continue
+    return total / 1e9
+
+
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The study: one Optuna study in a journal file, written by one driver, from which everything can be continued.
+"""The study: one Optuna study, written by one driver, from which everything can be continued.
 
 Ask, tell and reconcile live here; what executes in between (`distribute.py`) can be killed at any moment. A plan is
 evaluated once per study, whatever the sampler proposes.
@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,16 @@ from autocompress.config import ConstraintsConfig, RunConfig
 from autocompress.errors import ConfigError, MeasurementError, StudyError
 from autocompress.garbage import without_collection
 from autocompress.identity import difference
-from autocompress.journal import Journal, hold, repair_tail
+from autocompress.journal import hold
 from autocompress.pareto import Front, costs, nondominated
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.proposals import Proposals
 from autocompress.records import OBJECTIVES, Candidate, Measurement, Stopped
 from autocompress.samplers import make_sampler
+from autocompress.storage import open_records
 
 STUDY_SCHEMA = 1
-_NAME = "autocompress"
 _ASKS = 8
 """Proposals of the sampler that may repeat a known plan before a random new one is taken."""
 _CONFIRMED = "confirmed:"
@@ -46,7 +47,7 @@ class Study:
     """The candidates of one run.
 
     Args:
-        folder: the results folder; holds ``study.journal``.
+        folder: the results folder; holds ``study.journal``, or names the database.
         run: the resolved run file.
         identity: what must be the same to continue: fingerprints of model, data, space and target.
         space: the bound search space, needed to ask; reading works without.
@@ -55,7 +56,7 @@ class Study:
             neither is done.
 
     Raises:
-        StudyError: if another driver holds the study, the journal cannot be read, or the identity differs.
+        StudyError: if another driver holds the study, its records cannot be read, or the identity differs.
     """
 
     def __init__(
@@ -75,22 +76,24 @@ class Study:
         self.run = run
         self.space = space
         self.repaired: Path | None = None
-        self._lock: int | None = hold(folder) if writable else None
+        self._open_things = ExitStack()
+        if writable:
+            self._open_things.callback(os.close, hold(folder))
         try:
             with without_collection():
-                self._load(folder / "study.journal", identity, writable)
+                self._load(identity, writable)
             if self._proposals is not None and self.predictor is not None and self.remaining:
                 self.learn()  # from all at once, for which the first proposal would have to wait
         except BaseException:
             self.close()
             raise
 
-    def _load(self, journal: Path, identity: Mapping[str, Any] | None, writable: bool) -> None:
-        if writable:
-            self.repaired = repair_tail(journal)
-        elif not journal.exists():
-            raise StudyError(f"{self.folder}: holds no study.journal; run: autocompress search RUN --out {self.folder}")
-        self._study = self._open(journal, identity, writable)
+    def _load(self, identity: Mapping[str, Any] | None, writable: bool) -> None:
+        url = self.run.storage.study
+        self._records = open_records(self.folder, url, name=self.run.name, writable=writable)
+        self._open_things.callback(self._records.close)
+        self.repaired = self._records.repaired
+        self._study = self._open(identity, writable)
         self._asked: dict[int, optuna.Trial] = {}
         self._confirmed = {
             int(key.removeprefix(_CONFIRMED)): value
@@ -110,31 +113,24 @@ class Study:
         self._front_at = -1
         self._proposals = None if self.space is None else Proposals(self, self._study, self.space)
 
-    def _open(self, journal: Path, identity: Mapping[str, Any] | None, writable: bool) -> optuna.Study:
-        try:
-            self._journal = storage = Journal(journal)
-            names = optuna.get_all_study_names(storage)
-        except (ValueError, TypeError, LookupError, OSError) as error:
-            raise StudyError(
-                f"{journal}: cannot be read ({str(error).splitlines()[0]}); what can be is written into a new file by: "
-                f"autocompress salvage {self.folder}"
-            ) from None
+    def _open(self, identity: Mapping[str, Any] | None, writable: bool) -> optuna.Study:
+        storage, name, where = self._records.storage, self._records.name, self._records.where
         directions = [StudyDirection[OBJECTIVES[name][1].upper()] for name in self.told]
-        if _NAME not in names:
+        if name not in self._records.names():
             if not writable:
-                raise StudyError(f"{journal}: holds no study yet")
-            study = optuna.create_study(storage=storage, study_name=_NAME, directions=directions)
+                raise StudyError(f"{where}: holds no study yet")
+            study = optuna.create_study(storage=storage, study_name=name, directions=directions)
             study.set_user_attr("identity", {"schema": STUDY_SCHEMA, **(identity or {})})
-        study = optuna.load_study(storage=storage, study_name=_NAME)
+        study = optuna.load_study(storage=storage, study_name=name)
         stored = study.user_attrs.get("identity")
         if writable and stored is None:
             study.set_user_attr("identity", {"schema": STUDY_SCHEMA, **(identity or {})})
         elif stored is not None and stored.get("schema") != STUDY_SCHEMA:
-            raise StudyError(f"{journal}: schema must be {STUDY_SCHEMA}, got {stored.get('schema')!r}")
+            raise StudyError(f"{where}: schema must be {STUDY_SCHEMA}, got {stored.get('schema')!r}")
         elif identity is not None and stored is not None and (changes := difference(stored, identity)):
             elsewhere = stored.get("machine") != identity.get("machine")
             hint = f"; autocompress retarget {self.folder} measures its front here" if elsewhere else ""
-            raise StudyError(f"{journal}: this study was made with other settings ({changes}); use another --out{hint}")
+            raise StudyError(f"{where}: this study was made with other settings ({changes}); use another --out{hint}")
         if writable:
             # A continued study must not draw the same numbers again.
             seed = (self.seed + len(study.get_trials(deepcopy=False))) % 2**32
@@ -174,7 +170,7 @@ class Study:
     def ask(self) -> tuple[int, CompressionPlan] | None:
         """Return the next trial's number and plan, or None if the budget or the space is spent."""
         started = time.perf_counter()
-        with self._journal.batch():
+        with self._records.batch():
             asked = self._ask()
         self.ask_seconds.append(time.perf_counter() - started)
         return asked
@@ -244,7 +240,7 @@ class Study:
                 result.check()
             except MeasurementError as error:
                 result = str(error)
-        with self._journal.batch():
+        with self._records.batch():
             state = self._record(trial, result)
         measured = result if isinstance(result, Measurement) else None
         candidate = Candidate(
@@ -374,9 +370,7 @@ class Study:
 
     def close(self) -> None:
         """Let another driver have the study."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._open_things.close()
 
     def _feasible(self, measured: Measurement) -> bool:
         return all(excess <= 0 for excess in self._excesses(measured).values())

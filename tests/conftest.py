@@ -7,9 +7,16 @@ their own process), and caches go to a temporary folder.
 from __future__ import annotations
 
 import csv
+import getpass
 import os
 import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -275,6 +282,54 @@ def tiny_pairs_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One bank for the whole suite, so that the tiny model is fine-tuned and its students distilled once."""
     return tmp_path_factory.mktemp("bank")
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """Yield the URL of an empty database on a PostgreSQL server of our own, which asks for a password."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [shutil.which("initdb")]
+    if programs[-1] is None:
+        pytest.skip("no PostgreSQL server is installed")
+    bin_, folder = Path(programs[-1]).parent, Path(tempfile.mkdtemp(prefix="pg"))
+    # It refuses to run as root; Debian's package brings a user for it.
+    user, ours = ("postgres", ["runuser", "-u", "postgres", "--"]) if os.geteuid() == 0 else (getpass.getuser(), [])
+    (secret := folder / "secret").write_text(secrets.token_hex(16), encoding="ascii")
+    shutil.chown(folder, user)
+    shutil.chown(secret, user)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    make = [str(bin_ / "initdb"), "-D", str(folder / "data"), "-U", "me", "--auth=scram-sha-256", f"--pwfile={secret}"]
+    subprocess.run([*ours, *make], check=True, capture_output=True, cwd="/")
+    listen = [str(bin_ / "postgres"), "-D", str(folder / "data"), "-h", "127.0.0.1", "-p", str(port), "-k", str(folder)]
+    server = subprocess.Popen([*ours, *listen], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+    before = os.environ.get("PGPASSWORD")
+    os.environ["PGPASSWORD"] = secret.read_text(encoding="ascii")
+    try:
+        import psycopg
+
+        until = time.monotonic() + 60
+        while True:
+            try:
+                with psycopg.connect(
+                    host="127.0.0.1", port=port, user="me", dbname="postgres", autocommit=True
+                ) as made:
+                    made.execute("CREATE DATABASE searches")
+                break
+            except psycopg.OperationalError:
+                assert time.monotonic() < until, "the server did not start"
+                time.sleep(0.2)
+        yield f"postgresql://me@127.0.0.1:{port}/searches"
+    finally:
+        # As its child `postgres` gets no signal from `runuser`, which waits for it, ask for its own number.
+        pid = int((folder / "data" / "postmaster.pid").read_text(encoding="ascii").splitlines()[0])
+        os.kill(pid, signal.SIGINT)
+        server.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+        if before is None:
+            del os.environ["PGPASSWORD"]
+        else:
+            os.environ["PGPASSWORD"] = before
 
 
 @pytest.fixture(scope="session")

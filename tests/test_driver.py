@@ -21,11 +21,12 @@ from test_study import SMALL, evaluate, run_of
 from autocompress import api, driver, machine
 from autocompress.config import RecoveryConfig, RunConfig
 from autocompress.decisions import PruneNeurons, Quantize, Recover
-from autocompress.driver import BASELINES, SearchStatus, _reconstruct, comparison_of, drive, write_results
+from autocompress.driver import BASELINES, SearchStatus, comparison_of, drive, write_results
 from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate
+from autocompress.refine import _reconstruct
 from autocompress.report.comparison import Comparison
 from autocompress.study import Study
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, make_tokenizer
 
-from autocompress import scoring, task
+from autocompress import machine, scoring, task
 from autocompress.config import DataConfig, TargetConfig
 from autocompress.errors import MeasurementError
 from autocompress.runtimes.base import Session
@@ -407,6 +407,42 @@ class TestLatency:
         found = scoring.summarize([taken], seed=0)
         assert found.ratio == pytest.approx(0.5, rel=0.05)
         assert found.ratio_high < 1, "nor is their order in doubt"
+
+    @pytest.mark.parametrize(
+        ("waits", "rows", "taken"), [([0.0], 1, 0), ([0.5, 0.001], 2, 1), ([0.5, 0.4, 0.6, 0.3, 0.7], 5, 3)]
+    )
+    def test_by_wall_clock_a_block_that_waited_for_a_core_is_timed_again(
+        self, monkeypatch: pytest.MonkeyPatch, waits: list[float], rows: int, taken: int
+    ) -> None:
+        """At several threads: the rows follow one that does not count, and the one that waited least is taken."""
+        # Asked before and after each row of two runs of 10 ms.
+        asked = iter([seconds for share in waits for seconds in (0.0, 0.02 * share)])
+        monkeypatch.setattr(machine, "waited_seconds", lambda: next(asked))
+        now, runs = [0.0], [0]
+
+        def clock() -> float:
+            return now[0]
+
+        class Slow(Adding):
+            def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+                runs[0] += 1
+                now[0] += 0.01 + 1e-6 * runs[0]
+                return super().run(inputs)
+
+        monkeypatch.setattr(scoring.time, "perf_counter", clock)
+        found = scoring.block(Slow(1), {}, clock)
+        assert runs[0] == 2 * (1 + rows)
+        first = 2 * (1 + taken) + 1
+        assert found == pytest.approx([0.01 + 1e-6 * first, 0.01 + 1e-6 * (first + 1)], abs=1e-9)
+
+    def test_waiting_for_a_core_is_seen(self) -> None:
+        before, work = machine.waited_seconds(), Adding(200_000)
+        with busy_cores():
+            for _ in range(20):
+                work.run({})
+        if not Path("/proc/self/schedstat").exists():
+            pytest.skip("this kernel does not say")
+        assert machine.waited_seconds() - before > 0.01
 
     def test_blocks_alternate_and_each_follows_runs_that_do_not_count(self) -> None:
         calls: list[str] = []

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -64,6 +65,25 @@ def score_of(plan: CompressionPlan) -> Measurement:
     )
 
 
+DATABASE = "AUTOCOMPRESS_TEST_DATABASE"
+"""Names the database in the environment, so that drivers in other processes know it, too."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Hold every kind of storage to the same, but for what concerns the journal's file alone."""
+    if "storage" in metafunc.fixturenames:
+        elsewhere = [pytest.param("postgresql", marks=pytest.mark.slow)]
+        of_the_file = metafunc.definition.get_closest_marker("journal")
+        metafunc.parametrize("storage", ["journal", *([] if of_the_file else elsewhere)], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "postgresql":
+        monkeypatch.setenv(DATABASE, request.getfixturevalue("postgresql"))
+    return str(request.param)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return results_in(tmp_path / "results")
@@ -93,7 +113,9 @@ def drive(folder: Path) -> Iterator[Callable[..., Study]]:
 
 
 def run_of(*overrides: str) -> RunConfig:
-    return RunConfig.from_mapping({"search": {"trials": 6}}, overrides=overrides)
+    return RunConfig.from_mapping(
+        {"search": {"trials": 6}, "storage": {"study": os.environ.get(DATABASE)}}, overrides=overrides
+    )
 
 
 def evaluate(study: Study, count: int = 10**6) -> list[Candidate]:
@@ -105,7 +127,11 @@ def evaluate(study: Study, count: int = 10**6) -> list[Candidate]:
 
 
 def rows(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    """Return the trials as another program finds them in the journal."""
+    """Return the trials as another program finds them in the storage."""
+    if (folder / "study.json").exists():
+        known = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        url = known["database"].replace("postgresql:", "postgresql+psycopg:")
+        return optuna.load_study(storage=url, study_name=known["study"]).get_trials()
     storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
     return optuna.load_study(storage=storage, study_name="autocompress").get_trials()
 

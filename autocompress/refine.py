@@ -1,0 +1,119 @@
+"""What becomes of a front once all candidates are evaluated: it is reconstructed, recovered, and timed with care."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from autocompress.decisions import Recover, Student
+from autocompress.errors import AutocompressError
+from autocompress.evaluate import Workshop
+from autocompress.pareto import costs, nondominated_ranks
+from autocompress.plan import CompressionPlan
+from autocompress.records import Candidate
+from autocompress.stopwatch import Stopwatch
+from autocompress.study import Study
+from autocompress.trained import Progress
+
+
+def refine(
+    study: Study, workshop: Workshop, clock: Stopwatch, *, quiet: Callable[[], None] | None, progress: Progress
+) -> None:
+    """Add what the run file asks to make of the front's points, and time all that stand on it anew.
+
+    Args:
+        study: open for writing, with all candidates evaluated.
+        workshop: of its run.
+        clock: takes the time of recovery and of confirmation.
+        quiet: called before anything is timed; returns when nothing else runs.
+        progress: told what is being done.
+    """
+    with clock("recovery"):
+        _reconstruct(study, workshop, progress)
+        _recover(study, workshop, progress)
+    added = True
+    while added:  # a latency that does not hold lets others on the front, until nothing is new there
+        with clock("confirmation"):
+            _confirm(study, workshop, quiet, progress)
+        with clock("recovery"):
+            added = _reconstruct(study, workshop, progress)
+
+
+def drop_dominated(study: Study, artefacts: Path, latest: Candidate) -> None:
+    """Delete the artefacts that ``latest`` pushed off the front, or its own; others may be in the making."""
+    front = {c.plan.plan_id for c in study.front().points}
+    kept = {c.plan.plan_id for c in study.candidates() if c.state == "COMPLETE"} - front
+    for plan_id in {p.name for p in artefacts.iterdir()} & kept | ({latest.plan.plan_id} - front):
+        shutil.rmtree(artefacts / plan_id, ignore_errors=True)
+
+
+def _reconstruct(study: Study, workshop: Workshop, progress: Progress) -> bool:
+    """Fit the front's pruned points to what was there before they were pruned, if the run file says so.
+
+    Returns:
+        Whether any of them had not been.
+    """
+    if not study.run.search.reconstruct:
+        return False
+    known, any_added = {c.plan.plan_id for c in study.candidates()}, False
+    for candidate in study.front().points:
+        if candidate.plan.of_type(Recover) or not candidate.plan.without(Student).structural():
+            continue
+        try:
+            plan = candidate.plan.recovered(Recover(epochs=0, reconstruct=True))
+            if plan.plan_id not in known:
+                added, any_added = _add(study, workshop, candidate, plan, "reconstruct", progress), True
+                if study.run.search.keep_artefacts == "front":
+                    drop_dominated(study, workshop.artefacts, added)
+        except AutocompressError as error:  # such as for blocks that are run several times
+            progress(f"trial {candidate.number} cannot be reconstructed: {error}")
+    return any_added
+
+
+def _add(
+    study: Study, workshop: Workshop, candidate: Candidate, plan: CompressionPlan, verb: str, progress: Progress
+) -> Candidate:
+    """Evaluate what is made of a candidate, and record it."""
+    progress(f"{verb}ing trial {candidate.number}")
+    added = study.add(plan, workshop.evaluate(plan), origin="recover")
+    gained = 100 * (added.score.accuracy - candidate.score.accuracy)
+    progress(f"trial {added.number} is trial {candidate.number} {verb}ed: {gained:+.1f} points")
+    return added
+
+
+def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
+    """Distil the most promising structures (rung 2), best non-dominated rank first, as many as the run file asks."""
+    trained = [c for c in study.candidates() if any(r.epochs for r in c.plan.of_type(Recover).values())]
+    wanted = study.run.search.recover - len(trained)
+    if wanted <= 0:
+        return
+    usable = [c for c in study.candidates() if c.measurement is not None and c.feasible and c.origin != "recover"]
+    ranks = nondominated_ranks(costs(usable, study.run.objectives))
+    known = {c.plan.plan_id for c in study.candidates()}
+    for candidate in sorted(usable, key=lambda c: (ranks[usable.index(c)], -c.score.accuracy)):
+        plan = workshop.recovering(candidate.plan)
+        # Without structural decisions there is nothing that distillation could win back.
+        if not candidate.plan.structural() or plan.plan_id in known or wanted <= 0:
+            continue
+        _add(study, workshop, candidate, plan, "recover", progress)
+        wanted -= 1
+
+
+def _confirm(study: Study, workshop: Workshop, quiet: Callable[[], None] | None, progress: Progress) -> None:
+    """Time the front's points anew, one after the other; points that this pushes off the front stay in the study."""
+    pairs = study.run.search.confirm_pairs
+    while pairs and (waiting := [c for c in study.front().points if not c.score.confirmed]):
+        points = []
+        for candidate in waiting:
+            # Its artefact is gone if a latency that did not hold had pushed it off the front.
+            kept = (workshop.artefacts / candidate.plan.plan_id).is_dir()
+            points.append((candidate.plan, candidate.score if kept else workshop.evaluate(candidate.plan)))
+        confirmed = workshop.confirmed(points, pairs=pairs, quiet=quiet, progress=progress)
+        for candidate, measured in zip(waiting, confirmed, strict=True):
+            study.confirm(candidate.number, measured)
+    if study.run.search.keep_artefacts == "front":
+        front = {c.plan.plan_id for c in study.front().points} | {"reference"}
+        for folder in workshop.artefacts.iterdir():
+            if folder.name not in front:
+                shutil.rmtree(folder, ignore_errors=True)
