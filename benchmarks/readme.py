@@ -1,4 +1,4 @@
-"""Write the measured figures into README.md and draw its pictures, from what the benchmarks wrote.
+"""Write the measured figures into README.md and docs, and draw README's pictures, from what the benchmarks wrote.
 
 ``python benchmarks/readme.py [--chromium /usr/bin/chromium]``. Pictures are screenshots of plotly's figures
 in headless Chromium; no figure in README is typed by hand.
@@ -286,6 +286,9 @@ def main() -> None:
     for name, part in parts.items():
         text = put(text, name, part)
     readme.write_text(text, encoding="utf-8")
+    guide = ROOT / "docs" / "clusters.md"
+    measured = [table(file.stem) for file in sorted(FIGURES.glob("cluster-*.json"))]
+    guide.write_text(put(guide.read_text(encoding="utf-8"), "cluster", "\n\n".join(measured)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -410,6 +410,50 @@ class TestCtrlC:
         thread.join()
 
 
+_FILLS_THE_MEMORY = """
+import sys, threading, time
+def inject():
+    while "autocompress.evaluate" not in sys.modules or not hasattr(sys.modules["autocompress.evaluate"], "Workshop"):
+        time.sleep(0.01)
+    shop = sys.modules["autocompress.evaluate"].Workshop
+    attempt = shop.attempt
+    def filling(self, plan, front=()):
+        try:
+            open({chosen!r}, "x").write(plan.plan_id)
+        except FileExistsError:
+            pass
+        if open({chosen!r}).read() == plan.plan_id:
+            filled = bytearray({size})
+            for at in range(0, len(filled), 4096):
+                filled[at] = 1
+            time.sleep(60)
+        return attempt(self, plan, front)
+    shop.attempt = filling
+threading.Thread(target=inject, daemon=True).start()
+"""
+
+
+def test_a_candidate_that_fills_the_memory_fails_alone(
+    workplace: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray is told that there are five gigabytes more than are in use, and kills who takes more."""
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    total, free = (1024 * int(told[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+    room = 5 * 2**30
+    if free < 2 * room:
+        pytest.skip("too little memory to fill a part of it")
+    folder = workplace("search.max_retries=1")
+    (injected := folder / "injected").mkdir()
+    code = _FILLS_THE_MEMORY.format(chosen=str(folder / "chosen"), size=room)
+    (injected / "sitecustomize.py").write_text(code, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(injected))
+    monkeypatch.setenv("RAY_memory_usage_threshold", f"{(total - free + room) / total:.3f}")
+    candidates = ended(start_search(folder, folder / "out"), folder / "out")
+    [failed] = [c for c in candidates if c.state != "COMPLETE"]
+    assert failed.failure == DIED
+    assert failed.plan.plan_id == (folder / "chosen").read_text(encoding="ascii")
+
+
 def test_a_full_disk_ends_the_search() -> None:
     asked = iter([(0, CompressionPlan())])
     study: Any = SimpleNamespace(run=RunConfig(), ask=lambda: next(asked, None), rivals=list)
