@@ -48,6 +48,11 @@ class Crew:
     address: str | None = None
     insecure: bool = False
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether Tune itself runs on the cluster's head, which this process only speaks to."""
+        return (self.address or "").startswith("ray://")
+
 
 @dataclass(frozen=True)
 class Job:

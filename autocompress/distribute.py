@@ -58,6 +58,9 @@ class Workers:
         cluster: where the workers are, instead of on this machine.
     """
 
+    ENTRY = "from autocompress.workers import main; main()"
+    """What the process runs that Ray is reached from; whoever measures the way to it runs something else there."""
+
     def __init__(
         self, run: RunConfig, artefacts: Path, progress: Progress = silent, *, cluster: Cluster | None = None
     ) -> None:
@@ -103,20 +106,6 @@ class Workers:
                 self.stop()
                 raise
         return self
-
-    def _join(self) -> None:
-        """Wait until it is known for how many workers the cluster has a place."""
-        assert self._connection is not None
-        self._progress(f"joining the cluster at {self._crew.address}")
-        try:
-            if not self._connection.poll(_JOIN_S):
-                raise StudyError(f"search: {self._crew.address}: no answer in {_JOIN_S:.0f} s")
-            kind, found = self._connection.recv()
-        except (EOFError, OSError):
-            raise StudyError(f"search: {self._crew.address}: cannot be joined ({self._last_words()})") from None
-        if kind == "ended":
-            raise StudyError(f"search: {found}")
-        self.count = found
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -197,7 +186,7 @@ class Workers:
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-c", "from autocompress.workers import main; main()", str(theirs.fileno())],
+                [sys.executable, "-c", self.ENTRY, str(theirs.fileno())],
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -211,6 +200,20 @@ class Workers:
             )
         self._connection = Connection(ours.detach())
         self._tell(self._crew)
+
+    def _join(self) -> None:
+        """Wait until it is known for how many workers the cluster has a place."""
+        assert self._connection is not None
+        self._progress(f"joining the cluster at {self._crew.address}")
+        try:
+            if not self._connection.poll(_JOIN_S):
+                raise StudyError(f"search: {self._crew.address}: no answer in {_JOIN_S:.0f} s")
+            kind, found = self._connection.recv()
+        except (EOFError, OSError):
+            raise StudyError(f"search: {self._crew.address}: cannot be joined ({self._last_words()})") from None
+        if kind == "ended":
+            raise StudyError(f"search: {found}")
+        self.count = found
 
     def _start_again(self) -> None:
         """Give a new Ray what had no result yet."""

@@ -76,9 +76,9 @@ class Study:
         self.run = run
         self.space = space
         self.repaired: Path | None = None
-        self._open_things = ExitStack()
+        self._held = ExitStack()
         if writable:
-            self._open_things.callback(os.close, hold(folder))
+            self._held.callback(os.close, hold(folder))
         try:
             with without_collection():
                 self._load(identity, writable)
@@ -91,7 +91,7 @@ class Study:
     def _load(self, identity: Mapping[str, Any] | None, writable: bool) -> None:
         url = self.run.storage.study
         self._records = open_records(self.folder, url, name=self.run.name, writable=writable)
-        self._open_things.callback(self._records.close)
+        self._held.callback(self._records.close)
         self.repaired = self._records.repaired
         self._study = self._open(identity, writable)
         self._asked: dict[int, optuna.Trial] = {}
@@ -370,7 +370,7 @@ class Study:
 
     def close(self) -> None:
         """Let another driver have the study."""
-        self._open_things.close()
+        self._held.close()
 
     def _feasible(self, measured: Measurement) -> bool:
         return all(excess <= 0 for excess in self._excesses(measured).values())

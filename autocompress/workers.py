@@ -268,6 +268,9 @@ class _Site:
                 method, *values = self._connection.recv()
             except (EOFError, OSError):
                 self.over.set()
+                if self._crew.elsewhere:  # Tune runs there, and sees nothing of this
+                    ray.shutdown()
+                    os._exit(0)
                 return
             self._started.wait()
             getattr(self._desk, method).remote(*values)

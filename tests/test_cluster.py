@@ -102,6 +102,22 @@ def test_from_another_machine(nodes: Nodes, workplace: Path, monkeypatch: pytest
     assert f"[  {TRIALS}/{TRIALS}] trial " in done.err
 
 
+def test_a_driver_that_is_killed_leaves_the_cluster_free(
+    nodes: Nodes, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(nodes, monkeypatch)
+    for address in (nodes.address, nodes.client_address):
+        out = workplace / f"out-{address.partition(':')[0]}"
+        search = start_search(workplace, out, options=("--address", address))
+        list(lines_until(search, "] trial "))
+        search.kill()
+        search.communicate()
+        # It needs the places that the first one's workers had.
+        done = command("search", "run.yaml", "--out", out, "--address", address, cwd=workplace)
+        assert done.code == 0, done.err
+        assert f"[  {TRIALS}/{TRIALS}] trial " in done.err
+
+
 @pytest.mark.parametrize("token", [None, "0" * 32])
 def test_a_cluster_lets_nobody_in_without_its_token(
     nodes: Nodes, workplace: Path, monkeypatch: pytest.MonkeyPatch, token: str | None
