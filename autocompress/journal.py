@@ -76,6 +76,9 @@ class _Records(BaseJournalBackend):
         self._held: list[str] | None = None
         """Lines of the batch in the making."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._path,)  # whoever opens a copy reads the file from the beginning
+
     def read_logs(self, log_number_from: int) -> Sequence[_Record]:
         self._ready = self._ready[log_number_from - self._first :]
         self._first = log_number_from

@@ -539,6 +539,7 @@ def test_a_confirmed_number_that_cannot_stand_is_refused(drive: Callable[..., St
 # --- studies of version 0.1
 
 
+@pytest.mark.journal
 def test_a_study_of_version_0_1_reads_and_continues(drive: Callable[..., Study], folder: Path) -> None:
     storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
     old = optuna.create_study(
@@ -674,6 +675,7 @@ def test_a_trial_that_is_interrupted_again_and_again_stays_one(drive: Callable[.
     assert sorted(plan_ids(told)) == sorted(SMALL.plan(params).plan_id for params in uniform_ladder(SMALL))
 
 
+@pytest.mark.journal
 def test_a_driver_killed_between_any_two_records_loses_no_seed(
     drive: Callable[..., Study], tmp_path: Path, folder: Path
 ) -> None:
@@ -753,10 +755,10 @@ def test_a_driver_that_is_killed_loses_nothing_that_it_told(drive: Callable[...,
 def test_a_second_driver_is_refused_until_the_first_has_closed(drive: Callable[..., Study], folder: Path) -> None:
     first = drive()
     evaluate(first, 2)
-    before = (folder / "study.journal").read_bytes()
+    before = rows(folder)
     with pytest.raises(StudyError, match="another search drives this study"):
         drive()
-    assert (folder / "study.journal").read_bytes() == before
+    assert rows(folder) == before
     assert Study(folder, run_of()).finished == 2, "reading is allowed meanwhile"
     first.close()
     assert drive().finished == 2
@@ -770,6 +772,7 @@ def test_a_driver_in_another_process_is_respected_until_it_is_killed(drive: Call
     assert drive().remaining >= 5
 
 
+@pytest.mark.journal
 def test_locks_that_are_left_lying_hold_nobody_up(drive: Callable[..., Study], folder: Path) -> None:
     study = drive()
     evaluate(study, 2)
@@ -810,13 +813,13 @@ def test_another_model_data_or_machine_is_refused(
     study = drive()
     evaluate(study, 2)
     study.close()
-    before = (folder / "study.journal").read_bytes()
+    before = rows(folder)
     with pytest.raises(StudyError) as caught:
         drive(**change)
     assert difference in str(caught.value)
     assert "--out" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert (folder / "study.journal").read_bytes() == before
+    assert rows(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -863,6 +866,7 @@ def cuts(record: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("last", ["told", "asked"])
+@pytest.mark.journal
 def test_a_torn_last_record_is_cut_off(drive: Callable[..., Study], tmp_path: Path, folder: Path, last: str) -> None:
     study = drive(space=TINY)
     evaluate(study, 3)
@@ -897,6 +901,7 @@ def test_a_torn_last_record_is_cut_off(drive: Callable[..., Study], tmp_path: Pa
         assert len(set(plan_ids(read.candidates()))) == 6
 
 
+@pytest.mark.journal
 def test_a_torn_journal_can_be_read_and_is_left_as_it_is(drive: Callable[..., Study], folder: Path) -> None:
     study = drive()
     evaluate(study, 3)
@@ -909,6 +914,7 @@ def test_a_torn_journal_can_be_read_and_is_left_as_it_is(drive: Callable[..., St
     assert not list(folder.glob("*.torn-*"))
 
 
+@pytest.mark.journal
 def test_a_last_record_that_is_whole_but_no_json_is_cut_off(drive: Callable[..., Study], folder: Path) -> None:
     study = drive()
     evaluate(study, 3)
@@ -922,6 +928,7 @@ def test_a_last_record_that_is_whole_but_no_json_is_cut_off(drive: Callable[...,
     assert journal.read_bytes()[: len(content)] == content
 
 
+@pytest.mark.journal
 def test_a_disk_that_is_full_in_mid_record_keeps_what_was_told(drive: Callable[..., Study], folder: Path) -> None:
     study = drive()
     told = evaluate(study, 3)
@@ -945,6 +952,7 @@ def test_a_disk_that_is_full_in_mid_record_keeps_what_was_told(drive: Callable[.
     assert again.finished == 6
 
 
+@pytest.mark.journal
 def test_a_sound_journal_is_not_repaired(drive: Callable[..., Study], folder: Path) -> None:
     evaluate(drive(), 2)
     before = (folder / "study.journal").read_bytes()
@@ -952,6 +960,7 @@ def test_a_sound_journal_is_not_repaired(drive: Callable[..., Study], folder: Pa
     assert (folder / "study.journal").read_bytes() == before
 
 
+@pytest.mark.journal
 def test_a_corrupt_line_in_the_middle_is_refused_and_left_alone(drive: Callable[..., Study], folder: Path) -> None:
     study = drive()
     evaluate(study, 3)
@@ -968,6 +977,7 @@ def test_a_corrupt_line_in_the_middle_is_refused_and_left_alone(drive: Callable[
     assert journal.read_bytes() == b"".join(lines)
 
 
+@pytest.mark.journal
 def test_a_folder_without_a_study_is_refused(folder: Path) -> None:
     with pytest.raises(StudyError, match=r"holds no study\.journal; run: autocompress search"):
         Study(folder, run_of())
