@@ -60,6 +60,7 @@ class DataConfig(Section):
     source: str = Field(
         "demo/movies", min_length=1, description="demo/movies, demo/tweets, a csv, jsonl or parquet file, a datasets id"
     )
+    revision: str | None = Field(None, description="branch, tag or commit of a datasets id")
     text: str = Field("text", description="column of the text")
     text_pair: str | None = Field(None, description="column of the second text, for tasks on pairs")
     label: str = Field("label", description="column of the class")

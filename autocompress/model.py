@@ -245,7 +245,8 @@ def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0) -> EncoderMode
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
     try:
-        module, found = AutoModelForSequenceClassification.from_pretrained(
+        # A folder, of which there is one revision.
+        module, found = AutoModelForSequenceClassification.from_pretrained(  # nosec B615
             folder,
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
@@ -285,7 +286,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not any(file for name in names for file in folder.glob(name)):
         raise ModelError(f"model: {folder}: its tokenizer does not load (it holds none of {', '.join(names)})")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # nosec B615
     except Exception as error:
         raise ModelError(f"model: {folder}: its tokenizer does not load ({_first_line(error)})") from None
 

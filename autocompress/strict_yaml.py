@@ -53,7 +53,8 @@ def parse(text: str, source: str) -> Any:
     if len(text.encode()) > MAX_BYTES:
         raise ConfigError(f"{source}: larger than {MAX_BYTES:,} bytes, not a run file or search space")
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - the loader derives from SafeLoader
+        # The loader derives from SafeLoader.
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  # nosec B506
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}: " if mark else ""

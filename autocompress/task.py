@@ -281,12 +281,12 @@ def _read_hub(config: DataConfig) -> pd.DataFrame:
 
     def fetch(local: bool) -> Any:
         with _hub_switched_off() if local else nullcontext():
-            return datasets.load_dataset(config.source)
+            return datasets.load_dataset(config.source, revision=config.revision)
 
     def probe() -> None:
         from huggingface_hub import HfApi
 
-        HfApi().dataset_info(config.source, timeout=4.0)
+        HfApi().dataset_info(config.source, revision=config.revision, timeout=4.0)
 
     try:
         found = from_hub(f"data: {config.source}", fetch, probe)

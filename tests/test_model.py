@@ -379,8 +379,8 @@ import datasets, huggingface_hub
 from autocompress import model, task
 from autocompress.config import DataConfig
 
-def read(source):
-    loaded = task.load(DataConfig(source=source, search_rows=10))
+def read(source, revision=None):
+    loaded = task.load(DataConfig(source=source, revision=revision, search_rows=10))
     return [loaded.labels, {name: len(rows) for name, rows in loaded.splits.items()}]
 
 actions = {"model": lambda name, *revision: str(model.locate(name, *revision)), "data": read}
@@ -454,6 +454,7 @@ class TestHub:
         snapshot = fill_hub_cache(tmp_path, bert_headed_folder, tiny_csv)
         cached = [("model", "org/name"), ("model", "org/name", "main"), ("model", "org/name", COMMIT)]
         others = [("model", "org/other"), ("model", "without-owner"), ("model", "org/name", "v2"), ("data", "org/more")]
+        others.append(("data", "org/more", "v2"))
         found = ask_hub(tmp_path, *cached, ("data", "org/texts"), *others, HF_ENDPOINT="http://127.0.0.1:9")
         assert [said for said, _ in found[:3]] == [str(snapshot)] * 3
         assert found[3][0] == [list(LABELS), {"train": 230, "search": 10, "test": 60}]
