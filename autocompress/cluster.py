@@ -5,8 +5,13 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
-# With no clusters, whatever the system, Ray's servers are bound to the loopback address alone.
-_HERE_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_HERE_ALONE = {
+    # With no clusters, whatever the system, Ray's servers are bound to the loopback address alone.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Where memory runs short, Ray ends the processes of its workers by its own rules, the desk among them. The kernel
+    # ends the one that takes most.
+    "RAY_memory_monitor_refresh_ms": "0",
+}
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ evaluated once per study, whatever the sampler proposes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,11 @@ class Study:
         self.known = {c.plan.plan_id for c in self._candidates.values()}
         """Ids of all plans that are or were evaluated."""
         self._learned = -1
-        self._front_of_told: list[Candidate] = []
-        self._front_at = -1
+        self._forget_fronts()
         self._proposals = None if self.space is None else Proposals(self, self._study, self.space)
+
+    def _forget_fronts(self) -> None:
+        self._unbeaten, self._unbeaten_told = _Unbeaten(self.run.objectives), _Unbeaten(self.told)
 
     def _open(self, identity: Mapping[str, Any] | None, writable: bool) -> optuna.Study:
         storage, name, where = self._records.storage, self._records.name, self._records.where
@@ -150,9 +153,13 @@ class Study:
         return len(running)
 
     def learn(self) -> bool:
-        """Let the predictor know what was measured since it was last told; False while that is too little."""
+        """Let the predictor know what was measured since it was last told; False while that is too little.
+
+        In a large study, once there is a hundredth more: to fit it to all of them after each would take longer than
+        anything else that the driver does.
+        """
         assert self.predictor is not None
-        if self._learned != len(self._candidates):
+        if len(self._candidates) - self._learned >= max(1, self._learned // 100):
             self.predictor.learn(list(self._candidates.values()))
             self._learned = len(self._candidates)
         return self.predictor.ready
@@ -218,12 +225,7 @@ class Study:
 
     def told_front(self) -> list[Candidate]:
         """Return the candidates that none beats in all that the sampler is told."""
-        if self._front_at != len(self._candidates):
-            usable = [c for c in self._candidates.values() if c.measurement is not None and c.feasible]
-            kept = nondominated(costs(usable, self.told))
-            self._front_of_told = [c for c, on_it in zip(usable, kept, strict=True) if on_it]
-            self._front_at = len(self._candidates)
-        return self._front_of_told
+        return self._unbeaten_told.among(self._candidates)
 
     def rivals(self) -> list[list[float]]:
         """Return the costs of the points that a new candidate must not be dominated by, as the sampler is told them."""
@@ -289,7 +291,7 @@ class Study:
         known = self._candidates[number]
         candidate = dataclasses.replace(known, measurement=measured, feasible=self._feasible(measured))
         self._candidates[number] = candidate
-        self._front_at = -1
+        self._forget_fronts()
         return candidate
 
     def add(self, plan: CompressionPlan, measured: Measurement, *, origin: str) -> Candidate:
@@ -366,7 +368,7 @@ class Study:
 
     def front(self) -> Front:
         """Return the Pareto front of the candidates so far."""
-        return Front.of(self.candidates(), self.reference, self.run.objectives)
+        return Front.of(self._unbeaten.among(self._candidates), self.reference, self.run.objectives)
 
     def close(self) -> None:
         """Let another driver have the study."""
@@ -400,6 +402,26 @@ class Study:
             origin="uniform" if origin == "seed" else origin,
             folder=self.folder,
         )
+
+
+class _Unbeaten:
+    """The candidates that none beats, kept up to date as others come: who was beaten once stays beaten."""
+
+    def __init__(self, objectives: Sequence[str]) -> None:
+        self._objectives = objectives
+        self._found: list[Candidate] = []
+        self._seen = 0
+
+    def among(self, candidates: Mapping[int, Candidate]) -> list[Candidate]:
+        """Return those of ``candidates``, which were added at the end since the last call, by number."""
+        if self._seen != len(candidates):
+            latest = itertools.islice(candidates.values(), self._seen, None)
+            usable = self._found + [c for c in latest if c.measurement is not None and c.feasible]
+            usable.sort(key=lambda c: c.number)  # of equal ones the first is kept
+            kept = nondominated(costs(usable, self._objectives))
+            self._found = [c for c, on_it in zip(usable, kept, strict=True) if on_it]
+            self._seen = len(candidates)
+        return self._found
 
 
 def excesses(measured: Measurement, constraints: ConstraintsConfig, reference: Measurement) -> dict[str, float]:

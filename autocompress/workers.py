@@ -252,9 +252,11 @@ class _Site:
             pass
         except _Refused as error:
             failure = str(error)
-        except Exception as error:  # told to the driver
+        except Exception as error:
+            if self._started.is_set():
+                raise  # the driver starts another Ray
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            failure = f"Ray cannot be started or ended early ({reason})"
+            failure = f"Ray cannot be started ({reason})"
         with contextlib.suppress(OSError):  # the driver has left
             self._connection.send(("ended", failure))
         self.over.set()

@@ -62,10 +62,9 @@ def main() -> None:
         for name, lose in (("disturbed", -1), ("undisturbed", None)):
             nodes = Nodes(secrets.token_hex(16))
             try:
-                nodes.wait(1)
+                nodes.wait()
                 nodes.grow()
                 nodes.grow()
-                nodes.wait(3)
                 found.append(searched(nodes, Path(scratch) / name, lose))
                 alive = nodes.alive()
             finally:

@@ -19,6 +19,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+_START_S, _TRIES = 60.0, 3
+
+
 class Nodes:
     """A cluster of nodes of one core each, all on the loopback address.
 
@@ -42,7 +45,23 @@ class Nodes:
         return auth if self.token is None else {**auth, "RAY_AUTH_TOKEN": self.token}
 
     def grow(self) -> None:
-        self._start(f"--address={self.address}")
+        """Add a node, and wait until it is there: two that start at once may choose the same ports."""
+        there = self.alive()
+        for _ in range(_TRIES):
+            self._start(f"--address={self.address}")
+            if self._joined(there + 1):
+                return
+            self._nodes.pop()
+        raise RuntimeError("the node did not start")
+
+    def _joined(self, nodes: int) -> bool:
+        until = time.monotonic() + _START_S
+        while time.monotonic() < until and self._nodes[-1].poll() is None:
+            if self.alive() >= nodes:
+                return True
+        if self._nodes[-1].poll() is None:
+            self.lose(-1)
+        return False
 
     def _start(self, *arguments: str) -> None:
         ray = Path(sys.executable).with_name("ray")
@@ -77,11 +96,10 @@ class Nodes:
         )
         return int(done.stdout) if done.returncode == 0 else 0
 
-    def wait(self, nodes: int) -> None:
-        until = time.monotonic() + 90
-        while self.alive() < nodes:
-            assert time.monotonic() < until, "the cluster did not start"
-            time.sleep(0.5)
+    def wait(self) -> None:
+        """Wait until the head is there."""
+        if not self._joined(1):
+            raise RuntimeError("the cluster did not start")
 
     def stop(self) -> None:
         for node in reversed(self._nodes):

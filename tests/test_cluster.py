@@ -31,7 +31,7 @@ FILES = Path(__file__).parents[1] / "docs" / "clusters"
 def nodes() -> Iterator[Nodes]:
     found = Nodes(secrets.token_hex(16))
     try:
-        found.wait(1)
+        found.wait()
         yield found
     finally:
         found.stop()
@@ -58,7 +58,6 @@ def enter(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_search_outlives_a_node(nodes: Nodes, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes.grow()
     nodes.grow()
-    nodes.wait(3)
     enter(nodes, monkeypatch)
     search = start_search(workplace, workplace / "out", "search.trials=16", options=("--address", nodes.address))
     said = "".join(lines_until(search, "] trial "))
@@ -148,7 +147,7 @@ def test_what_no_node_has_is_said_before_anything_is_done(
 def test_a_cluster_that_asks_nobody_for_a_token_is_refused(workplace: Path) -> None:
     open_nodes = Nodes(None)
     try:
-        open_nodes.wait(1)
+        open_nodes.wait()
         there = ("search", "run.yaml", "--out", "out", "--address", open_nodes.address)
         done = command(*there, cwd=workplace)
         assert done.code == 1
