@@ -54,6 +54,8 @@ _LOOK_S = 10.0
 """Seconds without a result after which Ray is asked whether it lives."""
 _PLACE_S = 20.0
 """Seconds in which a node of a cluster may still join that has a place for a worker."""
+_JOINS, _JOIN_AGAIN_S = 4, 5.0
+"""How often a cluster is joined from outside before that is given up, and seconds in between."""
 _KNOCK_S = 15.0
 """Seconds in which it is known whether a cluster answers somebody without a token."""
 
@@ -331,11 +333,17 @@ class _Site:
             )
         if said not in ("open", "closed"):
             raise _Refused(f"{address}: no cluster answers there ({said})")
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise _Refused(f"{address}: cannot be joined ({reason}); is the token its own? (RAY_AUTH_TOKEN)") from None
+        # The server for clients fails at times while it still ends what a driver before this one had.
+        for left in reversed(range(_JOINS if self._crew.elsewhere else 1)):
+            try:
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+                return
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if left:
+                ray.shutdown()
+                time.sleep(_JOIN_AGAIN_S)
+        raise _Refused(f"{address}: cannot be joined ({reason}); is the token its own? (RAY_AUTH_TOKEN)")
 
     @property
     def _takes(self) -> dict[str, float]:

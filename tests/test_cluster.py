@@ -15,7 +15,7 @@ import yaml
 from processes import descendants
 from ray_nodes import Nodes, free_port
 from test_distribute import ended
-from test_search import command, lines_until, start_search
+from test_search import by_number, command, lines_until, start_search
 
 from autocompress import machine
 from autocompress.config import RunConfig
@@ -107,14 +107,16 @@ def test_a_driver_that_is_killed_leaves_the_cluster_free(
     enter(nodes, monkeypatch)
     for address in (nodes.address, nodes.client_address):
         out = workplace / f"out-{address.partition(':')[0]}"
-        search = start_search(workplace, out, options=("--address", address))
+        search = start_search(workplace, out, "search.trials=40", options=("--address", address))
         list(lines_until(search, "] trial "))
         search.kill()
         search.communicate()
         # It needs the places that the first one's workers had.
-        done = command("search", "run.yaml", "--out", out, "--address", address, cwd=workplace)
+        again = ("--out", out, "--address", address, "--set", "search.trials=40")
+        done = command("search", "run.yaml", *again, cwd=workplace)
         assert done.code == 0, done.err
-        assert f"[  {TRIALS}/{TRIALS}] trial " in done.err
+        assert re.search(r"evaluating \d+ of 40 candidates", done.err), "the first was killed in the middle"
+        assert len(by_number(out)) == 40
 
 
 @pytest.mark.parametrize("token", [None, "0" * 32])
