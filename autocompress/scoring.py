@@ -210,6 +210,18 @@ def clock_of(target: TargetConfig) -> Callable[[], float]:
     return time.process_time if target.threads == 1 else time.perf_counter
 
 
+def _quietest_row(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> np.ndarray:
+    rows: list[tuple[float, np.ndarray]] = []
+    for _ in range(_ATTEMPTS):
+        before = machine.waited_seconds()
+        times = _row(session, inputs, clock)
+        waited = machine.waited_seconds() - before
+        rows.append((waited, times))
+        if waited <= _DISTURBED * times.sum():
+            break
+    return min(rows, key=lambda row: row[0])[1]
+
+
 def _row(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> np.ndarray:
     times: list[float] = []
     # By the shortest: the first run may have to prepare itself for this shape.
@@ -272,15 +284,7 @@ def block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[]
         MeasurementError: if a run took no measurable time.
     """
     _row(session, inputs, clock)
-    least, found = math.inf, np.empty(0)
-    for _ in range(_ATTEMPTS if clock is time.perf_counter else 1):
-        waited = machine.waited_seconds()
-        times = _row(session, inputs, clock)
-        share = (machine.waited_seconds() - waited) / times.sum() if clock is time.perf_counter else 0.0
-        if share < least:
-            least, found = share, times
-        if share <= _DISTURBED:
-            break
+    found = _quietest_row(session, inputs, clock) if clock is time.perf_counter else _row(session, inputs, clock)
     if not (found > 0).all():
         raise MeasurementError(f"latency: {int((found <= 0).sum())} of {found.size} runs took no measurable time")
     return found
