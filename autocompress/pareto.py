@@ -7,7 +7,8 @@ Comparative Case Study and the Strength Pareto Approach", IEEE Transactions on E
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -54,6 +55,26 @@ def nondominated(points: np.ndarray) -> np.ndarray:
     import moocore
 
     return np.asarray(moocore.is_nondominated(points, maximise=False, keep_weakly=False), dtype=bool)
+
+
+class Unbeaten:
+    """The candidates that none beats, kept up to date as others come: who was beaten once stays beaten."""
+
+    def __init__(self, objectives: Sequence[str]) -> None:
+        self._objectives = objectives
+        self._found: list[Candidate] = []
+        self._seen = 0
+
+    def among(self, candidates: Mapping[int, Candidate]) -> list[Candidate]:
+        """Return those of ``candidates``, which were added at the end since the last call, by number."""
+        if self._seen != len(candidates):
+            latest = itertools.islice(candidates.values(), self._seen, None)
+            usable = self._found + [c for c in latest if c.measurement is not None and c.feasible]
+            usable.sort(key=lambda c: c.number)  # of equal ones the first is kept
+            kept = nondominated(costs(usable, self._objectives))
+            self._found = [c for c, on_it in zip(usable, kept, strict=True) if on_it]
+            self._seen = len(candidates)
+        return self._found
 
 
 def nondominated_ranks(points: np.ndarray) -> np.ndarray:

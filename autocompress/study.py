@@ -7,12 +7,11 @@ evaluated once per study, whatever the sampler proposes.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from autocompress.errors import ConfigError, MeasurementError, StudyError
 from autocompress.garbage import without_collection
 from autocompress.identity import difference
 from autocompress.journal import hold
-from autocompress.pareto import Front, costs, nondominated
+from autocompress.pareto import Front, Unbeaten, costs
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.proposals import Proposals
@@ -114,7 +113,7 @@ class Study:
         self._proposals = None if self.space is None else Proposals(self, self._study, self.space)
 
     def _forget_fronts(self) -> None:
-        self._unbeaten, self._unbeaten_told = _Unbeaten(self.run.objectives), _Unbeaten(self.told)
+        self._unbeaten, self._unbeaten_told = Unbeaten(self.run.objectives), Unbeaten(self.told)
 
     def _open(self, identity: Mapping[str, Any] | None, writable: bool) -> optuna.Study:
         storage, name, where = self._records.storage, self._records.name, self._records.where
@@ -402,26 +401,6 @@ class Study:
             origin="uniform" if origin == "seed" else origin,
             folder=self.folder,
         )
-
-
-class _Unbeaten:
-    """The candidates that none beats, kept up to date as others come: who was beaten once stays beaten."""
-
-    def __init__(self, objectives: Sequence[str]) -> None:
-        self._objectives = objectives
-        self._found: list[Candidate] = []
-        self._seen = 0
-
-    def among(self, candidates: Mapping[int, Candidate]) -> list[Candidate]:
-        """Return those of ``candidates``, which were added at the end since the last call, by number."""
-        if self._seen != len(candidates):
-            latest = itertools.islice(candidates.values(), self._seen, None)
-            usable = self._found + [c for c in latest if c.measurement is not None and c.feasible]
-            usable.sort(key=lambda c: c.number)  # of equal ones the first is kept
-            kept = nondominated(costs(usable, self._objectives))
-            self._found = [c for c, on_it in zip(usable, kept, strict=True) if on_it]
-            self._seen = len(candidates)
-        return self._found
 
 
 def excesses(measured: Measurement, constraints: ConstraintsConfig, reference: Measurement) -> dict[str, float]:
