@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, lru_cache
 from typing import Literal
 
 from autocompress.decisions import Decision, DropBlocks, PruneHeads, PruneNeurons, Student
@@ -70,17 +70,7 @@ class ModelShape:
 
     def sites(self) -> Mapping[str, Site]:
         """Return all sites by name, in the order of the forward pass."""
-        return self._sites
-
-    @cached_property
-    def _sites(self) -> Mapping[str, Site]:
-        sites = [Site("embeddings", "embedding", 0, self.table_width or self.hidden, self.vocabulary)]
-        for number, block in enumerate(self.blocks):
-            inner = block.heads * block.head_size
-            sites.append(Site(f"block.{number}.attention", "attention", inner, self.hidden, block.heads))
-            sites.append(Site(f"block.{number}.ffn", "ffn", block.neurons, self.hidden, block.neurons))
-        sites.append(Site("head", "head", self.table_width, self.hidden, 0))
-        return {site.name: site for site in sites}
+        return _sites_of(self)
 
     @cache  # noqa: B019 - a few shapes, each of which is asked for again and again
     def of_student(self, student: Student) -> ModelShape:
@@ -124,6 +114,17 @@ class ModelShape:
                 else:
                     blocks[number] = BlockShape(heads, size, decision.keep)
         return dataclasses.replace(begun, blocks=tuple(blocks))
+
+
+@lru_cache(maxsize=1024)
+def _sites_of(shape: ModelShape) -> Mapping[str, Site]:
+    sites = [Site("embeddings", "embedding", 0, shape.table_width or shape.hidden, shape.vocabulary)]
+    for number, block in enumerate(shape.blocks):
+        inner = block.heads * block.head_size
+        sites.append(Site(f"block.{number}.attention", "attention", inner, shape.hidden, block.heads))
+        sites.append(Site(f"block.{number}.ffn", "ffn", block.neurons, shape.hidden, block.neurons))
+    sites.append(Site("head", "head", shape.table_width, shape.hidden, 0))
+    return {site.name: site for site in sites}
 
 
 def before_drop(site: str, kept: Sequence[int]) -> str:

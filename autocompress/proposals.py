@@ -12,8 +12,8 @@ import optuna
 from optuna.trial import TrialState
 
 from autocompress.binding import BoundSpace
+from autocompress.mutation import by_promise, mutated
 from autocompress.plan import CompressionPlan
-from autocompress.samplers import most_promising, mutated
 from autocompress.seeds import sensitivity_ladder, uniform_ladder
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _RANDOM_DRAWS = 500
 _MUTATIONS = 16
 """Changed points of the front of which the one that promises most is evaluated."""
+_TAKEN_FOR = 64
+"""Trials in flight for each of which one more of them is taken: to screen them takes time that many workers wait."""
 _SENSITIVITY_SHARE = 0.2
 """Part of a search's candidates that may be allocated from sensitivities before the sampler begins."""
 
@@ -40,6 +42,7 @@ class Proposals:
         self._trials = trials
         self._space = space
         self._seeds = self._make_seeds() if study.run.search.seeds else iter(())
+        self._mutations: list[dict[str, Any]] = []
         self._rng = random.Random(f"{study.seed}:{len(trials.get_trials(deepcopy=False))}")  # noqa: S311
 
     def _make_seeds(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,11 +80,16 @@ class Proposals:
 
     def _mutation(self) -> dict[str, Any] | None:
         """Return the parameters of a changed point of the front, the most promising of several, or None."""
+        if not self._mutations:
+            self._mutations = self._screened()[: 1 + self._of.in_flight // _TAKEN_FOR]
+        return self._mutations.pop(0) if self._mutations else None
+
+    def _screened(self) -> list[dict[str, Any]]:
+        """Return parameters of changed points of the front, as far as anything is known the most promising first."""
         parents = [dict(c.params) for c in self._of.told_front() if c.params]
         options: dict[str, tuple[dict[str, Any], CompressionPlan]] = {}
         for _ in range(_MUTATIONS if parents else 0):
-            params = mutated(self._space, parents, self._rng)
-            plan = self._space.plan(params)
+            params, plan = mutated(self._space, parents, self._rng)
             if plan.plan_id not in self._of.known:
                 options[plan.plan_id] = (params, plan)
         chosen = list(options.values())
@@ -89,9 +97,9 @@ class Proposals:
             guessed = [self._of.predictor.expected(plan, self._of.told) for _, plan in chosen]
             known = [n for n, costs in enumerate(guessed) if costs is not None]
             if known:
-                best = most_promising(np.array([guessed[n] for n in known]), np.array(self._of.rivals()))
-                return chosen[known[best]][0]
-        return chosen[0][0] if chosen else None
+                order = by_promise(np.array([guessed[n] for n in known]), np.array(self._of.rivals()))
+                return [chosen[known[n]][0] for n in order]
+        return [params for params, _ in chosen]
 
     def enqueue_unknown(self) -> bool:
         """Enqueue random parameters of a plan that is not known yet; False if none was found."""

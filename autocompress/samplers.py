@@ -1,6 +1,5 @@
-"""Who proposes the next candidate: Optuna's samplers over what they need of a study, and mutation of the front.
+"""Who proposes the next candidate: Optuna's samplers, made for studies of thousands of trials and hundreds of workers.
 
-`study.py` asks the sampler made here and, for a share of the proposals, changes a point of the front by `mutated`.
 TPE is the multi-objective one of Ozaki et al. (2022), "Multiobjective Tree-Structured Parzen Estimator"; NSGA-II and
 NSGA-III are those of Deb et al. (2002) and of Deb and Jain (2014).
 """
@@ -8,35 +7,30 @@ NSGA-III are those of Deb et al. (2002) and of Deb and Jain (2014).
 from __future__ import annotations
 
 import copy
-import math
-import random
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
+from optuna.samplers._tpe import sampler as tpe
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.binding import FULL, BoundSpace
-from autocompress.pareto import hypervolume
-from autocompress.space import Value
-
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+    from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 
 SamplerName = Literal["tpe", "nsga2", "nsga3", "random"]
 
 TPE_HISTORY = 300
 """Finished trials that TPE sees: its time for a proposal grows with them, most where nearly all are non-dominated."""
-_CHANGES = 2
-"""Mean number of parameters that a mutation changes."""
-_MARGIN = 0.1
-"""How far behind a front's worst values, in its extents, points still count."""
-_NEIGHBOUR = 0.8
-"""Probability that a number moves to the next smaller or larger choice instead of to any other."""
+_STARTUP = 10
+"""Finished trials without which TPE has nothing to learn from."""
+_ANEW = 16
+"""Part of the trials in flight, as its denominator, that may come and go before TPE looks at the study again."""
 
 
 def make_sampler(name: SamplerName, *, seed: int) -> BaseSampler:
@@ -47,11 +41,10 @@ def make_sampler(name: SamplerName, *, seed: int) -> BaseSampler:
         if name == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         if name == "nsga2":
-            return _Viewing(optuna.samplers.NSGAIISampler(seed=seed), most=None)
+            return _Viewing(optuna.samplers.NSGAIISampler(seed=seed))
         if name == "nsga3":
-            return _Viewing(optuna.samplers.NSGAIIISampler(seed=seed), most=None)
-        tpe = optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
-    return _Viewing(tpe, most=TPE_HISTORY)
+            return _Viewing(optuna.samplers.NSGAIIISampler(seed=seed))
+        return _ViewingTPE(_KeepingTPE(seed=seed))
 
 
 class _View:
@@ -72,6 +65,21 @@ class _View:
         return copy.deepcopy(found) if deepcopy else found
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What a sampler saw of a study.
+
+    Args:
+        view: the trials.
+        space: the parameters that are proposed together.
+        last: number of the last trial that is proposed from it.
+    """
+
+    view: optuna.Study
+    space: dict[str, BaseDistribution]
+    last: int
+
+
 class _Viewing(BaseSampler):
     """Delegates to a sampler that sees a part of the study only.
 
@@ -80,28 +88,24 @@ class _Viewing(BaseSampler):
 
     Args:
         inner: the sampler that proposes.
-        most: finished trials that it sees; None for all.
     """
 
-    def __init__(self, inner: BaseSampler, *, most: int | None) -> None:
+    def __init__(self, inner: BaseSampler) -> None:
         self._inner = inner
-        self._most = most
-        self._view: tuple[int, optuna.Study] | None = None
+        self._seen: _Look | None = None
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        self._view = None  # the first call for each new trial
-        found = _one_of_each(self._of(study, trial)._get_trials(deepcopy=False))
-        return self._inner.infer_relative_search_space(cast("optuna.Study", _View(study, found)), trial)
+        return self._looked(study, trial).space
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._inner.sample_relative(self._of(study, trial), trial, search_space)
+        return self._inner.sample_relative(self._looked(study, trial).view, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self._inner.sample_independent(self._of(study, trial), trial, param_name, param_distribution)
+        return self._inner.sample_independent(self._looked(study, trial).view, trial, param_name, param_distribution)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         self._inner.before_trial(study, trial)
@@ -114,14 +118,115 @@ class _Viewing(BaseSampler):
     def reseed_rng(self) -> None:
         self._inner.reseed_rng()
 
-    def _of(self, study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
-        """Return the view for ``trial``, taken once, since reading and ranking a large study costs time."""
-        if self._view is None or self._view[0] != trial.number:
-            trials = [t for t in study.get_trials(deepcopy=False) if t.params or not t.state.is_finished()]
-            if self._most is not None:
-                trials = _history(trials, study.directions, self._most)
-            self._view = trial.number, cast("optuna.Study", _View(study, trials))
-        return self._view[1]
+    def _looked(self, study: optuna.Study, trial: FrozenTrial) -> _Look:
+        """Return the look for ``trial``, taken once, since reading and ranking a large study costs time."""
+        if self._seen is None or trial.number > self._seen.last:
+            shown = [t for t in study.get_trials(deepcopy=False) if t.params or not t.state.is_finished()]
+            self._seen = self._look(study, trial, shown)
+        return self._seen
+
+    def _look(self, study: optuna.Study, trial: FrozenTrial, shown: list[FrozenTrial]) -> _Look:
+        view = cast("optuna.Study", _View(study, shown))
+        return _Look(view, self._space(study, trial, shown), trial.number)
+
+    def _space(
+        self, study: optuna.Study, trial: FrozenTrial, shown: Sequence[FrozenTrial]
+    ) -> dict[str, BaseDistribution]:
+        view = _View(study, _one_of_each(shown))
+        return self._inner.infer_relative_search_space(cast("optuna.Study", view), trial)
+
+
+class _ViewingTPE(_Viewing):
+    """Shows TPE the best and the latest trials, the good ones as complete and all others as running.
+
+    TPE's constant liar takes what runs for bad. It looks again once a part of what is in flight has come and gone: the
+    more workers, the more candidates must be proposed in a second, and the less one of them matters.
+    """
+
+    def __init__(self, inner: _KeepingTPE) -> None:
+        super().__init__(inner)
+        self._keeping = inner
+        self._violated: dict[int, float] = {}
+        """How far complete trials are from what is allowed, by number."""
+
+    def _look(self, study: optuna.Study, trial: FrozenTrial, shown: list[FrozenTrial]) -> _Look:
+        self._keeping.forget()
+        history = self._history([t for t in shown if t.number != trial.number], study.directions)
+        finished = sum(t.state == TrialState.COMPLETE for t in history)
+        # Stopped ones would be good before any that violates a constraint, or if few are complete.
+        told = [_as_running(t) if t.state == TrialState.PRUNED else t for t in history]
+        good, bad = tpe._split_trials(study, told, self._keeping.good(finished))
+        view = _View(study, sorted([*good, *map(_as_running, bad)], key=lambda t: t.number))
+        in_flight = sum(not t.state.is_finished() for t in shown)
+        last = trial.number + in_flight // _ANEW
+        return _Look(cast("optuna.Study", view), self._space(study, trial, history), last)
+
+    def _history(self, trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[FrozenTrial]:
+        """Return what TPE is to see: all unfinished trials and the best and the latest of the finished ones.
+
+        Half of these are the best (least violated constraints first, then by rank of non-domination), the other half
+        the most recent. TPE calls the best tenth of what it sees good, so no good one is missed, and of the others it
+        weighs the old ones down anyway.
+        """
+        finished = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+        if len(finished) > TPE_HISTORY:
+            kept = {t.number for t in self._best_first(finished, directions)[: TPE_HISTORY // 2]}
+            others = [t.number for t in finished if t.number not in kept]
+            kept.update(others[len(kept) - TPE_HISTORY :])
+            finished = [t for t in finished if t.number in kept]
+        unfinished = [t for t in trials if not t.state.is_finished()]
+        return [*finished, *unfinished]
+
+    def _best_first(self, trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[FrozenTrial]:
+        complete = [t for t in trials if t.state == TrialState.COMPLETE]
+        if not complete:
+            return []
+        import moocore
+
+        signs = [-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in directions]
+        # Optuna's ranks take seconds for thousands of trials.
+        ranks = moocore.pareto_rank(np.array([t.values for t in complete], dtype=float) * signs)
+        for trial in complete:
+            if trial.number not in self._violated:
+                self._violated[trial.number] = sum(v for v in trial.constraints.values() if v > 0)
+        order = sorted(
+            range(len(complete)),
+            key=lambda n: (self._violated[complete[n].number], ranks[n], -complete[n].number),
+        )
+        return [complete[n] for n in order]
+
+
+class _KeepingTPE(optuna.samplers.TPESampler):
+    """Optuna's TPE where it is known which trials are good, which keeps the densities that it fits to them.
+
+    As it is, it splits the trials and fits two densities for each group of parameters at each proposal.
+    """
+
+    def __init__(self, seed: int) -> None:
+        # There is a complete trial as soon as there is enough to learn from.
+        super().__init__(multivariate=True, group=True, constant_liar=True, seed=seed, n_startup_trials=1)
+        self._gamma = int  # all that are complete are good (`_ViewingTPE`)
+        self.forget()
+
+    def forget(self) -> None:
+        """Fit to the trials anew."""
+        self._fitted: dict[tuple[object, ...], _ParzenEstimator] = {}
+
+    def good(self, finished: int) -> int:
+        """Return how many of ``finished`` trials are called good."""
+        return tpe.default_gamma_multiobjective(finished) if finished >= _STARTUP else 0
+
+    def _build_parzen_estimator(
+        self,
+        study: optuna.Study,
+        search_space: dict[str, BaseDistribution],
+        trials: list[FrozenTrial],
+        handle_below: bool,
+    ) -> _ParzenEstimator:
+        key = (handle_below, *search_space)
+        if key not in self._fitted:
+            self._fitted[key] = super()._build_parzen_estimator(study, search_space, trials, handle_below)
+        return self._fitted[key]
 
 
 def _one_of_each(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -133,131 +238,12 @@ def _one_of_each(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return sorted({(t.state, frozenset(t.params)): t for t in trials}.values(), key=lambda t: t.number)
 
 
-def _history(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection], most: int) -> list[FrozenTrial]:
-    """Return what TPE is to see: all unfinished trials and at most ``most`` finished ones.
-
-    Half of these are the best (least violated constraints first, then by rank of non-domination), the other half the
-    most recent. TPE calls the best tenth of what it sees good, so no good one is missed, and of the others it weighs
-    the old ones down anyway.
-    """
-    complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    finished = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    if len(finished) > most:
-        kept = {t.number for t in _best_first(complete, directions)[: most // 2]}
-        others = [t.number for t in finished if t.number not in kept]
-        kept.update(others[len(kept) - most :])
-        finished = [t for t in finished if t.number in kept]
-    unfinished = [t for t in trials if not t.state.is_finished()]
-    return sorted([*map(_as_bad_if_pruned, finished), *unfinished], key=lambda t: t.number)
-
-
-def _best_first(complete: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[FrozenTrial]:
-    if not complete:
-        return []
-    import moocore
-
-    signs = [-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in directions]
-    # Optuna's ranks take seconds for thousands of trials.
-    ranks = moocore.pareto_rank(np.array([t.values for t in complete], dtype=float) * signs)
-    violated = [sum(v for v in t.constraints.values() if v > 0) for t in complete]
-    order = sorted(range(len(complete)), key=lambda n: (violated[n], ranks[n], -complete[n].number))
-    return [complete[n] for n in order]
-
-
-def _as_bad_if_pruned(trial: FrozenTrial) -> FrozenTrial:
-    """Return a stopped trial as one that still runs, which TPE's constant liar always counts as bad.
-
-    As it is, TPE would take it for good before any that violates a constraint, or if few are complete.
-    """
-    if trial.state != TrialState.PRUNED:
+def _as_running(trial: FrozenTrial) -> FrozenTrial:
+    """Return a finished trial as one that still runs."""
+    if not trial.state.is_finished():
         return trial
     running = copy.copy(trial)
     running.state = TrialState.RUNNING
     # Without what TPE had drawn for parameters that the trial then did not have.
     running.system_attrs = {}
     return running
-
-
-def mutated(space: BoundSpace, parents: Sequence[Mapping[str, Value]], rng: random.Random) -> dict[str, Value]:
-    """Return parameters that differ in a few places from a point of the front.
-
-    A point is drawn evenly, crossed over with a second one half of the time (each parameter from either), and a few
-    parameters move, mostly to a neighbouring choice. Mutating the archive of non-dominated points is the proposal of
-    the Pareto archived evolution strategy (Knowles and Corne 2000, "Approximating the Nondominated Front Using the
-    Pareto Archived Evolution Strategy").
-
-    Args:
-        space: what can be chosen.
-        parents: parameters of the points on the front, at least one.
-        rng: the source of all randomness.
-
-    Returns:
-        What ``space`` asks for at that place of its tree and nothing else. A parameter that the parents lack takes its
-        first choice. With one parent, or without crossover, at least one parameter differs from the parent's.
-    """
-    inherited = dict(rng.choice(parents))
-    if len(parents) > 1 and rng.random() < 0.5:
-        first, second = rng.sample(parents, 2)
-        inherited = {n: rng.choice([p[n] for p in (first, second) if n in p]) for n in dict.fromkeys([*first, *second])}
-    names = list(_built(space, inherited, frozenset(), rng))
-    changed = {name for name in names if rng.random() < _CHANGES / len(names)}
-    if names and not changed:
-        changed = {rng.choice(names)}
-    return _built(space, inherited, changed, rng)
-
-
-def most_promising(expected: np.ndarray, rivals: np.ndarray) -> int:
-    """Return which of several points is expected to add most to the hypervolume of a front.
-
-    Screening offspring by a cheap model before the dear evaluation is that of Emmerich et al. (2006), "Single- and
-    Multiobjective Evolutionary Optimization Assisted by Gaussian Random Field Metamodels".
-
-    Args:
-        expected: ``points x objectives``, to minimise.
-        rivals: ``points x objectives`` of the front, at least one.
-
-    Returns:
-        Position of the first point with the largest gain, each objective in units of the front's extent.
-    """
-    least, most = rivals.min(axis=0), rivals.max(axis=0)
-    extent = np.where(most > least, most - least, 1.0)
-    front, corner = (rivals - least) / extent, [1.0 + _MARGIN] * rivals.shape[1]
-    points = (expected - least) / extent
-    covered = [hypervolume(np.vstack([front, point]), corner) for point in points]
-    return int(np.argmax(covered))
-
-
-def _built(
-    space: BoundSpace, inherited: Mapping[str, Value], changed: Container[str], rng: random.Random
-) -> dict[str, Value]:
-    """Return inherited parameters as far as ``space`` asks for them, those of ``changed`` moved to another choice."""
-    params: dict[str, Value] = {}
-
-    def choose(name: str, choices: Sequence[Value]) -> Value:
-        # The choice as the space has it: a stored 1.0 that comes back as 1 would read as a count.
-        index = choices.index(inherited[name]) if inherited.get(name) in choices else 0
-        params[name] = _other(choices, index, rng) if name in changed else choices[index]
-        return params[name]
-
-    space.decode(choose)
-    return params
-
-
-def _other(choices: Sequence[Value], index: int, rng: random.Random) -> Value:
-    order = _ordered(choices)
-    if order and rng.random() < _NEIGHBOUR:
-        place = order.index(index)
-        return choices[rng.choice([order[p] for p in (place - 1, place + 1) if 0 <= p < len(order)])]
-    return rng.choice([c for n, c in enumerate(choices) if n != index])
-
-
-def _ordered(choices: Sequence[Value]) -> list[int]:
-    """Return the positions of ``choices`` in rising order, or none if they have no order.
-
-    Full rank comes after all numbers. Counts and fractions together have no order without the model's sizes.
-    """
-    kinds = {type(c) for c in choices if c != FULL}
-    if kinds not in ({int}, {float}):
-        return []
-    values = [math.inf if c == FULL else float(c) for c in choices]
-    return sorted(range(len(choices)), key=values.__getitem__)

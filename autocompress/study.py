@@ -169,9 +169,14 @@ class Study:
         return sum(c.origin != "recover" for c in self._candidates.values())
 
     @property
+    def in_flight(self) -> int:
+        """Number of candidates that were asked for and not told yet."""
+        return len(self._asked)
+
+    @property
     def remaining(self) -> int:
         """Number of candidates still to ask for."""
-        return max(0, self.run.search.trials - self.finished - len(self._asked))
+        return max(0, self.run.search.trials - self.finished - self.in_flight)
 
     def ask(self) -> tuple[int, CompressionPlan] | None:
         """Return the next trial's number and plan, or None if the budget or the space is spent."""
