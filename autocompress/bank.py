@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from autocompress import slot
+
 T = TypeVar("T")
 
 BANK_VERSION = 1
@@ -112,7 +114,7 @@ class Bank:
         aside.mkdir(parents=True)
         started, before = time.perf_counter(), sum(self.made_seconds.values())
         try:
-            with _locked(aside):
+            with _locked(aside), slot.working():
                 make(aside)
                 (aside / "made_from.json").write_text(json.dumps(made_from, sort_keys=True, indent=1), encoding="utf-8")
                 size_bytes = _size_bytes(aside)

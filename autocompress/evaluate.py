@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from autocompress import machine, scoring
+from autocompress import machine, scoring, slot
 from autocompress.anatomy import before_drop
 from autocompress.bases import RANGE_ROWS, Bases
 from autocompress.config import RunConfig
@@ -195,7 +195,8 @@ class Workshop(Bases):
         aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         aside.mkdir(parents=True)
         try:
-            self.runtime.stitch(template, pieces, plan, aside)
+            with slot.working():
+                self.runtime.stitch(template, pieces, plan, aside)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         finally:
@@ -214,11 +215,11 @@ class Workshop(Bases):
             CannotReachFront: if the accuracy pass was ended.
         """
         watch = Stopwatch(stages)
-        with watch("load"):
+        with watch("load"), slot.working():
             session = self.runtime.load(artifact, self.run.target)
         memory = None
         if self._wants_memory:
-            with watch("memory"):
+            with watch("memory"), slot.working():
                 memory = peak_memory_bytes(artifact, self.run.target, self.inputs(artifact))
         trial = Trial(self, session, artifact, memory)
         try:
@@ -361,11 +362,12 @@ class Workshop(Bases):
                     quiet()
                 progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {pairs}")
                 for place, n in enumerate(some, start=1):
-                    if place % _TO_A_REFERENCE == 1:
-                        beside = scoring.block(sessions[0], inputs, clock)
                     if place in due:
                         times[n].append([])
-                    times[n][-1].append(scoring.Pair(scoring.block(sessions[place], inputs, clock), beside))
+                    with slot.timing():
+                        if place % _TO_A_REFERENCE == 1:
+                            beside = scoring.block(sessions[0], inputs, clock)
+                        times[n][-1].append(scoring.Pair(scoring.block(sessions[place], inputs, clock), beside))
         found = []
         for (_, measured), parts in zip(points, times, strict=True):
             timed = scoring.summarize(parts, seed=self.run.seed)
@@ -374,7 +376,7 @@ class Workshop(Bases):
 
     def _loaded(self, artefacts: Sequence[Artifact]) -> list[Session]:
         # Nothing else runs yet: a load takes one core for a good part of a second.
-        with ThreadPoolExecutor(machine.cores()) as pool:
+        with slot.working(), ThreadPoolExecutor(machine.cores()) as pool:
             return list(pool.map(lambda artifact: self.runtime.load(artifact, self.run.target), artefacts))
 
 

@@ -2,7 +2,7 @@
 
 One unpaired median on a busy machine is off by tens of percent. Blocks of runs of candidate and reference are therefore
 taken in turn and compared pair by pair; at one thread the clock is the process's CPU time, which other load does not
-stretch.
+stretch. What other work does to caches it does not undo: nothing of any search runs beside a block (`slot.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from autocompress import machine
+from autocompress import machine, slot
 from autocompress.config import TargetConfig
 from autocompress.errors import MeasurementError
 from autocompress.runtimes.base import Session
@@ -264,13 +264,14 @@ def paired_times(
         MeasurementError: if a run took no measurable time.
     """
     found = []
-    for number in range(pairs):
-        if number % 2 == 0:
-            first = block(candidate, inputs, clock)
-            found.append(Pair(first, block(reference, inputs, clock)))
-        else:
-            first = block(reference, inputs, clock)
-            found.append(Pair(block(candidate, inputs, clock), first))
+    with slot.timing():
+        for number in range(pairs):
+            if number % 2 == 0:
+                first = block(candidate, inputs, clock)
+                found.append(Pair(first, block(reference, inputs, clock)))
+            else:
+                first = block(reference, inputs, clock)
+                found.append(Pair(block(candidate, inputs, clock), first))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autocompress import scoring
+from autocompress import scoring, slot
 from autocompress.records import Stopped
 from autocompress.runtimes import Artifact, Session
 from autocompress.stopwatch import Stopwatch
@@ -71,7 +71,8 @@ class Trial:
     def _classify(self, part: Sequence[Batch]) -> None:
         rows = self._workshop.splits["search"]
         for batch in part:
-            found = self._session.run(batch.arrays())
+            with slot.working():
+                found = self._session.run(batch.arrays())
             if self._logits is None:
                 self._logits = np.full((len(rows), found.shape[1]), np.nan, dtype=np.float32)
             self._logits[batch.rows.numpy()] = found

@@ -45,7 +45,7 @@ RESTART_S = 8.0
 """From a worker's death until another one has loaded what it needs."""
 HAND_S = 0.005
 """From one side of the desk to the other."""
-EACH, FEWEST, MOST = 20, 200, 10_000
+EACH, FEWEST, MOST = 50, 1_000, 10_000
 """Candidates a worker, and in all."""
 
 
@@ -149,7 +149,7 @@ def simulate(workers: int, trials: int) -> dict[str, float]:
         "workers": workers,
         "candidates": trials,
         "hours": cluster.now / 3600,
-        "efficiency": cluster.useful_s / workers / cluster.now,
+        "useful": cluster.useful_s / workers / cluster.now,
         "lost": cluster.lost_s / (cluster.lost_s + cluster.useful_s),
         "deaths": cluster.deaths,
         "driver load": cluster.driver_s / cluster.now,
@@ -175,9 +175,11 @@ def main() -> None:
         row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
         words = f"{workers} workers, {row['candidates']} candidates of {MEAN_S:g} s"
-        efficiency = row["efficiency"]
-        wanted = ("reported", True) if workers != 200 else (">= 0.9", efficiency >= 0.9)
-        figures.add(f"{words}: scaling efficiency", efficiency, "share of the time of all workers", *wanted)
+        figures.add(f"{words}: spent on candidates that counted", row["useful"], "share of the time of all workers")
+        if rows[0]["workers"] == 1:
+            efficiency = row["useful"] / rows[0]["useful"]
+            wanted = ("reported", True) if workers != 200 else (">= 0.9", efficiency >= 0.9)
+            figures.add(f"{words}: scaling efficiency", efficiency, "of that with one worker", *wanted)
         figures.add(f"{words}: lost with workers that died", row["lost"], "share of what was computed")
         figures.add(f"{words}: the driver is busy", row["driver load"], "share of the time")
         if row["candidates"] == MOST:
