@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from autocompress.bank import Bank
 from autocompress.binding import bind
 from autocompress.cluster import Cluster
 from autocompress.config import OF_PICKED_POINTS, RunConfig
+from autocompress.distribute import Workers
 from autocompress.driver import write_results
 from autocompress.errors import ConfigError, StudyError
 from autocompress.evaluate import Workshop
@@ -156,6 +158,7 @@ def recover(
     epochs: float | Literal["auto"] | None = None,
     overrides: Sequence[str] = (),
     progress: Progress = silent,
+    cluster: Cluster | None = None,
 ) -> Candidate:
     """Distil a candidate's structure from the teacher, build and measure it again, and add it to its study.
 
@@ -164,6 +167,7 @@ def recover(
         epochs: passes over the training rows or ``auto``, by default the run file's ``recovery.epochs``.
         overrides: ``recovery.key=value`` for this point alone, of the options that no student depends on.
         progress: told what happens, a line at a time.
+        cluster: reaches the device that the study's latencies were measured on, if they were measured on one.
 
     Returns:
         The new candidate, or that of an earlier recovery just like it; the old one stays as it is.
@@ -183,14 +187,15 @@ def recover(
         raise ConfigError(f"recover: only {names} can be set for one point, got {', '.join(overrides)}")
     workshop = Workshop(asked, folder / "artefacts", progress)
     plan = workshop.recovering(candidate.plan)
-    study = Study(folder, run, writable=True)
-    try:
+    with ExitStack() as stack:
+        study = stack.enter_context(closing(Study(folder, run, writable=True)))
         if (known := study.measured(plan)) is not None:  # a score stays with the artefact that it was taken from
             return known
+        if run.search.device:
+            nobody = Workers(run, workshop.artefacts, progress, cluster=cluster, most=0)
+            workshop.time_on(stack.enter_context(nobody).on_device)
         recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
         write_results(study)
-    finally:
-        study.close()
     return recovered
 
 

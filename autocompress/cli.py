@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from autocompress import __version__, garbage
+from autocompress.cluster import Cluster
 from autocompress.errors import AutocompressError, ConfigError
 
 app = typer.Typer(
@@ -47,6 +48,11 @@ Space = Annotated[str | None, typer.Option("--space", help="A shipped search spa
 Target = Annotated[str | None, typer.Option("--target", help="Runtime: openvino or onnxruntime.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: search.trials=60. Repeatable.")]
 Folder = Annotated[Path, typer.Argument(help="The results folder of a search.")]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="A Ray cluster: auto or HOST:PORT from one of its machines, ray://HOST:PORT."),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Accept a cluster that asks nobody for a token.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Trial = Annotated[int | None, typer.Option("--trial", help="Take this trial of the front.")]
 MaxDrop = Annotated[
@@ -208,25 +214,15 @@ def search(
     space: Space = None,
     target: Target = None,
     set_: Set = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address", help="A Ray cluster to search on: auto or HOST:PORT from one of its machines, ray://HOST:PORT."
-        ),
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Accept a cluster that asks nobody for a token.")
-    ] = False,
+    address: Address = None,
+    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Search for compressed models; run again to continue."""
     config = _run(run, model, data, space, target, set_)
     from autocompress import api
-    from autocompress.cluster import Cluster
 
-    if insecure and address is None:
-        raise ConfigError("--insecure: goes with --address")
-    cluster = None if address is None else Cluster(address, insecure)
+    cluster = _cluster(address, insecure)
     folder = api.results_folder(config, out)
     try:
         with _live() as watch:
@@ -238,6 +234,12 @@ def search(
     if not as_json:
         typer.echo(f"report: {folder / 'report.html'}")
         typer.echo(f"next: autocompress export {folder} --pick knee --format openvino -o OUT")
+
+
+def _cluster(address: str | None, insecure: bool) -> Cluster | None:
+    if insecure and address is None:
+        raise ConfigError("--insecure: goes with --address")
+    return None if address is None else Cluster(address, insecure)
 
 
 @contextmanager
@@ -393,6 +395,8 @@ def recover(
     max_size_mb: MaxMb = None,
     epochs: Annotated[str | None, typer.Option("--epochs", help="Passes over the training rows, or auto.")] = None,
     set_: Set = None,
+    address: Address = None,
+    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Distil a picked point from the teacher, measure it again and add it to the study."""
@@ -400,7 +404,8 @@ def recover(
     from autocompress import api
 
     named = [] if epochs is None else [f"recovery.epochs={json.dumps(epochs)}"]
-    _print(_about(api.recover(chosen, overrides=[*(set_ or []), *named], progress=_progress)), as_json)
+    overrides, cluster = [*(set_ or []), *named], _cluster(address, insecure)
+    _print(_about(api.recover(chosen, overrides=overrides, progress=_progress, cluster=cluster)), as_json)
 
 
 @app.command()

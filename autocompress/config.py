@@ -108,6 +108,11 @@ class SearchConfig(Section):
         default_factory=dict,
         description="what a worker takes of a cluster's node beside its cores, by Ray's names, such as {big_node: 1}",
     )
+    device: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
+        default_factory=dict,
+        description="what a cluster's node offers that latency is measured on, by Ray's names, such as "
+        "{device_pi5: 1}; default: the nodes of the workers",
+    )
     max_retries: int = Field(2, ge=0, le=10, description="new attempts after a worker died")
     latency_pairs: int = Field(
         4, ge=2, le=10_000, description="blocks of runs of the candidate and of the reference, alternating"
@@ -297,6 +302,10 @@ class RunConfig(Section):
             return cls.from_mapping(strict_yaml.parse(demo_run_text(), "demo"), source="demo", overrides=overrides)
         path = Path(path)
         return cls.from_mapping(strict_yaml.read(path), source=path.name, overrides=overrides)
+
+    def timed_here(self) -> RunConfig:
+        """Return the run with latency measured where the program runs."""
+        return self.model_copy(update={"search": self.search.model_copy(update={"device": {}})})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)

@@ -29,6 +29,7 @@ class Crew:
         cores: what a Ray of our own is told that there are.
         exclusive: whether a worker must have the machine to itself while it times.
         resources: what else each of them takes of a node, by Ray's names.
+        device: what a node offers on which latency is measured; where there is nothing in it, workers do that.
         max_failures: how often one worker may die.
         driver: the machine and the versions that measured the uncompressed model.
         address: of the cluster; None for a Ray of our own.
@@ -43,6 +44,7 @@ class Crew:
     cores: int
     exclusive: bool
     resources: dict[str, float]
+    device: dict[str, float]
     max_failures: int
     driver: Fingerprint
     address: str | None = None

@@ -1,4 +1,4 @@
-"""Who evaluates: jobs go to workers in Ray's process (`workers.py`), and what comes back is told to the study.
+"""Who evaluates: jobs go to workers through Ray's process (`crew.py`), and what comes back is told to the study.
 
 The driver alone writes the study. Workers, and all of Ray, may be killed at any moment: what they had is given out
 again.
@@ -7,6 +7,7 @@ again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +27,7 @@ from autocompress import machine
 from autocompress.cluster import Cluster, environment
 from autocompress.config import RunConfig
 from autocompress.desk import DIED, Crew, Job, Result
-from autocompress.errors import StudyError
+from autocompress.errors import ConfigError, StudyError
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement, Stopped
 from autocompress.study import Study
@@ -56,14 +58,24 @@ class Workers:
         artefacts: folder for built candidates.
         progress: told when it is started again.
         cluster: where the workers are, instead of on this machine.
+        most: more than so many are of no use, by default than there are candidates.
     """
 
-    ENTRY = "from autocompress.workers import main; main()"
+    ENTRY = "from autocompress.crew import main; main()"
     """What the process runs that Ray is reached from; whoever measures the way to it runs something else there."""
 
     def __init__(
-        self, run: RunConfig, artefacts: Path, progress: Progress = silent, *, cluster: Cluster | None = None
+        self,
+        run: RunConfig,
+        artefacts: Path,
+        progress: Progress = silent,
+        *,
+        cluster: Cluster | None = None,
+        most: int | None = None,
     ) -> None:
+        if run.search.device and cluster is None:
+            raise ConfigError("search.device: names nodes of a cluster; give its --address")
+        most = run.search.trials if most is None else most
         self._progress = progress
         self._cluster = cluster
         cores = machine.cores()
@@ -73,24 +85,31 @@ class Workers:
         wanted = run.search.workers
         if cluster is None:
             wanted = 1 if exclusive else wanted or cores // threads
-        self.count = min(wanted or 1, run.search.trials)
+        self.count = min(wanted or 1, most)
         """How many there are; on a cluster this is known once it is entered."""
         self._crew = Crew(
             run=json.dumps(run.model_dump(mode="json", by_alias=True)),
             artefacts=str(artefacts.absolute()),  # Tune runs its workers in folders of their own
             workers=wanted,
-            most=run.search.trials,
+            most=most,
             threads=threads,
             # More workers than cores were asked for by name: Ray would wait for cores that do not exist.
             cores=max(cores, self.count * threads),
             exclusive=exclusive,
             resources=run.search.resources,
+            device=run.search.device,
             max_failures=(1 + run.search.max_retries) * run.search.trials,
             driver=machine.fingerprint(),
             address=None if cluster is None else cluster.address,
             insecure=cluster is not None and cluster.insecure,
         )
         self._jobs: dict[int, Job] = {}
+        self._calls: dict[int, tuple[Any, ...]] = {}
+        """What the device was asked and did not answer yet, by number."""
+        self._answers: dict[int, Any] = {}
+        self._numbers = itertools.count()
+        self._heard: deque[tuple[str, Any]] = deque()
+        """What came of workers and was not asked for yet."""
         self._open = self._closed = self._withdrawn = False
         self._lives = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -141,27 +160,60 @@ class Workers:
             TimeoutError: if none came in time.
             StudyError: if Ray cannot be started, or died too often.
         """
-        while True:
-            assert self._connection is not None
-            try:
-                if not self._connection.poll(timeout):
-                    raise TimeoutError
-                kind, found = self._connection.recv()
-            except TimeoutError:
-                raise
-            except (EOFError, OSError):
-                self._start_again()
-                continue
-            if kind == "workers":
-                self.count = found
-                continue
-            if kind == "result":
-                result: Result = found
-                self._jobs.pop(result[0], None)
-                return result
-            if found is not None:
-                raise StudyError(f"search: {found}")
-            return None
+        while not self._heard:
+            self._hear(timeout)
+        kind, found = self._heard.popleft()
+        if kind == "result":
+            result: Result = found
+            self._jobs.pop(result[0], None)
+            return result
+        if found is not None:
+            raise StudyError(f"search: {found}")
+        return None
+
+    def on_device(self, method: str, *values: Any) -> Callable[[], Any]:
+        """Begin a method of the outpost on the device; returns what waits for its result.
+
+        Raises:
+            DeviceError: by what is returned, if the device cannot be reached.
+        """
+        number = next(self._numbers)
+        self._calls[number] = (method, values)
+        self._send("call", number, method, values)
+
+        def wait() -> Any:
+            while number not in self._answers:
+                for kind, found in self._heard:
+                    if kind == "ended" and found is not None:
+                        raise StudyError(f"search: {found}")
+                self._hear(None)
+            answer = self._answers.pop(number)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return wait
+
+    def _hear(self, timeout: float | None) -> None:
+        """Take in what comes next; a Ray that died is started again."""
+        assert self._connection is not None
+        try:
+            if not self._connection.poll(timeout):
+                raise TimeoutError
+            kind, found = self._connection.recv()
+        except TimeoutError:
+            raise
+        except (EOFError, OSError):
+            self._start_again()
+            return
+        if kind == "workers":
+            self.count = found
+        elif kind == "answer":
+            number, answer = found
+            del self._calls[number]
+            self._answers[number] = answer
+        else:
+            self._heard.append((kind, found))
 
     def stop(self) -> None:
         """End it, if it has not ended yet; returns when nothing of it runs any more."""
@@ -225,6 +277,8 @@ class Workers:
         self._start()
         if self._open:
             self._send("open")
+        for number, (method, values) in self._calls.items():
+            self._send("call", number, method, values)
         for job in () if self._withdrawn else self._jobs.values():
             self._send("put", job)
         if self._closed or self._withdrawn:

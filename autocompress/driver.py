@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autocompress import machine
 from autocompress.cluster import Cluster
 from autocompress.config import RunConfig
 from autocompress.distribute import Workers, execute
@@ -98,7 +97,8 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
         with clock("start"):
             workshop = Workshop(run, folder / "artefacts", progress)
             # They start while the model is loaded. A study that is there already may be finished, and need none.
-            workers = None if holds_study(folder) else stack.enter_context(_workers(workshop, cluster))
+            idle = holds_study(folder) and not run.search.device
+            workers = None if idle else stack.enter_context(_workers(workshop, cluster))
             workshop.space  # noqa: B018 - loads the model, which is then there for the workers, too
             if workers is not None:
                 workers.open()
@@ -114,8 +114,9 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 workers = workers or stack.enter_context(_workers(workshop, cluster))
                 with clock("candidates"):
                     _evaluate(study, workshop, workers, progress, watch)
-            # Workers end while what is to be timed is loaded.
-            refine(study, workshop, clock, quiet=workers.stop if workers is not None else None, progress=progress)
+            # Workers end while what is to be timed is loaded, unless that is elsewhere, where they are needed to go.
+            quiet = workers.stop if workers is not None and workshop.device is None else None
+            refine(study, workshop, clock, quiet=quiet, progress=progress)
             if workers is not None:
                 workers.stop()  # a baseline has a Ray of its own
             _write_predictions(study)
@@ -138,13 +139,16 @@ def open_for_writing(run: RunConfig, folder: Path, workshop: Workshop, progress:
     data = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
     identity = identity_of(run, model=workshop.teacher.base, data=data, space=workshop.space)
     # Latencies of two machines are not to be mixed in one study.
-    identity["machine"] = machine.fingerprint()["id"]
+    identity["machine"] = workshop.timed_on["id"]
     return Study(folder, run, identity=identity, space=workshop.space, writable=True, predictor=workshop.predictor)
 
 
 def _workers(workshop: Workshop, cluster: Cluster | None) -> Workers:
     run = _run_for_workers(workshop, elsewhere=cluster is not None)
-    return Workers(run, workshop.artefacts, workshop.progress, cluster=cluster)
+    workers = Workers(run, workshop.artefacts, workshop.progress, cluster=cluster)
+    if run.search.device:
+        workshop.time_on(workers.on_device)
+    return workers
 
 
 def _evaluate(study: Study, workshop: Workshop, workers: Workers, progress: Progress, watch: Watch | None) -> None:
@@ -265,7 +269,7 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
         "reference": dataclasses.asdict(measured),
         "majority": workshop.majority,
         "shared_rows": workshop.task.shared_rows,
-        "machine": machine.fingerprint(),
+        "machine": workshop.timed_on,
         "target": target,
         "runtime_options": workshop.fingerprint["runtime_options"],
         "protocol": {

@@ -41,6 +41,10 @@ class StudyError(AutocompressError):
     """A study that cannot be opened, continued or written."""
 
 
+class DeviceError(AutocompressError):
+    """A device that latency is measured on and that cannot be reached."""
+
+
 class NoFeasiblePointError(AutocompressError):
     """No point of the front satisfies the request; the message names the nearest."""
 

@@ -11,7 +11,6 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,15 @@ from autocompress.anatomy import before_drop
 from autocompress.bases import RANGE_ROWS, Bases
 from autocompress.config import RunConfig
 from autocompress.decisions import Decision, DropBlocks, Recover, Student, TrimVocabulary
-from autocompress.errors import AutocompressError
-from autocompress.memory import peak_memory_bytes
+from autocompress.errors import AutocompressError, StudyError
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece, code_version
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.products import Sizes
 from autocompress.records import QUALITIES, Measurement, Stopped
-from autocompress.runtimes import Artifact, Runtime, Session, Template, get_runtime
+from autocompress.runtimes import Artifact, Runtime, Template, get_runtime
+from autocompress.stand import Call, Device, Stand
 from autocompress.stopwatch import Stopwatch
 from autocompress.task import Batch
 from autocompress.trained import Progress, silent, torch_threads
@@ -43,12 +42,6 @@ from autocompress.trial import CannotReachFront, Rivals, Trial
 LOGITS_FILE = "logits.npy"
 _ACCURACY_BATCH, _ACCURACY_STEP = 16, 4
 """Rows per call and multiple of tokens where a runtime's logits depend on neither: little padding and few shapes."""
-_TO_A_REFERENCE = 4
-"""Points whose blocks of runs are held against the same block of the reference while latencies are confirmed."""
-_AT_ONCE_BYTES = 1_000_000_000
-"""Artefacts that are loaded together while their latencies are confirmed."""
-_ROUNDS_A_LOAD = 5
-"""Rounds after which they are loaded anew: how fast a model is depends a little on where its memory came to lie."""
 
 
 class Workshop(Bases):
@@ -64,6 +57,8 @@ class Workshop(Bases):
         super().__init__(run, progress)
         self.artefacts = artefacts
         self.runtime: Runtime = get_runtime(run.target.runtime)
+        self.device: Device | None = None
+        """Where latency and memory are measured, if not here."""
         self._templates: dict[tuple[str, tuple[int, ...]], Template] = {}
         self._parts: dict[str, list[list[Batch]]] = {}
 
@@ -163,8 +158,9 @@ class Workshop(Bases):
         return self.artefacts / "reference"
 
     @cached_property
-    def reference_session(self) -> Session:
-        return self.runtime.load(Artifact.open(self.reference_folder), self.run.target)
+    def stand(self) -> Stand:
+        """Where artefacts are timed on this machine."""
+        return Stand(self.run.target, self.reference_folder, self.inputs(Artifact.open(self.reference_folder)))
 
     def inputs(self, artifact: Artifact) -> dict[str, np.ndarray]:
         return scoring.timing_inputs(artifact.inputs, self.run.target, self.vocabulary, self.run.seed)
@@ -184,7 +180,7 @@ class Workshop(Bases):
     def reference_logits(self) -> np.ndarray:
         file = self.reference_folder / LOGITS_FILE
         if not file.exists():
-            logits = scoring.logits_of(self.reference_session, self.splits["search"], self.batches("search"))
+            logits = scoring.logits_of(self.stand.reference, self.splits["search"], self.batches("search"))
             np.save(file, logits, allow_pickle=False)
         return kept_logits(self.reference_folder)
 
@@ -215,12 +211,13 @@ class Workshop(Bases):
             CannotReachFront: if the accuracy pass was ended.
         """
         watch = Stopwatch(stages)
-        with watch("load"), slot.working():
-            session = self.runtime.load(artifact, self.run.target)
+        self._require_device()
+        with watch("load"):
+            session = self.stand.load(artifact)
         memory = None
         if self._wants_memory:
-            with watch("memory"), slot.working():
-                memory = peak_memory_bytes(artifact, self.run.target, self.inputs(artifact))
+            with watch("memory"):
+                memory = (self.device or self.stand).memory(artifact)
         trial = Trial(self, session, artifact, memory)
         try:
             trial.run(front, watch)
@@ -253,15 +250,19 @@ class Workshop(Bases):
             fingerprint=self.fingerprint,
         ).check()
 
+    def time_on(self, call: Call) -> None:
+        """Measure latency and memory on the device that ``call`` reaches."""
+        self.device = Device(call, self.reference_folder, self.inputs)
+
+    def _require_device(self) -> None:
+        """Refuse to time here what is to be timed on a device."""
+        if self.device is None and (wanted := self.run.search.device):
+            offered = ", ".join(f"{name}: {amount:g}" for name, amount in wanted.items())
+            raise StudyError(f"search.device: latency is measured on a node with {offered}; give its --address")
+
     @property
     def _wants_memory(self) -> bool:
         return "peak_memory" in self.run.objectives or self.run.constraints.max_memory_mb is not None
-
-    def paired_times(self, session: Session, artifact: Artifact, pairs: int) -> list[scoring.Pair]:
-        """Time a loaded artefact against the reference."""
-        clock = scoring.clock_of(self.run.target)
-        inputs = self.inputs(artifact)
-        return scoring.paired_times(session, self.reference_session, inputs, pairs=pairs, clock=clock)
 
     def bound(self, known: Mapping[str, float], front: Rivals) -> scoring.Bound | None:
         """Return what an artefact's quality has to reach, or None where its other objectives alone bring it there.
@@ -279,11 +280,16 @@ class Workshop(Bases):
         rivals = [point[quality] for point in front if all(point[p] <= value for p, value in others)]
         return scoring.Bound(told[quality], min(rivals)) if rivals else None
 
+    @property
+    def timed_on(self) -> dict[str, Any]:
+        """The machine that latency is measured on, and its versions."""
+        return machine.fingerprint() if self.device is None else self.device.fingerprint
+
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Machine, versions, target and runtime options, as stored with every number."""
         settings = {k: str(v) for k, v in self.runtime.settings(self.run.target).items()}
-        return {**machine.fingerprint(), "target": self.run.target.model_dump(), "runtime_options": settings}
+        return {**self.timed_on, "target": self.run.target.model_dump(), "runtime_options": settings}
 
     def open(self) -> None:
         """Load what needs neither artefact nor bank; the driver may be at work on both."""
@@ -292,7 +298,7 @@ class Workshop(Bases):
 
     def ready(self) -> None:
         """Load what is left of what every candidate needs, so that the first one is not charged for it."""
-        self.reference_session.run(self.inputs(Artifact.open(self.reference_folder)))
+        self.stand.reference.run(self.inputs(Artifact.open(self.reference_folder)))
         # The first build of a process imports the converter and its like.
         with torch_threads(self.run.target.threads), tempfile.TemporaryDirectory() as scratch:
             self.build(CompressionPlan(), Path(scratch) / "first")
@@ -347,49 +353,14 @@ class Workshop(Bases):
             quiet: called before anything is timed; returns when nothing else runs.
             progress: told each round.
         """
-        times: list[list[list[scoring.Pair]]] = [[] for _ in points]
-        reference = Artifact.open(self.reference_folder)
-        inputs, clock = self.inputs(reference), scoring.clock_of(self.run.target)
+        self._require_device()
         artefacts = [Artifact.open(self.artefacts / plan.plan_id) for plan, _ in points]
-        for some in _together(artefacts):
-            held = [reference, *(artefacts[n] for n in some)]
-            sessions: dict[int, Session] = {}
-            for turn in range(pairs):
-                # A part of them before each round, so that rounds lie apart.
-                due = [place for place in range(len(held)) if turn == 0 or (turn - 1 - place) % _ROUNDS_A_LOAD == 0]
-                sessions.update(zip(due, self._loaded([held[place] for place in due]), strict=True))
-                if turn == 0 and quiet is not None:
-                    quiet()
-                progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {pairs}")
-                for place, n in enumerate(some, start=1):
-                    if place in due:
-                        times[n].append([])
-                    with slot.timing():
-                        if place % _TO_A_REFERENCE == 1:
-                            beside = scoring.block(sessions[0], inputs, clock)
-                        times[n][-1].append(scoring.Pair(scoring.block(sessions[place], inputs, clock), beside))
+        times = (self.device or self.stand).rounds(artefacts, pairs, quiet=quiet, progress=progress)
         found = []
         for (_, measured), parts in zip(points, times, strict=True):
             timed = scoring.summarize(parts, seed=self.run.seed)
             found.append(dataclasses.replace(measured, **timed.fields(), confirmed=True).check())
         return found
-
-    def _loaded(self, artefacts: Sequence[Artifact]) -> list[Session]:
-        # Nothing else runs yet: a load takes one core for a good part of a second.
-        with slot.working(), ThreadPoolExecutor(machine.cores()) as pool:
-            return list(pool.map(lambda artifact: self.runtime.load(artifact, self.run.target), artefacts))
-
-
-def _together(artefacts: Sequence[Artifact]) -> Iterator[range]:
-    """Yield which artefacts are loaded at once: as many in a row as `_AT_ONCE_BYTES` holds, one at least."""
-    first, size_bytes = 0, 0
-    for n, artifact in enumerate(artefacts):
-        if n > first and size_bytes + artifact.size_bytes > _AT_ONCE_BYTES:
-            yield range(first, n)
-            first, size_bytes = n, 0
-        size_bytes += artifact.size_bytes
-    if artefacts:
-        yield range(first, len(artefacts))
 
 
 def kept_logits(folder: Path) -> np.ndarray:

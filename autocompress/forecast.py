@@ -117,7 +117,7 @@ def forecast(run: RunConfig) -> Forecast:
         AutocompressError: if the run could not be started either.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        settings = run.model_dump(mode="json", by_alias=True)
+        settings = run.timed_here().model_dump(mode="json", by_alias=True)
         settings["data"]["calibration_rows"] = min(run.data.calibration_rows, _CALIBRATION_ROWS)
         settings["storage"]["bank"] = str(Path(scratch) / "bank")
         workshop = Workshop(RunConfig.from_mapping(settings), Path(scratch) / "artefacts")

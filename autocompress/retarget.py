@@ -68,6 +68,7 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
     """
     if run.model_dump(exclude={"target"}) != old.run.model_dump(exclude={"target"}):
         raise ConfigError("retarget: only the target can be another; search anew for another model, task or space")
+    run = run.timed_here()
     usable = [c for c in old.candidates() if c.measurement is not None and c.feasible]
     rank = nondominated_ranks(costs(usable, old.run.objectives))
     chosen = [candidate for candidate, n in zip(usable, rank, strict=True) if n < ranks]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from autocompress import scoring, slot
 from autocompress.records import Stopped
 from autocompress.runtimes import Artifact, Session
+from autocompress.stand import Moments
 from autocompress.stopwatch import Stopwatch
 from autocompress.task import Batch
 
@@ -32,7 +33,9 @@ class Trial:
         self._session = session
         self._artifact = artifact
         self._memory_bytes = float(memory_bytes or 0)
-        self._times: list[list[scoring.Pair]] = []
+        self._times: Moments = []
+        self._coming: Callable[[], Moments] | None = None
+        """Waits for what is timed on another machine."""
         self._done: list[int] = []
         self._logits: np.ndarray | None = None
 
@@ -44,6 +47,8 @@ class Trial:
 
     @property
     def latency(self) -> scoring.Latency:
+        if self._coming is not None:
+            self._times, self._coming = self._coming(), None
         return scoring.summarize(self._times, seed=self._workshop.run.seed)
 
     def run(self, front: Rivals, watch: Stopwatch) -> None:
@@ -53,7 +58,10 @@ class Trial:
             CannotReachFront: if it cannot.
         """
         parts = self._workshop.parts("search")
-        first, *later = _spread(self._workshop.run.search.latency_pairs, len(parts) + 1)
+        first, *later = counts = _spread(self._workshop.run.search.latency_pairs, len(parts) + 1)
+        if (device := self._workshop.device) is not None:
+            self._coming = device.moments(self._artifact, counts)
+            first, later = 0, [0] * len(parts)
         with watch("latency"):
             self._time(first)
         for part, pairs in zip(parts, later, strict=True):
@@ -66,7 +74,7 @@ class Trial:
 
     def _time(self, pairs: int) -> None:
         if pairs:
-            self._times.append(self._workshop.paired_times(self._session, self._artifact, pairs))
+            self._times.append(self._workshop.stand.pairs(self._session, self._artifact, pairs))
 
     def _classify(self, part: Sequence[Batch]) -> None:
         rows = self._workshop.splits["search"]

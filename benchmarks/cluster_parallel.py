@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from figures import Figures
 
-from autocompress import scoring
+from autocompress import scoring, slot
 from autocompress.config import RunConfig
 from autocompress.evaluate import Workshop
 from autocompress.plan import CompressionPlan
@@ -61,9 +61,10 @@ def shifts(workshop: Workshop, neighbour: subprocess.Popen[str]) -> list[float]:
         ratios: dict[int, list[float]] = {signal.SIGSTOP: [], signal.SIGCONT: []}
         for _ in range(ROUNDS):
             for order, taken in ratios.items():
-                os.kill(neighbour.pid, order)
+                with slot.timing():  # it holds no turn when it is stopped
+                    os.kill(neighbour.pid, order)
                 time.sleep(SETTLE_S)
-                taken += [pair.ratio for pair in workshop.paired_times(session, artifact, PAIRS)]
+                taken += [pair.ratio for pair in workshop.stand.pairs(session, artifact, PAIRS)]
         alone, beside = (float(np.median(taken)) for taken in ratios.values())
         found.append(beside / alone - 1)
     return found
@@ -80,7 +81,7 @@ def main() -> None:
         for folder in (ours, theirs):
             one = shop(folder)
             one.score(one.build(CompressionPlan(), one.reference_folder))
-        workshop.paired_times(workshop.reference_session, Artifact.open(workshop.reference_folder), 1)
+        workshop.stand.pairs(workshop.stand.reference, Artifact.open(workshop.reference_folder), 1)
         for plan in plans(workshop):  # what the bank lacks is made before anything is timed
             workshop.prepare(plan)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -65,13 +65,13 @@ class Sleepers:
 
 
 def ray_main() -> None:
-    """Serve the driver as `autocompress.workers` does."""
+    """Serve the driver as `autocompress.crew` does."""
     import ray
 
-    from autocompress import workers
+    from autocompress import crew
 
-    class Site(workers._Site):
-        def _places(self) -> int:
+    class Site(crew._Site):
+        def _places(self, takes: dict[str, float], *, who: str = "a worker") -> int:
             return WORKERS
 
         def _work(self, count: int) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -44,11 +45,16 @@ class Nodes:
         auth = {"RAY_AUTH_MODE": "disabled"} if self.token is None else {"RAY_AUTH_MODE": "token"}
         return auth if self.token is None else {**auth, "RAY_AUTH_TOKEN": self.token}
 
-    def grow(self) -> None:
-        """Add a node, and wait until it is there: two that start at once may choose the same ports."""
+    def grow(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        """Add a node, and wait until it is there: two that start at once may choose the same ports.
+
+        Args:
+            arguments: of ``ray start`` beside what all nodes have.
+            environment: that the node and all that runs there see, beside this one.
+        """
         there = self.alive()
         for _ in range(_TRIES):
-            self._start(f"--address={self.address}")
+            self._start(f"--address={self.address}", *arguments, environment=environment)
             if self._joined(there + 1):
                 return
             self._nodes.pop()
@@ -63,13 +69,13 @@ class Nodes:
             self.lose(-1)
         return False
 
-    def _start(self, *arguments: str) -> None:
+    def _start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         ray = Path(sys.executable).with_name("ray")
         self._nodes.append(
             subprocess.Popen(
                 [str(ray), "start", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats", "--block",
                  "--object-store-memory=100000000", *arguments],
-                env={**os.environ, **self.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
+                env={**os.environ, **self.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", **(environment or {})},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,

@@ -19,7 +19,7 @@ from test_search import by_number, command, lines_until, start_search
 
 from autocompress import machine
 from autocompress.config import RunConfig
-from autocompress.workers import LATENCY_SLOT
+from autocompress.crew import LATENCY_SLOT
 
 pytestmark = pytest.mark.slow
 

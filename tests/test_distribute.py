@@ -221,12 +221,13 @@ def test_a_student_of_not_a_number_fails_and_the_others_finish(
 @pytest.fixture
 def worker(workplace: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A worker as Tune would make it, in this process, on a folder that lacks the reference."""
-    from autocompress.workers import _Worker
+    from autocompress.workers import Worker
 
     run = RunConfig.from_file(workplace() / "run.yaml")
     (artefacts := workplace() / "artefacts").mkdir()
     settings = json.dumps(run.model_dump(mode="json", by_alias=True))
-    return _Worker({"run": settings, "artefacts": str(artefacts), "desk": None, "driver": machine.fingerprint()})
+    about = {"desk": None, "driver": machine.fingerprint(), "outposts": []}
+    return Worker({"run": settings, "artefacts": str(artefacts), **about})
 
 
 def job(plan: str = CompressionPlan().to_json(), front: list[list[float]] | None = None) -> Job:
@@ -509,7 +510,7 @@ def test_a_worker_gives_up_what_cannot_reach_the_front(worker: Any, monkeypatch:
 # Workers that lost their raylet may go on to their end, if that comes soon.
 @pytest.mark.parametrize(
     ("title", "said"),
-    [(b"autocompress.workers", "it is started again with what had no result yet"), (b"raylet/raylet", "")],
+    [(b"autocompress.crew", "it is started again with what had no result yet"), (b"raylet/raylet", "")],
     ids=["its process", "the raylet"],
 )
 def test_a_search_outlives_ray(workplace: Callable[..., Path], title: bytes, said: str) -> None:
@@ -589,7 +590,7 @@ def test_a_ray_that_always_dies_ends_the_search(workers: Workers) -> None:
 
     def kill() -> None:
         while not over.wait(0.05):
-            for ray in set(named(os.getpid(), b"autocompress.workers")) - others - killed:
+            for ray in set(named(os.getpid(), b"autocompress.crew")) - others - killed:
                 os.kill(ray, signal.SIGKILL)
                 killed.add(ray)
 

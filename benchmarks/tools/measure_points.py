@@ -89,7 +89,7 @@ class Bench:
         scored = scoring.accuracy(scoring.logits_of(session, rows, workshop.batches("search")), rows)
         pairs_taken = scoring.paired_times(
             session,
-            workshop.reference_session,
+            workshop.stand.reference,
             self.inputs,
             pairs=pairs,
             clock=scoring.clock_of(workshop.run.target),

@@ -1,0 +1,261 @@
+"""Where artefacts are timed against the uncompressed model: on this machine, or on another that Ray reaches.
+
+A search that shall run on a device measures latency and memory there, and accuracy wherever there are workers: the
+files of an artefact travel, and numbers come back.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autocompress import machine, scoring, slot
+from autocompress.config import TargetConfig
+from autocompress.memory import peak_memory_bytes
+from autocompress.runtimes import Artifact, Runtime, Session, get_runtime
+from autocompress.runtimes.base import ARTIFACT_FILE
+
+Moments = list[list[scoring.Pair]]
+"""Pairs of blocks that were taken at different moments."""
+Files = dict[str, bytes]
+"""An artefact's files by name, its description among them."""
+Call = Callable[..., Callable[[], Any]]
+
+_TO_A_REFERENCE = 4
+"""Artefacts whose blocks of runs are held against the same block of the reference in a round."""
+_AT_ONCE_BYTES = 1_000_000_000
+"""Artefacts that are loaded together."""
+_SENT_BYTES = 200_000_000
+"""Artefacts that are sent together: devices have little memory."""
+_ROUNDS_A_LOAD = 5
+"""Rounds after which they are loaded anew: how fast a model is depends a little on where its memory came to lie."""
+
+
+class Stand:
+    """The reference of a target, loaded, and what is timed against it on this machine.
+
+    Args:
+        target: what artefacts are built for.
+        reference: the folder of the uncompressed model's artefact.
+        inputs: of the target's shape.
+    """
+
+    def __init__(self, target: TargetConfig, reference: Path, inputs: Mapping[str, np.ndarray]) -> None:
+        self._target = target
+        self._reference = reference
+        self._inputs = inputs
+        self._runtime: Runtime = get_runtime(target.runtime)
+
+    @cached_property
+    def reference(self) -> Session:
+        return self.load(Artifact.open(self._reference))
+
+    def load(self, artifact: Artifact) -> Session:
+        with slot.working():
+            return self._runtime.load(artifact, self._target)
+
+    def pairs(self, session: Session, artifact: Artifact, count: int) -> list[scoring.Pair]:
+        """Time a loaded artefact against the reference."""
+        inputs = {name: self._inputs[name] for name in artifact.inputs}
+        clock = scoring.clock_of(self._target)
+        return scoring.paired_times(session, self.reference, inputs, pairs=count, clock=clock)
+
+    def memory(self, artifact: Artifact) -> int:
+        """Return the bytes that running an artefact adds to a fresh process."""
+        with slot.working():
+            return peak_memory_bytes(artifact, self._target, self._inputs)
+
+    def rounds(
+        self,
+        artefacts: Sequence[Artifact],
+        count: int,
+        *,
+        quiet: Callable[[], None] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> list[Moments]:
+        """Time artefacts in rounds over all of them and over several loads.
+
+        A machine is slower for seconds at a time, and models of different sizes suffer differently: what is timed at
+        several moments, seconds apart, is not at the mercy of one.
+
+        Args:
+            artefacts: of the target.
+            count: rounds.
+            quiet: called before anything is timed; returns when nothing else runs.
+            progress: told each round.
+        """
+        times: list[Moments] = [[] for _ in artefacts]
+        reference = Artifact.open(self._reference)
+        clock = scoring.clock_of(self._target)
+        for some in together(artefacts, _AT_ONCE_BYTES):
+            held = [reference, *(artefacts[n] for n in some)]
+            sessions: dict[int, Session] = {}
+            for turn in range(count):
+                # A part of them before each round, so that rounds lie apart.
+                due = [place for place in range(len(held)) if turn == 0 or (turn - 1 - place) % _ROUNDS_A_LOAD == 0]
+                sessions.update(zip(due, self._loaded([held[place] for place in due]), strict=True))
+                if turn == 0 and quiet is not None:
+                    quiet()
+                if progress is not None:
+                    progress(
+                        f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {count}"
+                    )
+                for place, n in enumerate(some, start=1):
+                    if place in due:
+                        times[n].append([])
+                    with slot.timing():
+                        if place % _TO_A_REFERENCE == 1:
+                            beside = scoring.block(sessions[0], self._inputs, clock)
+                        times[n][-1].append(scoring.Pair(scoring.block(sessions[place], self._inputs, clock), beside))
+        return times
+
+    def _loaded(self, artefacts: Sequence[Artifact]) -> list[Session]:
+        # Nothing else runs yet: a load takes one core for a good part of a second.
+        with slot.working(), ThreadPoolExecutor(machine.cores()) as pool:
+            return list(pool.map(lambda artifact: self._runtime.load(artifact, self._target), artefacts))
+
+
+def together(artefacts: Sequence[Artifact], most_bytes: int) -> Iterator[range]:
+    """Yield which artefacts go together: as many in a row as ``most_bytes`` hold, one at least."""
+    first, size_bytes = 0, 0
+    for n, artifact in enumerate(artefacts):
+        if n > first and size_bytes + artifact.size_bytes > most_bytes:
+            yield range(first, n)
+            first, size_bytes = n, 0
+        size_bytes += artifact.size_bytes
+    if artefacts:
+        yield range(first, len(artefacts))
+
+
+class Outpost:
+    """A stand on the machine that latency is measured on, which has of the search what it is sent.
+
+    Args:
+        target: as plain data.
+    """
+
+    def __init__(self, target: dict[str, Any]) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="autocompress-stand-")
+        self._target = TargetConfig(**target)
+        self._stand: Stand | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        return machine.fingerprint()
+
+    def equip(self, reference: Files, inputs: Mapping[str, np.ndarray]) -> None:
+        """Time against this model on these inputs from now on; begun anew, an outpost has none."""
+        self._stand = Stand(self._target, self._written(reference).folder, inputs)
+
+    def moments(self, files: Files, counts: Sequence[int]) -> Moments | None:
+        """Time an artefact, as many pairs at each moment as are said; None without a reference to time it against."""
+        if self._stand is None:
+            return None
+        with self._unpacked([files]) as [artifact]:
+            session = self._stand.load(artifact)
+            try:
+                return [self._stand.pairs(session, artifact, count) for count in counts if count]
+            finally:
+                session.close()
+
+    def rounds(self, artefacts: Sequence[Files], count: int) -> list[Moments] | None:
+        """Time artefacts as `Stand.rounds` does; None without a reference."""
+        if self._stand is None:
+            return None
+        with self._unpacked(artefacts) as found:
+            return self._stand.rounds(found, count)
+
+    def memory(self, files: Files) -> int | None:
+        """Return the bytes that running an artefact adds to a fresh process."""
+        if self._stand is None:
+            return None
+        with self._unpacked([files]) as [artifact]:
+            return self._stand.memory(artifact)
+
+    @contextmanager
+    def _unpacked(self, artefacts: Sequence[Files]) -> Iterator[list[Artifact]]:
+        found: list[Artifact] = []
+        try:
+            for files in artefacts:
+                found.append(self._written(files))
+            yield found
+        finally:
+            for artifact in found:
+                shutil.rmtree(artifact.folder, ignore_errors=True)
+
+    def _written(self, files: Files) -> Artifact:
+        folder = Path(tempfile.mkdtemp(dir=self._scratch.name))
+        for name, content in files.items():
+            (folder / Path(name).name).write_bytes(content)
+        return Artifact.open(folder)
+
+
+class Device:
+    """An outpost as the driver and the workers see it.
+
+    Args:
+        call: begins a method of it; returns what waits for the result.
+        reference: the folder of the uncompressed model's artefact; it may be made later than this.
+        inputs: of the target's shape, for an artefact.
+    """
+
+    def __init__(self, call: Call, reference: Path, inputs: Callable[[Artifact], Mapping[str, np.ndarray]]) -> None:
+        self._call = call
+        self._reference = reference
+        self._inputs = inputs
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """The machine and the versions there."""
+        found: dict[str, Any] = self._call("fingerprint")()
+        return found
+
+    def moments(self, artifact: Artifact, counts: Sequence[int]) -> Callable[[], Moments]:
+        """Begin to time an artefact; returns what waits for the pairs of each moment."""
+        return self._begin("moments", files_of(artifact), list(counts))
+
+    def memory(self, artifact: Artifact) -> int:
+        """Return the bytes that running an artefact there adds to a fresh process."""
+        found: int = self._begin("memory", files_of(artifact))()
+        return found
+
+    def rounds(
+        self,
+        artefacts: Sequence[Artifact],
+        count: int,
+        *,
+        quiet: Callable[[], None] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> list[Moments]:
+        """Time artefacts there as `Stand.rounds` does; nothing has to be quiet here."""
+        found: list[Moments] = []
+        for some in together(artefacts, _SENT_BYTES):
+            if progress is not None:
+                progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1} on the device")
+            found += self._begin("rounds", [files_of(artefacts[n]) for n in some], count)()
+        return found
+
+    def _begin(self, method: str, *values: Any) -> Callable[[], Any]:
+        begun = self._call(method, *values)
+
+        def wait() -> Any:
+            found = begun()
+            if found is None:
+                reference = Artifact.open(self._reference)
+                self._call("equip", files_of(reference), self._inputs(reference))()
+                found = self._call(method, *values)()
+            return found
+
+        return wait
+
+
+def files_of(artifact: Artifact) -> Files:
+    """Return what an artefact is elsewhere."""
+    return {name: (artifact.folder / name).read_bytes() for name in (ARTIFACT_FILE, *artifact.files)}
