@@ -27,6 +27,10 @@ QUALITIES = ("accuracy", "loss", "divergence")
 """Objectives that are taken by running rows through the artefact."""
 
 
+DISTURBED = 0.03
+"""Share of a block's time by wall clock that its threads may wait for a core without being timed again or marked."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """The score of one artefact; latencies in milliseconds for one call of the target's batch.
@@ -42,6 +46,7 @@ class Measurement:
         reference_ms: median of the reference in the same paired runs.
         latency_ratio: median over pairs of blocks of candidate over reference, below 1 is faster, with its 95 %
             bootstrap interval.
+        latency_waited: share of the time that threads stood ready without a core while it was taken by wall clock.
         predictions: SHA-256 of the predicted classes, in row order.
         peak_memory_bytes: what loading and running it adds to a fresh process's memory, where that is asked for.
         stages: seconds by stage (build, load, latency, accuracy, ...).
@@ -65,10 +70,16 @@ class Measurement:
     predictions: str
     divergence: float | None = None
     peak_memory_bytes: int | None = None
+    latency_waited: float = 0.0
     confirmed: bool = False
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs took so much of the cores that the latency says more of them than of the model."""
+        return self.latency_waited > DISTURBED
 
     def check(self) -> Measurement:
         """Return self if every number can stand on a front.

@@ -12,13 +12,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from autocompress import machine, slot
 from autocompress.config import TargetConfig
 from autocompress.errors import MeasurementError
+from autocompress.records import DISTURBED
 from autocompress.runtimes.base import Session
 from autocompress.task import Batch, Split
 
@@ -26,8 +27,8 @@ _MOST_RUNS, _FEWEST_RUNS = 10, 2
 """Runs of a block; the latter where they take long."""
 _BLOCK_S = 0.016
 """Time after which a block has enough runs."""
-_ATTEMPTS, _DISTURBED = 5, 0.03
-"""How often a block is timed by wall clock whose threads waited for a core for more than this share of its time."""
+_ATTEMPTS = 5
+"""How often a block is timed by wall clock whose threads waited for a core for more than `DISTURBED` of its time."""
 BOOTSTRAP_DRAWS = 2000
 WRONG_STOPS = 1e-3
 """Chance that an accuracy pass is ended for a candidate that would have reached the front."""
@@ -50,7 +51,10 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Latency:
-    """Paired timing; milliseconds per call. ``ratio`` is candidate over reference with a 95 % bootstrap interval."""
+    """Paired timing; milliseconds per call. ``ratio`` is candidate over reference with a 95 % bootstrap interval.
+
+    ``waited`` is the share of the time that threads stood ready without a core, where the clock is the wall's.
+    """
 
     p50_ms: float
     p90_ms: float
@@ -58,6 +62,7 @@ class Latency:
     ratio: float
     ratio_low: float
     ratio_high: float
+    waited: float
 
     def fields(self) -> dict[str, Any]:
         """Return the values by the names of the fields that a `Measurement` keeps them in."""
@@ -68,6 +73,7 @@ class Latency:
             "latency_ratio": self.ratio,
             "latency_ratio_low": self.ratio_low,
             "latency_ratio_high": self.ratio_high,
+            "latency_waited": self.waited,
         }
 
 
@@ -210,16 +216,22 @@ def clock_of(target: TargetConfig) -> Callable[[], float]:
     return time.process_time if target.threads == 1 else time.perf_counter
 
 
-def _quietest_row(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> np.ndarray:
-    rows: list[tuple[float, np.ndarray]] = []
+class Block(NamedTuple):
+    """Seconds of runs in a row, and the share of them that threads stood ready without a core."""
+
+    seconds: np.ndarray
+    waited: float = 0.0
+
+
+def _quietest_row(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> Block:
+    rows: list[Block] = []
     for _ in range(_ATTEMPTS):
         before = machine.waited_seconds()
         times = _row(session, inputs, clock)
-        waited = machine.waited_seconds() - before
-        rows.append((waited, times))
-        if waited <= _DISTURBED * times.sum():
+        rows.append(Block(times, (machine.waited_seconds() - before) / float(times.sum() or 1.0)))
+        if rows[-1].waited <= DISTURBED:
             break
-    return min(rows, key=lambda row: row[0])[1]
+    return min(rows, key=lambda row: row.waited)
 
 
 def _row(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> np.ndarray:
@@ -234,10 +246,18 @@ def _row(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[],
 
 @dataclass(frozen=True)
 class Pair:
-    """Seconds of each run of the candidate and of the reference, in blocks that follow each other."""
+    """Seconds of each run of the candidate and of the reference, in blocks that follow each other.
+
+    With the larger share of a block that threads stood ready without a core.
+    """
 
     candidate: np.ndarray
     reference: np.ndarray
+    waited: float = 0.0
+
+    @classmethod
+    def of(cls, candidate: Block, reference: Block) -> Pair:
+        return cls(candidate.seconds, reference.seconds, max(candidate.waited, reference.waited))
 
     @property
     def ratio(self) -> float:
@@ -268,15 +288,15 @@ def paired_times(
         for number in range(pairs):
             if number % 2 == 0:
                 first = block(candidate, inputs, clock)
-                found.append(Pair(first, block(reference, inputs, clock)))
+                found.append(Pair.of(first, block(reference, inputs, clock)))
             else:
                 first = block(reference, inputs, clock)
-                found.append(Pair(block(candidate, inputs, clock), first))
+                found.append(Pair.of(block(candidate, inputs, clock), first))
     return found
 
 
-def block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> np.ndarray:
-    """Return the seconds of runs in a row, after such a row that is not timed.
+def block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> Block:
+    """Time runs in a row, after such a row that is not timed.
 
     By wall clock, what other programs took of the cores would count: a row whose threads stood ready without a core is
     timed again, a few times, and of all of them the one that waited least is taken.
@@ -285,9 +305,11 @@ def block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[]
         MeasurementError: if a run took no measurable time.
     """
     _row(session, inputs, clock)
-    found = _quietest_row(session, inputs, clock) if clock is time.perf_counter else _row(session, inputs, clock)
-    if not (found > 0).all():
-        raise MeasurementError(f"latency: {int((found <= 0).sum())} of {found.size} runs took no measurable time")
+    by_wall = clock is time.perf_counter
+    found = _quietest_row(session, inputs, clock) if by_wall else Block(_row(session, inputs, clock))
+    if not (found.seconds > 0).all():
+        untimed = int((found.seconds <= 0).sum())
+        raise MeasurementError(f"latency: {untimed} of {found.seconds.size} runs took no measurable time")
     return found
 
 
@@ -313,5 +335,6 @@ def summarize(moments: Sequence[Sequence[Pair]], *, seed: int) -> Latency:
     p50, p90 = np.quantile(np.concatenate([pair.candidate for pair in taken]), (0.5, 0.9)) * 1e3
     reference = float(np.median(np.concatenate([pair.reference for pair in taken]))) * 1e3
     ratio = float(np.median(ratios))
+    waited = float(np.median([pair.waited for pair in taken]))
     # A few draws of few moments may all lie on one side of the median of all.
-    return Latency(float(p50), float(p90), reference, ratio, min(ratio, float(low)), max(ratio, float(high)))
+    return Latency(float(p50), float(p90), reference, ratio, min(ratio, float(low)), max(ratio, float(high)), waited)

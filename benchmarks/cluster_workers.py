@@ -32,6 +32,9 @@ from autocompress.study import Study
 
 WORKERS, ACTORS = 200, 8
 SECONDS = 1.0
+SOAK_S, SAMPLE_S = 3600.0, 60.0
+FLAT = 0.1
+"""Part of the driver's memory that the second half of the soak may add."""
 TRIALS = {"random": 10_000, "tpe": 2_000}
 
 
@@ -40,11 +43,11 @@ class Logical(Workers):
 
     ENTRY = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cluster_workers as c; c.ray_main()"
 
-    def __init__(self, study: Study, folder: Path) -> None:
+    def __init__(self, study: Study, folder: Path, count: int = WORKERS) -> None:
         super().__init__(study.run, folder)
-        self.count = WORKERS
+        self.count = count
         # Ray begins as many processes as there are cores.
-        self._crew = dataclasses.replace(self._crew, cores=ACTORS, workers=WORKERS)
+        self._crew = dataclasses.replace(self._crew, cores=ACTORS, workers=count)
 
 
 class Sleepers:
@@ -114,10 +117,43 @@ def searched(figures: Figures, sampler: SamplerName, trials: int) -> None:
     figures.add(f"{words}: ask, median", float(np.median(asks)), "seconds", interval=[min(asks), max(asks)])
 
 
+def soaked() -> None:
+    """Search for an hour with a worker, and look at the driver's memory each minute."""
+    figures = Figures("cluster-soak", "python benchmarks/cluster_workers.py --soak")
+    space = bind(SearchSpace.load("encoder-joint"), MINILM, tokens=64)
+    memory: list[float] = []
+    began = time.monotonic()
+
+    def told(_: object) -> None:
+        if time.monotonic() - began >= SAMPLE_S * (len(memory) + 1):
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+            memory.append(pages * resource.getpagesize() / 1e6)
+
+    with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
+        folder = Path(scratch) / "study"
+        filled(folder, space, 0)
+        with opened(folder, space, "tpe", trials=int(SOAK_S / SECONDS)) as study:
+            with Logical(study, folder / "artefacts", count=1) as crew:
+                execute(study, workers=crew, prepare=lambda _: None, alone=lambda _: False, told=told)
+            candidates = study.candidates()
+    minutes, half = len(memory), len(memory) // 2
+    added = memory[-1] / memory[half] - 1
+    figures.add("length of the soak", minutes, "minutes", "60", minutes >= SOAK_S / SAMPLE_S)
+    figures.add("candidates", len(candidates), "candidates")
+    figures.add("memory of the driver in the end", memory[-1], "MB", "< 1074", memory[-1] < 1074)
+    figures.add("added in the second half", added, "share of the memory", f"<= {FLAT}", added <= FLAT)
+    figures.more["MB by minute"] = memory
+    figures.write()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--soak", action="store_true", help="an hour with one worker, for the driver's memory")
     parser.add_argument("--samplers", nargs="+", choices=get_args(SamplerName), default=list(TRIALS))
     options = parser.parse_args()
+    if options.soak:
+        soaked()
+        return
     figures = Figures("cluster-workers", "python benchmarks/cluster_workers.py")
     for sampler in options.samplers:
         searched(figures, sampler, TRIALS[sampler])

@@ -139,6 +139,8 @@ def test_results_are_three_files(tmp_path: Path) -> None:
     file = study.folder / "environment.json"
     known = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**known, "shared_rows": 3}), encoding="utf-8")
+    busy = study.front().points[0]
+    study.confirm(busy.number, dataclasses.replace(busy.score, latency_waited=0.2))
     before = {path.name for path in study.folder.iterdir()}
     assert not {"study.csv", "pareto.csv", "report.html"} & before
     write_results(study)
@@ -151,6 +153,7 @@ def test_results_are_three_files(tmp_path: Path) -> None:
     assert "uniform ladder" in page
     assert "No random search was run to hold it against." in page
     assert "3 texts stand in two splits" in page
+    assert f"kept the cores busy while the latencies of trials {busy.number} were taken" in page
     assert "<title>" in page
     assert "made" in page
 
@@ -176,6 +179,8 @@ def test_a_torn_record_that_was_cut_off_is_said(tmp_path: Path, monkeypatch: pyt
         space=SMALL,
         predictor=SimpleNamespace(errors={}),
         majority=MAJORITY,
+        device=None,
+        timed_on=machine.fingerprint(),
         teacher=SimpleNamespace(base="m"),
         task=SimpleNamespace(fingerprint="d", shared_rows=0),
         bank=SimpleNamespace(trim=lambda: 0, made_seconds={}),

@@ -21,6 +21,7 @@ from conftest import VOCABULARY, make_tokenizer
 from autocompress import machine, scoring, task
 from autocompress.config import DataConfig, TargetConfig
 from autocompress.errors import MeasurementError
+from autocompress.records import DISTURBED
 from autocompress.runtimes.base import Session
 
 
@@ -433,7 +434,21 @@ class TestLatency:
         found = scoring.block(Slow(1), {}, clock)
         assert runs[0] == 2 * (1 + rows)
         first = 2 * (1 + taken) + 1
-        assert found == pytest.approx([0.01 + 1e-6 * first, 0.01 + 1e-6 * (first + 1)], abs=1e-9)
+        assert found.seconds == pytest.approx([0.01 + 1e-6 * first, 0.01 + 1e-6 * (first + 1)], abs=1e-9)
+        assert found.waited == pytest.approx(waits[taken], rel=0.01)
+
+    def test_by_wall_clock_a_load_that_lasts_is_told(self) -> None:
+        """Timing again does not help then, and whoever reads the latency must know."""
+        if not Path("/proc/self/schedstat").exists():
+            pytest.skip("this kernel does not say")
+        clock = scoring.clock_of(TargetConfig(threads=2))
+        with busy_cores():
+            taken = scoring.paired_times(Adding(200_000), Adding(400_000), {}, pairs=4, clock=clock)
+        assert scoring.summarize([taken], seed=0).waited > DISTURBED
+        quiet = scoring.paired_times(
+            Adding(200_000), Adding(400_000), {}, pairs=2, clock=scoring.clock_of(TargetConfig(threads=1))
+        )
+        assert scoring.summarize([quiet], seed=0).waited == 0.0, "by CPU time nobody waits"
 
     def test_waiting_for_a_core_is_seen(self) -> None:
         before, work = machine.waited_seconds(), Adding(200_000)

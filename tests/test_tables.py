@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import subprocess
 import sys
@@ -31,6 +32,7 @@ COLUMNS = [
     "latency_ratio",
     "latency_ratio_low",
     "latency_ratio_high",
+    "latency_waited",
     "seconds",
     "feasible",
     "origin",
@@ -150,6 +152,14 @@ def test_a_line_says_larger_slower_and_infeasible() -> None:
     assert "(2.0x larger)" in line
     assert "(0.80x as fast)" in line
     assert line.endswith("(infeasible)")
+
+
+def test_a_line_says_what_was_timed_on_a_busy_machine() -> None:
+    candidate = make_candidate(0)
+    busy = dataclasses.replace(candidate, measurement=dataclasses.replace(candidate.score, latency_waited=0.24))
+    line = candidate_line(busy, 1, 10, make_reference())
+    assert line.endswith("(timed on a busy machine: 24 % of the time without a core)")
+    assert "busy" not in candidate_line(candidate, 1, 10, make_reference())
 
 
 def test_a_failure_on_one_line_cannot_drive_the_terminal() -> None:

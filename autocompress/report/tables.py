@@ -37,6 +37,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Candidate], Any]]] = {
     "latency_ratio": ("float64", _score("latency_ratio")),
     "latency_ratio_low": ("float64", _score("latency_ratio_low")),
     "latency_ratio_high": ("float64", _score("latency_ratio_high")),
+    "latency_waited": ("float64", _score("latency_waited")),
     "seconds": ("float64", _score("seconds")),
     "feasible": ("bool", lambda c: c.feasible),
     "origin": ("object", lambda c: c.origin),
@@ -163,6 +164,8 @@ def candidate_line(candidate: Candidate, done: int, total: int, reference: Measu
     ]
     if not candidate.feasible:
         parts.append("(infeasible)")
+    if score.disturbed:
+        parts.append(f"(timed on a busy machine: {100 * score.latency_waited:.0f} % of the time without a core)")
     return "  ".join(parts)
 
 
