@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -251,6 +253,38 @@ def test_nothing_from_outside_becomes_markup(tmp_path: Path) -> None:
     assert ATTACK not in html
     # It is still there to read: title, heading, recommendation, front, two columns of candidates, and so on.
     assert attacked.text.count(ATTACK) >= 8
+
+
+def dom(file: Path) -> str:
+    """Open a page in a browser and return what became of it."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("Chromium is not installed")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom",
+         f"--user-data-dir={file.parent / 'profile'}", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_nothing_from_outside_strikes_in_a_browser(tmp_path: Path) -> None:
+    strike = """</script></style></title><img src=x onerror="document.body.dataset.struck=1">"""
+    (tmp_path / "bare.html").write_text(f"<!doctype html><title>a</title><body>{strike}", encoding="utf-8")
+    assert 'data-struck="1"' in dom(tmp_path / "bare.html"), "it does where nothing is done against it"
+    plan = CompressionPlan(((strike, PruneNeurons(keep=2)),))
+    candidates = [
+        make_candidate(0, plan=plan, params={strike: strike}),
+        make_candidate(1, plan=plan, ratio=0.7),
+        make_candidate(2, state=strike, failure=strike, plan=plan),
+    ]
+    report(tmp_path, candidates, title=strike, environment={strike: {strike: [strike]}}, notes=[strike])
+    opened = dom(tmp_path / "report.html")
+    assert opened.count('class="plot-container') == 2, "its own scripts run"
+    assert "data-struck=" not in opened
 
 
 def test_the_page_is_offline_and_says_so_to_the_browser(tmp_path: Path) -> None:
