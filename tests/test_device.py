@@ -69,41 +69,27 @@ def test_latency_is_measured_on_the_device(nodes: Nodes, workplace: Path, monkey
     assert found[json.loads(recovered.out)["trial"]].score.fingerprint["cpu"]["name"] == "a device"
 
 
-def test_a_device_that_is_not_there_is_said(nodes: Nodes, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_of_a_cluster(workplace: Path) -> None:
     alone = command("search", "run.yaml", "--out", "out", "--set", DEVICE, cwd=workplace)
     assert (alone.code, "search.device: names nodes of a cluster; give its --address" in alone.err) == (2, True)
-    enter(nodes, monkeypatch)
-    there = ("--out", "out", "--address", nodes.address, "--set", "search.device={device_other: 1}")
-    done = command("search", "run.yaml", *there, cwd=workplace)
-    assert done.code == 1
-    assert "a device takes device_other: 1, which no node has" in done.err.splitlines()[-1]
 
 
-def test_a_search_waits_for_its_device_to_come_back(
+def test_a_search_waits_for_its_device_to_come_back_but_not_for_ever(
     nodes: Nodes, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter(nodes, monkeypatch)
     options = ("--address", nodes.address)
-    search = start_search(workplace, workplace / "out", "search.trials=12", DEVICE, options=options)
+    search = start_search(workplace, workplace / "out", "search.trials=100", DEVICE, options=options)
     list(lines_until(search, "] trial "))
     nodes.lose(-1)
     add_device(nodes, workplace / "device")
-    _, said = search.communicate(timeout=300)
-    assert search.returncode == 0, said
-    candidates = by_number(workplace / "out").values()
-    assert len(candidates) == 12
-    assert {c.state for c in candidates} == {"COMPLETE"}
-
-
-def test_a_device_that_stays_away_ends_the_search(
-    nodes: Nodes, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    enter(nodes, monkeypatch)
-    options = ("--address", nodes.address)
-    search = start_search(workplace, workplace / "out", "search.trials=12", DEVICE, options=options)
-    list(lines_until(search, "] trial "))
+    for _ in range(3):  # what was timed before may still be on its way
+        list(lines_until(search, "] trial "))
     nodes.lose(-1)
     _, said = search.communicate(timeout=300)
     assert search.returncode == 1
     assert "no node has device_test: 1 any more" in said.splitlines()[-1]
     assert "run the same command again" in said.splitlines()[-1]
+    candidates = by_number(workplace / "out").values()
+    assert len(candidates) >= 4
+    assert {c.state for c in candidates} == {"COMPLETE"}
