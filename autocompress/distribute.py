@@ -168,7 +168,8 @@ class Workers:
             self._jobs.pop(result[0], None)
             return result
         if found is not None:
-            raise StudyError(f"search: {found}")
+            again = "; run the same command again to continue" if self._lives > 1 else ""
+            raise StudyError(f"search: {found}{again}")
         return None
 
     def on_device(self, method: str, *values: Any) -> Callable[[], Any]:

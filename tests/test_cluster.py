@@ -119,6 +119,29 @@ def test_a_driver_that_is_killed_leaves_the_cluster_free(
         assert len(by_number(out)) == 40
 
 
+def test_a_cluster_that_loses_its_head_ends_the_search(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Nodes(secrets.token_hex(16))
+    try:
+        mine.wait()
+        enter(mine, monkeypatch)
+        search = start_search(workplace, workplace / "out", "search.trials=40", options=("--address", mine.address))
+        list(lines_until(search, "] trial "))
+        mine.lose(0)
+        _, said = search.communicate(timeout=240)
+    finally:
+        mine.stop()
+    assert search.returncode == 1, said
+    assert "run the same command again to continue" in said.splitlines()[-1]
+    told = by_number(workplace / "out")
+    assert told
+    # Without the cluster the same study goes on here.
+    done = command("search", "run.yaml", "--out", "out", "--set", f"search.trials={len(told) + 2}", cwd=workplace)
+    assert done.code == 0, done.err
+    after = by_number(workplace / "out")
+    assert len(after) == len(told) + 2
+    assert told.keys() <= after.keys()
+
+
 @pytest.mark.parametrize("token", [None, "0" * 32])
 def test_a_cluster_lets_nobody_in_without_its_token(
     nodes: Nodes, workplace: Path, monkeypatch: pytest.MonkeyPatch, token: str | None
