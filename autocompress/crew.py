@@ -83,20 +83,28 @@ class _Left(Exception):
     """The search is left before its workers are done."""
 
 
-class _Leave(tune.Callback):
-    """Ends Tune where it stands once a search is left."""
+class _Watch(tune.Callback):
+    """Ends Tune where it stands once a search is left, and tells the desk of workers that died."""
 
-    def __init__(self, left: threading.Event) -> None:
+    def __init__(self, left: threading.Event, desk: Any) -> None:
         self._left = left
+        self._desk = desk
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._left.is_set():
             raise _Left
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._desk.lost.remote(trial.trial_id)
+
+    on_trial_error = on_trial_recover
+
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its settings, for a restore that is never made or to run there; an event cannot be
+        # Tune pickles its settings, for a restore that is never made or to run there; an event cannot be.
+        return {"_desk": self._desk}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._desk = state["_desk"]
         self._left = threading.Event()  # where Tune runs on a cluster's head, the cluster ends it
 
 
@@ -311,7 +319,7 @@ class _Site:
                     name="search",
                     storage_path=scratch,
                     verbose=0,
-                    callbacks=[_Leave(self.over)],
+                    callbacks=[_Watch(self.over, self._desk)],
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                     # Attempts are counted by candidate; this bounds a machine on which no worker can live.
                     failure_config=tune.FailureConfig(max_failures=crew.max_failures),

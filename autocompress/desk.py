@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +78,14 @@ class Desk:
 
     One trial of Tune is one worker for the whole search, since ending a trial of Tune and beginning another takes
     time in which a worker is idle. A worker that died is begun again as the same trial, comes here, and is given the
-    job that it had.
+    job that it had. Where it is known to have died, others may have that first: on a node that is gone nobody is begun
+    again, and the driver may wait for this job before it lays down another one.
     """
 
     def __init__(self) -> None:
         self._jobs: deque[Job] = deque()
         self._given: dict[str, list[Job]] = {}
+        self._deaths: Counter[str] = Counter()
         self._results: deque[Result] = deque()
         self._open = self._closed = self._ended = False
         self._changed = asyncio.Condition()
@@ -118,6 +120,13 @@ class Desk:
             self._closed = True
             self._changed.notify_all()
 
+    async def lost(self, worker: str) -> None:
+        """Give what a worker had, which died, to whoever comes next."""
+        async with self._changed:
+            self._deaths[worker] += 1  # of the calls of its that wait here, too
+            self._jobs.extendleft(reversed(self._given.pop(worker, [])))
+            self._changed.notify_all()
+
     async def end(self) -> None:
         """Let nobody wait for further results."""
         async with self._changed:
@@ -128,15 +137,18 @@ class Desk:
         """Take the result of the last job of ``worker``, if its process has one; return the next one, or None at last.
 
         What it was given and did not finish comes first. A call from a process that died may still wait here: what it
-        is given is its worker's all the same.
+        is given is its worker's all the same, unless that is known to be `lost`, and it is given nothing.
         """
-        given = self._given.setdefault(worker, [])
+        deaths = self._deaths[worker]
         async with self._changed:
+            given = self._given.setdefault(worker, [])
             if result is not None:
                 self._results.append(result)
                 given[:] = [job for job in given if job.number != result[0]]
                 self._changed.notify_all()
-            await self._changed.wait_for(lambda: given or self._jobs or self._closed)
+            await self._changed.wait_for(lambda: given or self._jobs or self._closed or self._deaths[worker] > deaths)
+            if self._deaths[worker] > deaths:
+                return None
             if not given:
                 if not self._jobs:
                     return None

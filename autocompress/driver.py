@@ -299,9 +299,8 @@ def write_results(study: Study) -> None:
     if shared_rows := environment.get("shared_rows", 0):
         notes.append(f"{shared_rows} texts stand in two splits; the run file accepts that.")
     if disturbed := [c.number for c in front.points if c.score.disturbed]:
-        notes.append(
-            f"Other programs kept the cores busy while the latencies of trials {', '.join(map(str, disturbed))} were taken."
-        )
+        numbers = ", ".join(map(str, disturbed))
+        notes.append(f"Other programs kept the cores busy while the latencies of trials {numbers} were taken.")
     tables.write_csv(study.candidates(), folder / "study.csv")
     tables.write_csv(front.points, folder / "pareto.csv")
     page.write_report(

@@ -114,7 +114,9 @@ class Stand:
                     with slot.timing():
                         if place % _TO_A_REFERENCE == 1:
                             beside = scoring.block(sessions[0], self._inputs, clock)
-                        times[n][-1].append(scoring.Pair.of(scoring.block(sessions[place], self._inputs, clock), beside))
+                        times[n][-1].append(
+                            scoring.Pair.of(scoring.block(sessions[place], self._inputs, clock), beside)
+                        )
         return times
 
     def _loaded(self, artefacts: Sequence[Artifact]) -> list[Session]:

@@ -43,6 +43,27 @@ def test_a_desk_loses_nothing_to_a_worker_that_died_while_it_waited() -> None:
     assert asyncio.run(asyncio.wait_for(day(), 10)) == [7, None, None]
 
 
+def test_what_a_lost_worker_had_is_given_to_whoever_comes() -> None:
+    """Also where it died while it waited: nothing is given to a process that is not there any more."""
+
+    async def day() -> list[Any]:
+        desk = Desk()
+        await desk.put(Job(7, "{}", []))
+        first = await desk.exchange("a", None)
+        waiting = asyncio.create_task(desk.exchange("b", None))
+        dead = asyncio.create_task(desk.exchange("c", None))
+        await asyncio.sleep(0)
+        await desk.lost("c")
+        await desk.lost("a")
+        await asyncio.wait([waiting, dead])
+        again, nothing = waiting.result(), dead.result()
+        await desk.put(Job(8, "{}", []))
+        begun = await desk.exchange("a", None)  # a new process of it, in the end
+        return [job and (job.number, job.attempt) for job in (first, again, nothing, begun)]
+
+    assert asyncio.run(asyncio.wait_for(day(), 10)) == [(7, 1), (7, 2), None, (8, 1)]
+
+
 def test_what_is_withdrawn_is_given_to_nobody() -> None:
     async def day() -> list[Any]:
         desk = Desk()
