@@ -215,7 +215,8 @@ class _Site:
         for name in ("ray", "ray.tune"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._outposts = self._manned()
-        workers = min(crew.workers or self._places(self._takes), crew.most) if crew.most else 0
+        places = self._places(self._takes) if crew.most else 0
+        workers = min(crew.workers or places, crew.most)
         self._say("workers", workers)
         # Here, since other nodes may go at any time.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
