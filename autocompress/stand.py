@@ -64,14 +64,17 @@ class Stand:
 
     def pairs(self, session: Session, artifact: Artifact, count: int) -> list[scoring.Pair]:
         """Time a loaded artefact against the reference."""
-        inputs = {name: self._inputs[name] for name in artifact.inputs}
         clock = scoring.clock_of(self._target)
-        return scoring.paired_times(session, self.reference, inputs, pairs=count, clock=clock)
+        return scoring.paired_times(session, self.reference, self._of(artifact), pairs=count, clock=clock)
+
+    def _of(self, artifact: Artifact) -> Mapping[str, np.ndarray]:
+        """Return what an artefact reads of the inputs."""
+        return {name: self._inputs[name] for name in artifact.inputs}
 
     def memory(self, artifact: Artifact) -> int:
         """Return the bytes that running an artefact adds to a fresh process."""
         with slot.working():
-            return peak_memory_bytes(artifact, self._target, self._inputs)
+            return peak_memory_bytes(artifact, self._target, self._of(artifact))
 
     def rounds(
         self,
