@@ -40,6 +40,8 @@ BASELINES = "baselines"
 """Folder within the results folder; each baseline is a search of its own in it."""
 _TABLE_SECONDS = 5.0
 """Least time between two writes of ``study.csv`` while candidates come in."""
+_TABLE_SHARE = 0.01
+"""Part of the time that they may take: that of thousands of candidates takes seconds."""
 
 Watch = Callable[["SearchStatus"], None]
 
@@ -156,14 +158,15 @@ def _evaluate(study: Study, workshop: Workshop, workers: Workers, progress: Prog
     run = study.run
     total, reference, majority = run.search.trials, study.reference, workshop.majority
     progress(f"evaluating {study.remaining} of {total} candidates with {workshop.runtime.name}")
-    began, before, written = time.perf_counter(), study.finished, 0.0
+    began, before, due = time.perf_counter(), study.finished, 0.0
 
     def told(candidate: Candidate) -> None:
-        nonlocal written
+        nonlocal due
         progress(tables.candidate_line(candidate, study.finished, total, reference))
-        if time.perf_counter() - written >= _TABLE_SECONDS:
-            written = time.perf_counter()
+        if (started := time.perf_counter()) >= due:
             tables.write_csv(study.candidates(), study.folder / "study.csv")
+            ended = time.perf_counter()
+            due = ended + max(_TABLE_SECONDS, (ended - started) / _TABLE_SHARE)
         if run.search.keep_artefacts == "front":
             drop_dominated(study, workshop.artefacts, candidate)
         if watch is not None:

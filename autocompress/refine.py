@@ -43,8 +43,9 @@ def refine(
 def drop_dominated(study: Study, artefacts: Path, latest: Candidate) -> None:
     """Delete the artefacts that ``latest`` pushed off the front, or its own; others may be in the making."""
     front = {c.plan.plan_id for c in study.front().points}
-    kept = {c.plan.plan_id for c in study.candidates() if c.state == "COMPLETE"} - front
-    for plan_id in {p.name for p in artefacts.iterdir()} & kept | ({latest.plan.plan_id} - front):
+    there = (study.of_plan(folder.name) for folder in artefacts.iterdir())
+    beaten = {c.plan.plan_id for c in there if c is not None and c.state == "COMPLETE"} | {latest.plan.plan_id}
+    for plan_id in beaten - front:
         shutil.rmtree(artefacts / plan_id, ignore_errors=True)
 
 

@@ -29,7 +29,7 @@ TPE_HISTORY = 300
 """Finished trials that TPE sees: its time for a proposal grows with them, most where nearly all are non-dominated."""
 _STARTUP = 10
 """Finished trials without which TPE has nothing to learn from."""
-_ANEW = 16
+_ANEW = 8
 """Part of the trials in flight, as its denominator, that may come and go before TPE looks at the study again."""
 
 

@@ -106,7 +106,11 @@ class Study:
             for trial in self._study.get_trials(deepcopy=False)
             if (candidate := self._read(trial)) is not None
         }
-        self.known = {c.plan.plan_id for c in self._candidates.values()}
+        self._recovered = sum(c.origin == "recover" for c in self._candidates.values())
+        self._of_plan: dict[str, int] = {}
+        for candidate in self._candidates.values():
+            self._note(candidate)
+        self.known = set(self._of_plan)
         """Ids of all plans that are or were evaluated."""
         self._learned = -1
         self._forget_fronts()
@@ -114,6 +118,12 @@ class Study:
 
     def _forget_fronts(self) -> None:
         self._unbeaten, self._unbeaten_told = Unbeaten(self.run.objectives), Unbeaten(self.told)
+        self._rivals: tuple[list[Candidate], list[list[float]]] = ([], [])
+
+    def _note(self, candidate: Candidate) -> None:
+        """Remember which candidate a plan is; the one that measured it, if there are several."""
+        if candidate.measurement is not None or candidate.plan.plan_id not in self._of_plan:
+            self._of_plan[candidate.plan.plan_id] = candidate.number
 
     def _open(self, identity: Mapping[str, Any] | None, writable: bool) -> optuna.Study:
         storage, name, where = self._records.storage, self._records.name, self._records.where
@@ -166,7 +176,7 @@ class Study:
     @property
     def finished(self) -> int:
         """Number of evaluated candidates, complete or failed; recovered points come on top of ``search.trials``."""
-        return sum(c.origin != "recover" for c in self._candidates.values())
+        return len(self._candidates) - self._recovered
 
     @property
     def in_flight(self) -> int:
@@ -233,8 +243,10 @@ class Study:
 
     def rivals(self) -> list[list[float]]:
         """Return the costs of the points that a new candidate must not be dominated by, as the sampler is told them."""
-        found: list[list[float]] = costs(self.told_front(), self.told).tolist()
-        return found
+        front = self.told_front()
+        if self._rivals[0] is not front:
+            self._rivals = front, costs(front, self.told).tolist()
+        return self._rivals[1]
 
     def tell(self, number: int, plan: CompressionPlan, result: Measurement | Stopped | str) -> Candidate:
         """Record a measurement, or the reason why there is none; a number that cannot stand is a failure."""
@@ -263,6 +275,7 @@ class Study:
         if self.predictor is not None:
             self.predictor.note(candidate)
         self._candidates[number] = candidate
+        self._note(candidate)
         return candidate
 
     def _record(self, trial: optuna.Trial, result: Measurement | Stopped | str) -> str:
@@ -322,13 +335,20 @@ class Study:
             folder=self.folder,
         )
         self._candidates[number] = candidate
+        self._recovered += origin == "recover"
+        self._note(candidate)
         self.known.add(plan.plan_id)
         return candidate
 
     def measured(self, plan: CompressionPlan) -> Candidate | None:
         """Return the candidate that measured ``plan``, or None."""
-        found = (c for c in self._candidates.values() if c.plan == plan and c.measurement is not None)
-        return next(found, None)
+        found = self.of_plan(plan.plan_id)
+        return found if found is not None and found.measurement is not None else None
+
+    def of_plan(self, plan_id: str) -> Candidate | None:
+        """Return the candidate that is a plan, or None where it was not evaluated."""
+        number = self._of_plan.get(plan_id)
+        return None if number is None else self._candidates[number]
 
     def candidates(self) -> list[Candidate]:
         """Return all evaluated candidates by number; interrupted and repeated trials are none."""
