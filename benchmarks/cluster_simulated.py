@@ -49,6 +49,12 @@ EACH, FEWEST, MOST = 50, 1_000, 10_000
 """Candidates a worker, and in all."""
 
 
+def recorded() -> list[dict[str, str]]:
+    """Return the complete candidates of a search that was run."""
+    with RECORDED.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["state"] == "COMPLETE"]
+
+
 class Simulated:
     """Workers of a made-up cluster, with a clock of their own, in place of `distribute.Workers`.
 
@@ -125,8 +131,7 @@ class Simulated:
 def simulate(workers: int, trials: int) -> dict[str, float]:
     """Search with the real driver on ``workers`` that are not there."""
     space = bind(SearchSpace.load("encoder-joint"), MINILM, tokens=64)
-    with RECORDED.open(newline="", encoding="utf-8") as file:
-        durations = np.array([float(row["seconds"]) for row in csv.DictReader(file) if row["state"] == "COMPLETE"])
+    durations = np.array([float(row["seconds"]) for row in recorded()])
     with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
         folder = Path(scratch) / "study"
         filled(folder, space, 0)
@@ -169,6 +174,7 @@ def main() -> None:
         return
     figures = Figures("cluster-simulated", "python benchmarks/cluster_simulated.py")
     rows: list[dict[str, float]] = []
+    written = float(np.mean([float(row["size_bytes"]) for row in recorded()])) / 1e6
     for workers in options.sizes:
         job = [sys.executable, __file__, "--one", str(workers), str(min(MOST, max(FEWEST, EACH * workers)))]
         done = subprocess.run(job, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, check=True)
@@ -182,6 +188,8 @@ def main() -> None:
             figures.add(f"{words}: scaling efficiency", efficiency, "of that with one worker", *wanted)
         figures.add(f"{words}: lost with workers that died", row["lost"], "share of what was computed")
         figures.add(f"{words}: the driver is busy", row["driver load"], "share of the time")
+        rate = row["candidates"] / (3600 * row["hours"])
+        figures.add(f"{words}: artefacts written to the shared folder", rate * written, "MB a second")
         if row["candidates"] == MOST:
             memory = row["memory, MB"]
             figures.add(f"{words}: memory of the driver", memory, "MB", "< 1074", memory < 1074)
