@@ -33,8 +33,9 @@ from autocompress.records import Candidate, Measurement, Stopped
 from autocompress.study import Study
 from autocompress.trained import Progress, silent
 
-_AHEAD = 1
-"""Jobs that wait at the desk beyond those that are worked on."""
+_AHEAD, _MORE_AHEAD_FOR = 1, 16
+"""Jobs that wait at the desk beyond those that are worked on; one more for each so many workers, for whom the driver is
+busy at times with what serves all of them."""
 _LIVES = 3
 """How often Ray may be started for one search."""
 _PATIENCE_S = 20.0
@@ -430,7 +431,8 @@ def _execute(
         raise KeyboardInterrupt
 
     def fill() -> None:
-        while not (ended or gone or leaving.asked) and len(running) < workers.count + _AHEAD:
+        wanted = workers.count + _AHEAD + workers.count // _MORE_AHEAD_FOR
+        while not (ended or gone or leaving.asked) and len(running) < wanted:
             hand_out()
 
     workers.open()
