@@ -3,8 +3,8 @@
 ``python benchmarks/cluster_simulated.py`` on an idle machine. The driver, the study and its proposals are the real
 ones, and what they compute passes in the simulation as long as it takes here; candidates take as long as recorded ones,
 brought to a mean of ten seconds, a few take several times as long, and workers die. No model is run: scores are a
-formula of the plan. Each size of cluster is simulated in a process of its own. Scaling is judged while there is work for
-all; after that a search waits for its last candidates, of which a slow one may die again and again.
+formula of the plan. Each size of cluster is simulated in a process of its own. Scaling is judged while there is work
+for all; after that a search waits for its last candidates, of which a slow one may die again and again.
 """
 
 from __future__ import annotations
