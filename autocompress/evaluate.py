@@ -160,7 +160,8 @@ class Workshop(Bases):
     @cached_property
     def stand(self) -> Stand:
         """Where artefacts are timed on this machine."""
-        return Stand(self.run.target, self.reference_folder, self.inputs(Artifact.open(self.reference_folder)))
+        inputs = self.inputs(Artifact.open(self.reference_folder))
+        return Stand(self.runtime, self.run.target, self.reference_folder, inputs)
 
     def inputs(self, artifact: Artifact) -> dict[str, np.ndarray]:
         return scoring.timing_inputs(artifact.inputs, self.run.target, self.vocabulary, self.run.seed)

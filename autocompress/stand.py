@@ -43,16 +43,19 @@ class Stand:
     """The reference of a target, loaded, and what is timed against it on this machine.
 
     Args:
+        runtime: that of the target.
         target: what artefacts are built for.
         reference: the folder of the uncompressed model's artefact.
         inputs: of the target's shape.
     """
 
-    def __init__(self, target: TargetConfig, reference: Path, inputs: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self, runtime: Runtime, target: TargetConfig, reference: Path, inputs: Mapping[str, np.ndarray]
+    ) -> None:
+        self._runtime = runtime
         self._target = target
         self._reference = reference
         self._inputs = inputs
-        self._runtime: Runtime = get_runtime(target.runtime)
 
     @cached_property
     def reference(self) -> Session:
@@ -157,7 +160,8 @@ class Outpost:
 
     def equip(self, reference: Files, inputs: Mapping[str, np.ndarray]) -> None:
         """Time against this model on these inputs from now on; begun anew, an outpost has none."""
-        self._stand = Stand(self._target, self._written(reference).folder, inputs)
+        runtime = get_runtime(self._target.runtime)
+        self._stand = Stand(runtime, self._target, self._written(reference).folder, inputs)
 
     def moments(self, files: Files, counts: Sequence[int]) -> Moments | None:
         """Time an artefact, as many pairs at each moment as are said; None without a reference to time it against."""

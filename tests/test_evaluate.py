@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SPECIAL
 
-from autocompress import evaluate, recovery, scoring
+from autocompress import recovery, scoring, stand
 from autocompress.config import RunConfig
 from autocompress.decisions import (
     DropBlocks,
@@ -225,7 +225,7 @@ def test_artefacts_that_fill_the_memory_are_confirmed_in_parts(
     size_bytes = shop.evaluate(PLAN).size_bytes
     for room, parts in ((3 * size_bytes, ["1 to 3"]), (2 * size_bytes, ["1 to 2", "3 to 3"]), (1, ["1", "2", "3"])):
         said: list[str] = []
-        monkeypatch.setattr(evaluate, "_AT_ONCE_BYTES", room)
+        monkeypatch.setattr(stand, "_AT_ONCE_BYTES", room)
         found = shop.confirmed([(PLAN, measured)] * 3, pairs=2, progress=said.append)
         assert len(found) == 3
         assert all(m.confirmed for m in found)
