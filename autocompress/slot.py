@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 _LONGEST_S = 5.0
@@ -28,15 +28,14 @@ def working() -> Iterator[None]:
     if getattr(_mine, "works", False):
         yield
         return
-    with _locked("turn", fcntl.LOCK_EX):  # behind who waits to time
-        work = _locked("work", fcntl.LOCK_SH)
-        work.__enter__()
-    _mine.works = True
-    try:
-        yield
-    finally:
-        _mine.works = False
-        work.__exit__(None, None, None)
+    with ExitStack() as held:
+        with _locked("turn", fcntl.LOCK_EX):  # behind who waits to time
+            held.enter_context(_locked("work", fcntl.LOCK_SH))
+        _mine.works = True
+        try:
+            yield
+        finally:
+            _mine.works = False
 
 
 @contextmanager

@@ -182,7 +182,8 @@ def main() -> None:
     if options.one:
         print(json.dumps(simulate(*options.one)))
         return
-    figures = Figures("cluster-simulated", "python benchmarks/cluster_simulated.py")
+    sizes = "" if options.sizes == list(SIZES) else f" --sizes {' '.join(map(str, options.sizes))}"
+    figures = Figures("cluster-simulated", f"python benchmarks/cluster_simulated.py{sizes}")
     rows: list[dict[str, float]] = []
     written = float(np.mean([float(row["size_bytes"]) for row in recorded()])) / 1e6
     for workers in options.sizes:
