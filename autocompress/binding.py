@@ -281,6 +281,7 @@ def _effect(axis_name: str, sites: Sequence[Site], ranks: Mapping[str, int]) -> 
     return lambda choice: {(s.name, kind): _decide(axis_name, choice, s, ranks.get(s.name, 0)) for s in sites}
 
 
+@lru_cache(maxsize=4096, typed=True)
 def _decide(axis_name: str, choice: Value, site: Site, rank: int) -> Decision | None:
     """Turn a choice into the decision at ``site``, or None where it leaves the site as it is."""
     if axis_name == "bits":

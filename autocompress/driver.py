@@ -19,9 +19,10 @@ from typing import Any
 
 from autocompress.cluster import Cluster
 from autocompress.config import RunConfig
-from autocompress.distribute import Workers, execute
+from autocompress.distribute import Workers
 from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
+from autocompress.execute import execute
 from autocompress.identity import identity_of
 from autocompress.pareto import volume
 from autocompress.plan import CompressionPlan

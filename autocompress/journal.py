@@ -11,12 +11,14 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from optuna.distributions import distribution_to_json
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.storages.journal._storage import JournalOperation
@@ -43,6 +45,7 @@ class Journal(JournalStorage):
         self._records = _Records(path)
         self._ended: dict[int, int] = {}
         """How many trials from the first on are all finished, by study."""
+        self._parts = _Parts()
         super().__init__(self._records)
 
     def get_all_trials(
@@ -59,7 +62,8 @@ class Journal(JournalStorage):
             found = self._replay_result
             numbers, trials = found._study_id_to_trial_ids[study_id], found._trials
             first = self._ended.get(study_id, 0)
-            while first < len(numbers) and trials[numbers[first]].state.is_finished():
+            while first < len(numbers) and (trial := trials[numbers[first]]).state.is_finished():
+                self._parts.share(trial)
                 first += 1
             self._ended[study_id] = first
             return [trials[number] for number in numbers[first:] if trials[number].state in states]
@@ -74,6 +78,37 @@ class Journal(JournalStorage):
             self._sync_with_backend()
         with self._records.batch():
             yield
+
+
+class _Parts:
+    """Parts that trials have in common, each of them once in memory: without, a trial takes twice the room."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def share(self, trial: FrozenTrial) -> None:
+        """Let a finished trial, which nobody changes any more, hold what others hold where it is equal."""
+        trial.distributions = {
+            sys.intern(name): self._known.setdefault((distribution_to_json(distribution),), distribution)
+            for name, distribution in trial.distributions.items()
+        }
+        trial.params = {sys.intern(name): value for name, value in trial.params.items()}
+        trial.user_attrs = {name: self._shared(value) for name, value in trial.user_attrs.items()}
+
+    def _shared(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return sys.intern(value)
+        if isinstance(value, list):
+            return [self._shared(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        parts = {sys.intern(name): self._shared(part) for name, part in value.items()}
+        # What has fractions is a result, which no other trial has; what has parts is as large without its frame.
+        if any(isinstance(part, (float, list, dict)) for part in parts.values()):
+            return parts
+        # A number and a truth value can be equal.
+        key = (*parts.items(), *map(type, parts.values()))
+        return self._known.setdefault(key, parts)
 
 
 class _Records(BaseJournalBackend):

@@ -1,6 +1,6 @@
 """The study: one Optuna study, written by one driver, from which everything can be continued.
 
-Ask, tell and reconcile live here; what executes in between (`distribute.py`) can be killed at any moment. A plan is
+Ask, tell and reconcile live here; what executes in between (`execute.py`) can be killed at any moment. A plan is
 evaluated once per study, whatever the sampler proposes.
 """
 

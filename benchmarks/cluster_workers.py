@@ -24,7 +24,8 @@ from engine_cost import MINILM, filled, opened, score_of
 from figures import Figures
 
 from autocompress.binding import bind
-from autocompress.distribute import Workers, execute
+from autocompress.distribute import Workers
+from autocompress.execute import execute
 from autocompress.plan import CompressionPlan
 from autocompress.samplers import SamplerName
 from autocompress.space import SearchSpace

@@ -168,6 +168,27 @@ def test_a_batch_is_written_whole_and_can_be_read_within(tmp_path: Path) -> None
     assert as_optuna_reads(journal).get_trial(trial).user_attrs == {"plan": 1, "more": 2}
 
 
+def test_equal_parts_of_finished_trials_are_kept_once(tmp_path: Path) -> None:
+    storage = Journal(tmp_path / "study.journal")
+    study = optuna.create_study(storage=storage)
+    kept = {"site": "block.0.ffn", "keep": 1}
+    plans = [{"decisions": [kept, {"site": "head", "whole": whole}], "share": 0.5} for whole in (1, True, 1)]
+    for plan in plans:
+        with storage.batch():
+            trial = study.ask()
+            trial.suggest_categorical("width", [1, 2, 4])
+            trial.set_user_attr("plan", plan)
+            study.tell(trial, 1.0)
+    study.ask()  # looks for what waits
+    first, second, third = study.get_trials(deepcopy=False)[:3]
+    assert [trial.user_attrs["plan"] for trial in (first, second, third)] == plans
+    assert first.distributions["width"] is second.distributions["width"]
+    decisions = [trial.user_attrs["plan"]["decisions"] for trial in (first, second, third)]
+    assert decisions[0][0] is decisions[1][0]
+    assert decisions[0][1] is decisions[2][1]
+    assert decisions[1][1]["whole"] is True, "equal to 1, and something else"
+
+
 def test_what_another_program_writes_in_between_is_read(tmp_path: Path) -> None:
     journal = tmp_path / "study.journal"
     storage = Journal(journal)
