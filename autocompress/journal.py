@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from optuna.distributions import distribution_to_json
+from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.storages.journal._storage import JournalOperation
@@ -80,6 +80,9 @@ class Journal(JournalStorage):
             yield
 
 
+_NOT_SHARED = {float, list, dict}
+
+
 class _Parts:
     """Parts that trials have in common, each of them once in memory: without, a trial takes twice the room."""
 
@@ -88,11 +91,13 @@ class _Parts:
 
     def share(self, trial: FrozenTrial) -> None:
         """Let a finished trial, which nobody changes any more, hold what others hold where it is equal."""
-        trial.distributions = {
-            sys.intern(name): self._known.setdefault((distribution_to_json(distribution),), distribution)
-            for name, distribution in trial.distributions.items()
-        }
         trial.params = {sys.intern(name): value for name, value in trial.params.items()}
+        trial.distributions = {
+            sys.intern(name): self._known.setdefault((d.choices, *map(type, d.choices)), d)
+            if isinstance(d, CategoricalDistribution)
+            else d
+            for name, d in trial.distributions.items()
+        }
         trial.user_attrs = {name: self._shared(value) for name, value in trial.user_attrs.items()}
 
     def _shared(self, value: Any) -> Any:
@@ -102,13 +107,13 @@ class _Parts:
             return [self._shared(part) for part in value]
         if not isinstance(value, dict):
             return value
-        parts = {sys.intern(name): self._shared(part) for name, part in value.items()}
+        kinds = set(map(type, value.values()))
         # What has fractions is a result, which no other trial has; what has parts is as large without its frame.
-        if any(isinstance(part, (float, list, dict)) for part in parts.values()):
-            return parts
+        if not kinds.isdisjoint(_NOT_SHARED):
+            return {sys.intern(name): self._shared(part) for name, part in value.items()}
         # A number and a truth value can be equal.
-        key = (*parts.items(), *map(type, parts.values()))
-        return self._known.setdefault(key, parts)
+        key = (*value.items(), *map(type, value.values()))
+        return self._known.setdefault(key, value)
 
 
 class _Records(BaseJournalBackend):
