@@ -7,6 +7,8 @@ A bank with a limit is bounded in size: the least recently used entries go first
 took training. The time of last use is the modification time of the entry's folder, so several processes on one machine
 share the order without a file of their own to agree on. An entry goes as it came, by a rename aside: files that a
 reader has open or mapped stay readable, and a reader that comes too late finds nothing, which `Bank.load` repairs.
+
+Banks of machines without a common folder share a depot: what one of them made the others fetch.
 """
 
 from __future__ import annotations
@@ -24,9 +26,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from autocompress import slot
+from autocompress.errors import DepotError
+
+if TYPE_CHECKING:
+    from autocompress.depot import Depot
 
 T = TypeVar("T")
 
@@ -47,6 +53,9 @@ TRIMS_PER_LIMIT = 20
 
 LOAD_ATTEMPTS = 3
 """Being evicted between `Bank.get` and reading is rare; more than this often in a row is another fault."""
+
+_IN_DEPOT = "depot:"
+"""Begins the name of a copy that is fetched from the depot."""
 
 # Only what has such a name is ever deleted: a user may have pointed the bank at a folder that holds other things.
 _ENTRY = re.compile(r"[0-9a-f]{24}")
@@ -78,11 +87,13 @@ class Bank:
     Args:
         root: The bank's folder; made with the first entry.
         limit_bytes: Size that `trim` keeps to; without one nothing but left-overs is deleted.
+        depot: Where entries are looked for before they are made, and put once they are.
     """
 
-    def __init__(self, root: Path, *, limit_bytes: int | None = None) -> None:
+    def __init__(self, root: Path, *, limit_bytes: int | None = None, depot: Depot | None = None) -> None:
         self.root = root
         self.limit_bytes = limit_bytes
+        self.depot = depot
         self.made_seconds: dict[str, float] = {}
         """What this process spent on making entries, by kind; an entry made for another counts for its own."""
         self._written_bytes = 0  # by this process since its last trim
@@ -106,17 +117,36 @@ class Bank:
 
         Raises:
             OSError: The entry cannot be written, as on a full disk; nothing of it is left.
+            DepotError: The depot cannot be read or written.
         """
         final = self.path(kind, made_from)
-        if _use(final):
-            return final
+        return (
+            final
+            if _use(final)
+            else self._placed(kind, final, lambda aside: self._filled(final, aside, made_from, make))
+        )
+
+    def _filled(self, final: Path, aside: Path, made_from: Mapping[str, Any], make: Callable[[Path], None]) -> None:
+        name = self._name(final)
+        if self.depot is not None and self.depot.get(name, aside):
+            return
+        make(aside)
+        (aside / "made_from.json").write_text(json.dumps(made_from, sort_keys=True, indent=1), encoding="utf-8")
+        if self.depot is not None:
+            self.depot.put(name, aside)
+
+    def _name(self, entry: Path) -> str:
+        """Return an entry's name in the depot."""
+        return f"bank/{entry.parent.name}/{entry.name}"
+
+    def _placed(self, kind: str, final: Path, fill: Callable[[Path], None]) -> Path:
+        """Fill a folder aside and let it be the entry."""
         aside = _aside(final)
         aside.mkdir(parents=True)
         started, before = time.perf_counter(), sum(self.made_seconds.values())
         try:
             with _locked(aside), slot.working():
-                make(aside)
-                (aside / "made_from.json").write_text(json.dumps(made_from, sort_keys=True, indent=1), encoding="utf-8")
+                fill(aside)
                 size_bytes = _size_bytes(aside)
                 placed = _place(aside, final)
         finally:
@@ -154,8 +184,11 @@ class Bank:
                     raise
         return read(self.get(kind, made_from, make))
 
-    def copied(self, original: Path) -> Path:
-        """Return a copy of a file or a folder, for readers who see the bank but not the original."""
+    def lent(self, original: Path) -> str:
+        """Return how `borrowed` finds a copy of a file or a folder, where the original is not seen.
+
+        Without a depot it is for readers who see the bank, and its path.
+        """
         files = [original] if original.is_file() else sorted(f for f in original.rglob("*") if f.is_file())
         content = {str(file.relative_to(original.parent)): _digest(file) for file in files}
 
@@ -164,7 +197,29 @@ class Bank:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(original.parent / name, folder / name)
 
-        return self.get("copies", content, make) / original.name
+        entry = self.get("copies", content, make)
+        if self.depot is None:
+            return str((entry / original.name).absolute())
+        return f"{_IN_DEPOT}{entry.parent.name}/{entry.name}/{original.name}"
+
+    def borrowed(self, lent: str) -> str:
+        """Return the path of what another bank of the same depot has lent; what it has not lent is left as it is.
+
+        Raises:
+            DepotError: It is not there any more, or the depot cannot be read.
+        """
+        if not lent.startswith(_IN_DEPOT):
+            return lent
+        kind, key, name = lent.removeprefix(_IN_DEPOT).split("/", 2)
+        final = self.root / kind / key
+
+        def fetch(aside: Path) -> None:
+            if self.depot is None or not self.depot.get(self._name(final), aside):
+                raise DepotError(f"storage.shared: {self._name(final)} is gone; run the same command again")
+
+        if not _use(final):
+            self._placed(kind, final, fetch)
+        return str((final / name).absolute())
 
     def usage(self) -> dict[str, Usage]:
         """Return what each kind takes, sorted by name; entries in the making and kinds without entries are left out."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -219,6 +219,11 @@ class StorageConfig(Section):
     )
     bank: str | None = Field(None, description="folder of reusable pieces; default: the user's cache folder")
     bank_gb: float = Field(20.0, gt=0, le=1e6, description="size (1e9 bytes) above which unused pieces are deleted")
+    shared: str | None = Field(
+        None,
+        description="URL that fsspec reads and writes, such as s3://bucket/folder: machines without a common folder "
+        "exchange reusable pieces and artefacts over it. Credentials belong where its implementation looks for them",
+    )
 
     @field_validator("study")
     @classmethod
@@ -230,6 +235,18 @@ class StorageConfig(Section):
             raise ValueError("must read postgresql://USER@HOST/DATABASE")  # not shown: it may hold a password
         if parts.password is not None:
             raise ValueError("holds a password, which would be copied with the run file; use ~/.pgpass or PGPASSWORD")
+        return url
+
+    @field_validator("shared")
+    @classmethod
+    def _a_place(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if not parts.scheme or not (parts.netloc + parts.path).strip("/"):
+            raise ValueError("must read PROTOCOL://PLACE/FOLDER")  # not shown: it may hold a password
+        if parts.password is not None:
+            raise ValueError("holds a password, which would be copied with the run file; leave it to the environment")
         return url
 
 
@@ -306,6 +323,12 @@ class RunConfig(Section):
     def timed_here(self) -> RunConfig:
         """Return the run with latency measured where the program runs."""
         return self.model_copy(update={"search": self.search.model_copy(update={"device": {}})})
+
+    def with_files(self, found: Callable[[str], str]) -> RunConfig:
+        """Return the run with what ``found`` makes of all that may name a file: the model, the data and the space."""
+        model = self.model.model_copy(update={"id": found(self.model.id)})
+        data = self.data.model_copy(update={"source": found(self.data.source)})
+        return self.model_copy(update={"model": model, "data": data, "space": found(self.space)})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)

@@ -303,14 +303,15 @@ class _Site:
         crew = self._crew
         if not workers:
             return
-        # On a cluster Tune wants a folder that all nodes see, though nothing is to be kept in it.
-        shared = None if crew.address is None else Path(crew.artefacts).parent
+        # Nothing is to be kept in it; where there is a folder that all nodes see, Tune has it there.
+        shared = None if crew.address is None or crew.exchange is not None else Path(crew.artefacts).parent
         with tempfile.TemporaryDirectory(prefix=".autocompress-tune-", dir=shared) as scratch:
             tune.Tuner(
                 tune.with_resources(Worker, tune.PlacementGroupFactory([self._takes])),
                 param_space={
                     "run": crew.run,
                     "artefacts": crew.artefacts,
+                    "exchange": crew.exchange,
                     "desk": self._desk,
                     "driver": crew.driver,
                     "outposts": self._outposts,

@@ -22,7 +22,7 @@ class Crew:
 
     Args:
         run: the resolved run file as JSON.
-        artefacts: folder for built candidates.
+        artefacts: folder for built candidates, which all see if there is no exchange.
         workers: how many there are; None for as many as find a place.
         most: more are of no use.
         threads: cores that each of them has to itself.
@@ -34,6 +34,7 @@ class Crew:
         driver: the machine and the versions that measured the uncompressed model.
         address: of the cluster; None for a Ray of our own.
         insecure: whether the cluster may be one that asks nobody for a token.
+        exchange: URL of the depot in which artefacts go to and fro between machines without a common folder.
     """
 
     run: str
@@ -49,6 +50,7 @@ class Crew:
     driver: Fingerprint
     address: str | None = None
     insecure: bool = False
+    exchange: str | None = None
 
     @property
     def elsewhere(self) -> bool:

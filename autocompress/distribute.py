@@ -48,6 +48,7 @@ class Workers:
         artefacts: folder for built candidates.
         progress: told when it is started again.
         cluster: where the workers are, instead of on this machine.
+        exchange: URL of the depot where they find the reference and leave artefacts, if they see no folder of ours.
         most: more than so many are of no use, by default than there are candidates.
     """
 
@@ -61,6 +62,7 @@ class Workers:
         progress: Progress = silent,
         *,
         cluster: Cluster | None = None,
+        exchange: str | None = None,
         most: int | None = None,
     ) -> None:
         if run.search.device and cluster is None:
@@ -92,6 +94,7 @@ class Workers:
             driver=machine.fingerprint(),
             address=None if cluster is None else cluster.address,
             insecure=cluster is not None and cluster.insecure,
+            exchange=exchange,
         )
         self._jobs: dict[int, Job] = {}
         self._calls: dict[int, tuple[Any, ...]] = {}

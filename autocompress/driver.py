@@ -10,12 +10,13 @@ import gc
 import json
 import shutil
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autocompress.cluster import Cluster
 from autocompress.config import RunConfig
@@ -35,6 +36,9 @@ from autocompress.stopwatch import Stopwatch
 from autocompress.storage import holds_study
 from autocompress.study import Study
 from autocompress.trained import Progress
+
+if TYPE_CHECKING:
+    from autocompress.depot import Depot
 
 ENVIRONMENT_SCHEMA = 1
 BASELINES = "baselines"
@@ -101,7 +105,8 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
             workshop = Workshop(run, folder / "artefacts", progress)
             # They start while the model is loaded. A study that is there already may be finished, and need none.
             idle = holds_study(folder) and not run.search.device
-            workers = None if idle else stack.enter_context(_workers(workshop, cluster))
+            exchange = None if cluster is None else _exchange(workshop, folder)
+            workers = None if idle else stack.enter_context(_workers(workshop, cluster, exchange))
             workshop.space  # noqa: B018 - loads the model, which is then there for the workers, too
             if workers is not None:
                 workers.open()
@@ -114,9 +119,9 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 progress(f"{study.interrupted} interrupted candidates are evaluated again")
             write_aside(folder / "run.yaml", run.to_yaml())
             if study.remaining:
-                workers = workers or stack.enter_context(_workers(workshop, cluster))
+                workers = workers or stack.enter_context(_workers(workshop, cluster, exchange))
                 with clock("candidates"):
-                    _evaluate(study, workshop, workers, progress, watch)
+                    _evaluate(study, workshop, workers, exchange, progress, watch)
             # Workers end while what is to be timed is loaded, unless that is elsewhere, where they are needed to go.
             quiet = workers.stop if workers is not None and workshop.device is None else None
             refine(study, workshop, clock, quiet=quiet, progress=progress)
@@ -146,15 +151,33 @@ def open_for_writing(run: RunConfig, folder: Path, workshop: Workshop, progress:
     return Study(folder, run, identity=identity, space=workshop.space, writable=True, predictor=workshop.predictor)
 
 
-def _workers(workshop: Workshop, cluster: Cluster | None) -> Workers:
+def _exchange(workshop: Workshop, folder: Path) -> Depot | None:
+    """Return where the artefacts of the search in ``folder`` go to and fro, if its run file names shared storage."""
+    if workshop.bank.depot is None:
+        return None
+    file = folder / "exchange.json"
+    if not file.exists():  # the same at every command, so that what an interrupted one left there goes
+        write_aside(file, json.dumps({"name": f"artefacts/{uuid.uuid4().hex}"}))
+    return workshop.bank.depot.within(json.loads(file.read_text(encoding="utf-8"))["name"])
+
+
+def _workers(workshop: Workshop, cluster: Cluster | None, exchange: Depot | None) -> Workers:
     run = _run_for_workers(workshop, elsewhere=cluster is not None)
-    workers = Workers(run, workshop.artefacts, workshop.progress, cluster=cluster)
+    where = None if exchange is None else exchange.url
+    workers = Workers(run, workshop.artefacts, workshop.progress, cluster=cluster, exchange=where)
     if run.search.device:
         workshop.time_on(workers.on_device)
     return workers
 
 
-def _evaluate(study: Study, workshop: Workshop, workers: Workers, progress: Progress, watch: Watch | None) -> None:
+def _evaluate(
+    study: Study,
+    workshop: Workshop,
+    workers: Workers,
+    exchange: Depot | None,
+    progress: Progress,
+    watch: Watch | None,
+) -> None:
     """Have the remaining candidates evaluated."""
     run = study.run
     total, reference, majority = run.search.trials, study.reference, workshop.majority
@@ -163,6 +186,8 @@ def _evaluate(study: Study, workshop: Workshop, workers: Workers, progress: Prog
 
     def told(candidate: Candidate) -> None:
         nonlocal due
+        if exchange is not None:
+            _fetch(exchange, study, candidate, workshop.artefacts)
         progress(tables.candidate_line(candidate, study.finished, total, reference))
         if (started := time.perf_counter()) >= due:
             tables.write_csv(study.candidates(), study.folder / "study.csv")
@@ -174,9 +199,30 @@ def _evaluate(study: Study, workshop: Workshop, workers: Workers, progress: Prog
             each = (time.perf_counter() - began) / (study.finished - before)
             watch(_status(study, reference, majority, each))
 
+    if exchange is not None:
+        exchange.put(workshop.reference_folder.name, workshop.reference_folder)
     execute(study, workers=workers, prepare=workshop.prepare, alone=workshop.needs_training, told=told)
+    if exchange is not None:
+        exchange.clear()
     if study.remaining:
         progress(f"{study.remaining} candidates are left: the space holds no others, or Ray was stopped")
+
+
+def _fetch(exchange: Depot, study: Study, candidate: Candidate, artefacts: Path) -> None:
+    """Bring a candidate's artefact here if it is to be kept, and let it take no room where it was left."""
+    if candidate.state != "COMPLETE":
+        return
+    plan_id = candidate.plan.plan_id
+    if study.run.search.keep_artefacts == "all" or candidate in study.front().points:
+        aside = artefacts / f".{plan_id}.{uuid.uuid4().hex}"
+        aside.mkdir()
+        try:
+            if exchange.get(plan_id, aside):
+                shutil.rmtree(artefacts / plan_id, ignore_errors=True)
+                aside.rename(artefacts / plan_id)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    exchange.remove(plan_id)
 
 
 def _status(study: Study, reference: Any, majority: float, each: float) -> SearchStatus:
@@ -232,13 +278,15 @@ def _run_for_workers(workshop: Workshop, *, elsewhere: bool) -> RunConfig:
 
     Args:
         workshop: of the run.
-        elsewhere: whether they are on other machines: these find copies in the bank, which all of them see.
+        elsewhere: whether they are on other machines: these find copies in the bank, which all of them see, or in what
+            their banks share.
     """
-    settings = workshop.run.model_dump(mode="json", by_alias=True)
-    settings["storage"]["bank"] = str(workshop.bank.root.absolute())
+    bank, settings = workshop.bank, workshop.run.model_dump(mode="json", by_alias=True)
+    if not elsewhere or bank.depot is None:
+        settings["storage"]["bank"] = str(bank.root.absolute())
 
     def found(path: Path) -> str:
-        return str((workshop.bank.copied(path) if elsewhere else path).absolute())
+        return bank.lent(path) if elsewhere else str(path.absolute())
 
     source, space = Path(settings["data"]["source"]), Path(settings["space"])
     settings["data"]["source"] = found(source) if source.exists() else settings["data"]["source"]

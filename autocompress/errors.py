@@ -45,6 +45,10 @@ class DeviceError(AutocompressError):
     """A device that latency is measured on and that cannot be reached."""
 
 
+class DepotError(AutocompressError):
+    """Shared storage that cannot be read or written."""
+
+
 class NoFeasiblePointError(AutocompressError):
     """No point of the front satisfies the request; the message names the nearest."""
 

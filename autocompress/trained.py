@@ -44,6 +44,16 @@ def bank_root(run: RunConfig) -> Path:
     return Path(run.storage.bank).expanduser() if run.storage.bank else default_bank()
 
 
+def bank_of(run: RunConfig) -> Bank:
+    """Return the run's bank, with the depot that it shares with other machines, if there is one."""
+    depot = None
+    if run.storage.shared is not None:
+        from autocompress.depot import Depot
+
+        depot = Depot(run.storage.shared)
+    return Bank(bank_root(run), limit_bytes=int(run.storage.bank_gb * 1e9), depot=depot)
+
+
 class Trained:
     """The teacher and what is trained from it.
 
@@ -55,7 +65,7 @@ class Trained:
     def __init__(self, run: RunConfig, progress: Progress = silent) -> None:
         self.run = run
         self.progress = progress
-        self.bank = Bank(bank_root(run), limit_bytes=int(run.storage.bank_gb * 1e9))
+        self.bank = bank_of(run)
         self.source = model.locate(run.model.id, run.model.revision)
         model.check_files(self.source)
         self.task = task.load(run.data, labels=model.head_labels(self.source))

@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,11 @@ from ray import tune
 
 from autocompress import garbage, machine
 from autocompress.desk import DIED, Fingerprint, Job, Result
-from autocompress.errors import AutocompressError, DeviceError
+from autocompress.errors import AutocompressError, DepotError, DeviceError
 
 if TYPE_CHECKING:
     from autocompress.config import RunConfig
+    from autocompress.depot import Depot
     from autocompress.evaluate import Workshop
 
 
@@ -79,7 +81,15 @@ class Worker(tune.Trainable):
         from autocompress.config import RunConfig
 
         self._run: RunConfig = RunConfig.from_mapping(json.loads(config["run"]))
-        self._artefacts, self._desk = Path(config["artefacts"]), config["desk"]
+        self._desk = config["desk"]
+        self._artefacts = Path(config["artefacts"])
+        self._exchange: Depot | None = None
+        if config["exchange"] is not None:
+            from autocompress.depot import Depot
+
+            self._exchange = Depot(config["exchange"])
+            self._scratch = tempfile.TemporaryDirectory(prefix="autocompress-artefacts-")
+            self._artefacts = Path(self._scratch.name)
         self._driver: Fingerprint = config["driver"]
         self._outposts: list[Any] = config["outposts"]
         self._workshop: Workshop | None = None
@@ -114,10 +124,14 @@ class Worker(tune.Trainable):
             # Not in setup: what fails there reaches the driver without its reason.
             self._workshop = self._workshop or self._opened()
             self._get_ready(self._workshop)
-            found = self._workshop.attempt(CompressionPlan.from_json(job.plan), job.front)
+            plan = CompressionPlan.from_json(job.plan)
+            found = self._workshop.attempt(plan, job.front)
             kind = "measurement" if isinstance(found, Measurement) else "stopped"
+            if self._exchange is not None and kind == "measurement":
+                self._exchange.put(plan.plan_id, self._artefacts / plan.plan_id)
+                shutil.rmtree(self._artefacts / plan.plan_id)
             return {kind: dataclasses.asdict(found)}
-        except DeviceError as error:
+        except (DepotError, DeviceError) as error:
             return {"end": str(error)}
         except AutocompressError as error:
             return {"failure": str(error)}
@@ -133,7 +147,8 @@ class Worker(tune.Trainable):
         node = f"node {ray.util.get_node_ip_address()}"  # type: ignore[no-untyped-call]
         here = machine.fingerprint()
         if not self._artefacts.is_dir():
-            return f"{node} has no folder {self._artefacts}; put --out and storage.bank where all nodes see them"
+            where = "put --out and storage.bank where all nodes see them, or name a URL in storage.shared"
+            return f"{node} has no folder {self._artefacts}; {where}"
         if here["id"] != self._driver["id"]:
             cpus = f"{here['cpu']['name']}, not {self._driver['cpu']['name']}"
             return f"{node} has another CPU ({cpus}); keep workers on nodes like the driver's with search.resources"
@@ -161,8 +176,9 @@ class Worker(tune.Trainable):
 
     def _opened(self) -> Workshop:
         from autocompress.evaluate import Workshop
+        from autocompress.trained import bank_of
 
-        workshop = Workshop(self._run, self._artefacts)
+        workshop = Workshop(self._run.with_files(bank_of(self._run).borrowed), self._artefacts)
         if self._outposts:
             workshop.time_on(self._call)
         workshop.open()
@@ -175,8 +191,18 @@ class Worker(tune.Trainable):
 
     def _get_ready(self, workshop: Workshop) -> None:
         if not self._ready:
+            if self._exchange is not None:
+                workshop.reference_folder.mkdir(exist_ok=True)
+                if not self._exchange.get(workshop.reference_folder.name, workshop.reference_folder):
+                    raise DepotError(
+                        f"storage.shared: {self._exchange.url} has no reference; run the same command again"
+                    )
             workshop.ready()
             self._ready = True
+
+    def cleanup(self) -> None:
+        if self._exchange is not None:
+            self._scratch.cleanup()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save nothing: a killed worker's job starts again."""

@@ -28,9 +28,15 @@ class Nodes:
 
     Args:
         token: without which nobody is let in; None lets in anybody.
+        unseen: a folder that nothing of it sees, in whose place they find an empty one; as on other machines.
+        environment: that all nodes see, beside this one.
     """
 
-    def __init__(self, token: str | None) -> None:
+    def __init__(
+        self, token: str | None, *, unseen: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._unseen = unseen
+        self._everywhere = dict(environment or {})
         self.address = f"127.0.0.1:{free_port()}"
         self.client_address = f"ray://127.0.0.1:{free_port()}"
         self.token = token
@@ -73,14 +79,21 @@ class Nodes:
         ray = Path(sys.executable).with_name("ray")
         self._nodes.append(
             subprocess.Popen(
-                [str(ray), "start", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats", "--block",
-                 "--object-store-memory=100000000", *arguments],
-                env={**os.environ, **self.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", **(environment or {})},
+                [*self._elsewhere(), str(ray), "start", "--node-ip-address=127.0.0.1", "--num-cpus=1",
+                 "--disable-usage-stats", "--block", "--object-store-memory=100000000", *arguments],
+                env={**os.environ, **self.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+                     **self._everywhere, **(environment or {})},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
         )  # fmt: skip
+
+    def _elsewhere(self) -> list[str]:
+        """Return what runs a command that does not see the folder."""
+        if self._unseen is None:
+            return []
+        return ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(self._unseen)]
 
     def lose(self, number: int) -> None:
         """End a node and all that it runs at once."""

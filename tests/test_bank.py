@@ -20,6 +20,8 @@ import pytest
 
 from autocompress import bank
 from autocompress.bank import Bank, Usage, default_bank
+from autocompress.depot import Depot
+from autocompress.errors import DepotError
 
 MADE_FROM = {"model": "abc", "rows": 10, "nested": {"b": 1, "a": [1, 2]}}
 
@@ -60,13 +62,36 @@ def test_a_copy_stands_for_its_original(tmp_path: Path, name: str) -> None:
         (original / place).parent.mkdir(parents=True, exist_ok=True)
         (original / place).write_text(text, encoding="utf-8")
     store = Bank(tmp_path / "bank")
-    copy = store.copied(original)
+    copy = Path(store.lent(original))
     assert copy.name == name
     assert store.root in copy.parents
     assert {place: (copy / place).read_text(encoding="utf-8") for place in texts} == texts
-    assert store.copied(original) == copy
+    assert store.lent(original) == str(copy)
     (original / next(iter(texts))).write_text("changed", encoding="utf-8")
-    assert store.copied(original) != copy
+    assert store.lent(original) != str(copy)
+
+
+def test_what_one_bank_made_another_fetches(tmp_path: Path) -> None:
+    def store(name: str) -> Bank:
+        return Bank(tmp_path / name, depot=Depot(f"file://{tmp_path / 'shared'}"))
+
+    make = Maker()
+    first = store("first").get("kind", MADE_FROM, make)
+    second = store("second").get("kind", MADE_FROM, make)
+    assert make.calls == 1
+    assert second == store("second").path("kind", MADE_FROM)
+    assert [file.read_bytes() for file in sorted(second.iterdir())] == [f.read_bytes() for f in sorted(first.iterdir())]
+    (tmp_path / "rows.csv").write_text("text,label\n", encoding="utf-8")
+    lent = store("first").lent(tmp_path / "rows.csv")
+    borrowed = Path(store("second").borrowed(lent))
+    assert borrowed.is_relative_to(tmp_path / "second")
+    assert borrowed.read_text(encoding="utf-8") == "text,label\n"
+    assert store("second").borrowed(lent) == str(borrowed)
+    assert store("second").borrowed("demo/minilm") == "demo/minilm"
+    shutil.rmtree(tmp_path / "shared")
+    with pytest.raises(DepotError, match=r"^storage\.shared: bank/copies/.* is gone"):
+        store("third").borrowed(lent)
+    assert not list((tmp_path / "third").rglob("*copies/*"))
 
 
 @pytest.mark.parametrize(

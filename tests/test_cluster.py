@@ -6,12 +6,14 @@ import json
 import re
 import secrets
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from ftp_server import PROGRAM, served
 from processes import descendants
 from ray_nodes import Nodes, free_port
 from test_distribute import ended
@@ -20,6 +22,7 @@ from test_search import by_number, command, lines_until, start_search
 from autocompress import machine
 from autocompress.config import RunConfig
 from autocompress.crew import LATENCY_SLOT
+from autocompress.runtimes.base import ARTIFACT_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +143,45 @@ def test_a_cluster_that_loses_its_head_ends_the_search(workplace: Path, monkeypa
     after = by_number(workplace / "out")
     assert len(after) == len(told) + 2
     assert told.keys() <= after.keys()
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="vsftpd is not installed")
+def test_machines_without_a_common_folder_share_a_url(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("nothing can be hidden from processes here")
+    there = tmp_path_factory.mktemp("there")
+    (workplace / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(workplace / "tmp"))  # not even that is seen there
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
+    others = {"TMPDIR": "/tmp", "XDG_CACHE_HOME": str(there)}
+    mine = Nodes(secrets.token_hex(16), unseen=workplace, environment=others)
+    with served(workplace / "shared") as url:
+        try:
+            mine.wait()
+            mine.grow()
+            enter(mine, monkeypatch)
+            shared = ("storage.bank=null", f"storage.shared={url}", "search.keep_artefacts=all")
+            options = ("--address", mine.address)
+            search = start_search(workplace, workplace / "out", *shared, options=options)
+            list(lines_until(search, "] trial "))
+            search.kill()
+            search.communicate()
+            candidates = ended(
+                start_search(workplace, workplace / "out", *shared, options=options), workplace / "out", TRIALS
+            )
+        finally:
+            mine.stop()
+    assert {c.state for c in candidates} == {"COMPLETE"}
+    for candidate in candidates:
+        assert (workplace / "out" / "artefacts" / candidate.plan.plan_id / ARTIFACT_FILE).exists()
+    made = {file.parent.name for file in (there / "autocompress" / "bank").rglob("made_from.json")}
+    assert made, "workers have a bank of their own"
+    given = {file.name.removesuffix(".tar") for file in (workplace / "shared" / "bank").rglob("*.tar")}
+    assert made <= given
+    left = [str(file) for file in workplace.joinpath("shared", "artefacts").rglob("*.tar")]
+    assert not left, "also what an interrupted search had left there"
 
 
 @pytest.mark.parametrize("token", [None, "0" * 32])

@@ -33,7 +33,7 @@ from autocompress.config import RunConfig
 from autocompress.decisions import Student
 from autocompress.desk import DIED, Desk, Job
 from autocompress.distribute import Workers
-from autocompress.errors import StudyError
+from autocompress.errors import DepotError, StudyError
 from autocompress.evaluate import Workshop
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate, Stopped
@@ -162,7 +162,7 @@ def worker(workplace: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> A
     run = RunConfig.from_file(workplace() / "run.yaml")
     (artefacts := workplace() / "artefacts").mkdir()
     settings = json.dumps(run.model_dump(mode="json", by_alias=True))
-    about = {"desk": None, "driver": machine.fingerprint(), "outposts": []}
+    about = {"desk": None, "driver": machine.fingerprint(), "outposts": [], "exchange": None}
     return Worker({"run": settings, "artefacts": str(artefacts), **about})
 
 
@@ -256,6 +256,18 @@ def test_a_full_disk_is_no_failure_of_a_candidate(worker: Any, monkeypatch: pyte
     assert worker.outcome(job()) == {"failure": "RuntimeError: a library's own words"}
     monkeypatch.setattr(workers.tempfile, "TemporaryFile", full)
     assert worker.outcome(job()) == {"end": f"no space is left in {worker._artefacts} (RuntimeError); make room"}
+
+
+def test_shared_storage_that_is_gone_is_no_failure_of_a_candidate(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(*_: Any) -> bool:
+        raise DepotError("storage.shared: s3://here: cannot be read (no such bucket)")
+
+    there = SimpleNamespace(url="s3://here", get=get)
+    monkeypatch.setattr(worker, "_workshop", SimpleNamespace(reference_folder=worker._artefacts / "reference"))
+    monkeypatch.setattr(worker, "_exchange", there)
+    assert worker.outcome(job()) == {"end": "storage.shared: s3://here: cannot be read (no such bucket)"}
+    there.get = lambda *_: False
+    assert worker.outcome(job()) == {"end": "storage.shared: s3://here has no reference; run the same command again"}
 
 
 _FILLS_THE_MEMORY = """
