@@ -97,6 +97,7 @@ class Bank:
         self.made_seconds: dict[str, float] = {}
         """What this process spent on making entries, by kind; an entry made for another counts for its own."""
         self._written_bytes = 0  # by this process since its last trim
+        self._in_depot: set[Path] = set()
 
     def path(self, kind: str, made_from: Mapping[str, Any]) -> Path:
         """Return where the entry made from these things stands or would stand."""
@@ -120,24 +121,32 @@ class Bank:
             DepotError: The depot cannot be read or written.
         """
         final = self.path(kind, made_from)
-        return (
-            final
-            if _use(final)
-            else self._placed(kind, final, lambda aside: self._filled(final, aside, made_from, make))
-        )
+        if not _use(final):
 
-    def _filled(self, final: Path, aside: Path, made_from: Mapping[str, Any], make: Callable[[Path], None]) -> None:
-        name = self._name(final)
-        if self.depot is not None and self.depot.get(name, aside):
+            def fill(aside: Path) -> None:
+                if not self._fetched(final, aside):
+                    make(aside)
+                    text = json.dumps(made_from, sort_keys=True, indent=1)
+                    (aside / "made_from.json").write_text(text, encoding="utf-8")
+
+            self._placed(kind, final, fill)
+        self._share(final)
+        return final
+
+    def _fetched(self, entry: Path, aside: Path) -> bool:
+        """Fill a folder with an entry that the depot has; returns whether it has it."""
+        if self.depot is None or not self.depot.get(_name(entry), aside):
+            return False
+        self._in_depot.add(entry)
+        return True
+
+    def _share(self, entry: Path) -> None:
+        """Let the depot have an entry, also one that was made before there was a depot, or that it has no more."""
+        if self.depot is None or entry in self._in_depot:
             return
-        make(aside)
-        (aside / "made_from.json").write_text(json.dumps(made_from, sort_keys=True, indent=1), encoding="utf-8")
-        if self.depot is not None:
-            self.depot.put(name, aside)
-
-    def _name(self, entry: Path) -> str:
-        """Return an entry's name in the depot."""
-        return f"bank/{entry.parent.name}/{entry.name}"
+        if not self.depot.has(_name(entry)):
+            self.depot.put(_name(entry), entry)
+        self._in_depot.add(entry)
 
     def _placed(self, kind: str, final: Path, fill: Callable[[Path], None]) -> Path:
         """Fill a folder aside and let it be the entry."""
@@ -214,8 +223,8 @@ class Bank:
         final = self.root / kind / key
 
         def fetch(aside: Path) -> None:
-            if self.depot is None or not self.depot.get(self._name(final), aside):
-                raise DepotError(f"storage.shared: {self._name(final)} is gone; run the same command again")
+            if not self._fetched(final, aside):
+                raise DepotError(f"storage.shared: {_name(final)} is gone; run the same command again")
 
         if not _use(final):
             self._placed(kind, final, fetch)
@@ -307,6 +316,11 @@ class _Entry(NamedTuple):
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _name(entry: Path) -> str:
+    """Return an entry's name in a depot."""
+    return f"bank/{entry.parent.name}/{entry.name}"
 
 
 def _aside(final: Path) -> Path:

@@ -84,11 +84,20 @@ class Depot:
             return False
         return True
 
+    def has(self, name: str) -> bool:
+        """Return whether there is anything of that name.
+
+        Raises:
+            DepotError: if that cannot be found out.
+        """
+        self._files.invalidate_cache()
+        with self._reached("cannot be read"):
+            return bool(self._files.exists(self._path(name)))
+
     def remove(self, name: str) -> None:
         """Delete what has a name, if there is anything."""
-        self._files.invalidate_cache()
-        with self._reached("cannot be written to"), suppress(FileNotFoundError):
-            if self._files.exists(self._path(name)):  # what is raised if not is not the same everywhere
+        if self.has(name):  # what is raised if not is not the same everywhere
+            with self._reached("cannot be written to"), suppress(FileNotFoundError):
                 self._files.rm_file(self._path(name))
 
     def clear(self) -> None:

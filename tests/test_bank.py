@@ -89,6 +89,9 @@ def test_what_one_bank_made_another_fetches(tmp_path: Path) -> None:
     assert store("second").borrowed(lent) == str(borrowed)
     assert store("second").borrowed("demo/minilm") == "demo/minilm"
     shutil.rmtree(tmp_path / "shared")
+    store("first").get("kind", MADE_FROM, make)
+    store("third").get("kind", MADE_FROM, make)
+    assert make.calls == 1, "what is there is shared, also where the depot had it no more"
     with pytest.raises(DepotError, match=r"^storage\.shared: bank/copies/.* is gone"):
         store("third").borrowed(lent)
     assert not list((tmp_path / "third").rglob("*copies/*"))
