@@ -121,7 +121,7 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
             if study.remaining:
                 workers = workers or stack.enter_context(_workers(workshop, cluster, exchange))
                 with clock("candidates"):
-                    _evaluate(study, workshop, workers, exchange, progress, watch)
+                    _evaluate(study, workshop, workers, progress, watch, exchange)
             # Workers end while what is to be timed is loaded, unless that is elsewhere, where they are needed to go.
             quiet = workers.stop if workers is not None and workshop.device is None else None
             refine(study, workshop, clock, quiet=quiet, progress=progress)
@@ -174,9 +174,9 @@ def _evaluate(
     study: Study,
     workshop: Workshop,
     workers: Workers,
-    exchange: Depot | None,
     progress: Progress,
     watch: Watch | None,
+    exchange: Depot | None = None,
 ) -> None:
     """Have the remaining candidates evaluated."""
     run = study.run
