@@ -49,7 +49,8 @@ def search(
         out: results folder, by default ``results/<name>``.
         progress: told what happens, a line at a time.
         watch: told how far the search is, after each candidate.
-        cluster: whose nodes evaluate candidates, by default this machine; all of them see ``out`` and ``storage.bank``.
+        cluster: whose nodes evaluate candidates, by default this machine; all of them see ``out`` and ``storage.bank``,
+            or exchange what they need over ``storage.shared``.
 
     Returns:
         The study, open for reading.

@@ -1,5 +1,7 @@
 """Measure what compression retains at which speed and size, and write ``results/benchmarks/methods-front.json``.
 
+On a CPU without VNNI instructions, where 8 bits save no time, that is ``methods-front-avx2.json``.
+
 ``python benchmarks/methods_front.py`` searches twice on each data set, from a fine-tuned model and an empty bank: in
 the joint space without its students, where nothing is trained and the front is reconstructed at the end, and in the
 joint space. Of each front it takes the fastest and the smallest point that retains a share of the uncompressed model's
@@ -25,12 +27,14 @@ import numpy as np
 from figures import Figures
 from held_out import DATA, DRAWS, space_without_students, test_hits
 
-from autocompress import api
+from autocompress import api, machine
 from autocompress.config import RunConfig
 from autocompress.evaluate import Workshop
 from autocompress.pareto import Front
 from autocompress.records import Candidate
 
+FILES = {True: "methods-front", False: "methods-front-avx2"}
+"""Where figures go, by whether the CPU has VNNI instructions."""
 SEARCHES = ("without training", "with students")
 FASTEST = {"without training": ((0.99, 4.0),), "with students": ((0.99, 6.0), (0.97, 10.0))}
 """Shares of accuracy to be retained, and times faster that are aimed at there."""
@@ -146,7 +150,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=6e-4, help="of students and of recovery")
     parser.add_argument("--keep", type=Path, help="leave the banks and the results folders here")
     options = parser.parse_args()
-    figures = Figures("methods-front", "python benchmarks/methods_front.py")
+    fast_integers = any("vnni" in feature for feature in machine.fingerprint()["cpu"]["features"])
+    figures = Figures(FILES[fast_integers], "python benchmarks/methods_front.py")
     figures.read()
     with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
         place = options.keep or Path(scratch)

@@ -38,7 +38,7 @@ COLOURS = {
 }
 HEADER = ("| what | measured | 95 % interval | target | |", "|---|---|---|---|---|")
 DEMO = "search-demo"
-FRONT = "methods-front"
+FRONTS = ("methods-front", "methods-front-avx2")
 METHODS = {
     "methods-ablation": "without any training",
     "methods-vocabulary": "without any training",
@@ -279,7 +279,7 @@ def main() -> None:
         "figures": table(DEMO),
         "search": search_table(),
         "plans": table(PLANS),
-        "front": table(FRONT, with_target=True),
+        "front": "\n\n".join(table(name, with_target=True) for name in FRONTS),
         "methods": "\n\n".join(tables),
         "left-out": methods_table(LEFT_OUT, "in torch, without any training"),
     }
