@@ -42,6 +42,10 @@ BANK_VERSION = 1
 TRAINED = ("finetuned", "distilled")
 """Kinds whose entries took training: minutes to hours each, where the others take seconds."""
 
+_IN_PIECES = (*TRAINED, "reconstructed", "sums")
+"""Kinds that are not made in one piece: whoever wants to time would wait in vain for what takes minutes, and what takes
+seconds says for itself when it works."""
+
 RECENT_S = 60.0
 """Entries used within this time stay: whoever was just given the path still has to open its files."""
 
@@ -154,8 +158,7 @@ class Bank:
         aside.mkdir(parents=True)
         started, before = time.perf_counter(), sum(self.made_seconds.values())
         try:
-            # Whoever wants to time would wait in vain for what takes minutes.
-            with _locked(aside), nullcontext() if kind in TRAINED else slot.working():
+            with _locked(aside), nullcontext() if kind in _IN_PIECES else slot.working():
                 fill(aside)
                 size_bytes = _size_bytes(aside)
                 placed = _place(aside, final)

@@ -7,6 +7,7 @@ the pieces of its sites.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from autocompress import machine, training
+from autocompress import slot
 from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
 from autocompress.config import RunConfig
 from autocompress.decisions import Decision, Quantize, Recover, Student
@@ -49,10 +50,11 @@ class Bases(Trained):
     Args:
         run: the resolved run file.
         progress: told what is being done, a line at a time.
+        threads: of torch; see `Trained`.
     """
 
-    def __init__(self, run: RunConfig, progress: Progress = silent) -> None:
-        super().__init__(run, progress)
+    def __init__(self, run: RunConfig, progress: Progress = silent, *, threads: int | None = None) -> None:
+        super().__init__(run, progress, threads=threads)
         self._bases: dict[str, tuple[EncoderModel, Importance]] = {}
         self._observed: dict[str, Activations] = {}
         self._sensitivities: dict[str, Sensitivity] = {}
@@ -84,14 +86,14 @@ class Bases(Trained):
 
         def make(folder: Path) -> None:
             self.progress(f"scoring heads, neurons and blocks on {len(self.calibration)} calibration rows")
-            with torch_threads(machine.cores()):
+            with torch_threads(self.threads):
                 scores = importance(
                     base,
                     self.calibration_batches(),
                     drops=drops,
                     drop_batches=self.calibration_batches(_DROP_ROWS),
                     counts=self._counts(),
-                    autocast=lambda: training.autocast(self.precision()),
+                    autocast=self._autocast,
                 )
             tensors = {f"heads.{n}": t for n, t in enumerate(scores.heads)}
             tensors |= {f"neurons.{n}": t for n, t in enumerate(scores.neurons)}
@@ -129,13 +131,13 @@ class Bases(Trained):
 
         def make(folder: Path) -> None:
             self.progress(f"running {len(self.calibration)} calibration rows to fit weights by")
-            with torch_threads(machine.cores()):
-                save_moments(take_moments(base, self.calibration_batches()), folder)
+            with torch_threads(self.threads):
+                save_moments(take_moments(base, self.calibration_batches(), autocast=self._autocast), folder)
 
         # Read one by one: those of all layers would fill more memory than the model.
         return self.bank.load(
             "moments",
-            self._key(base=base.base, code=code_version(("transforms/moments.py",))),
+            self._key(base=base.base, precision=self.precision(), code=code_version(("transforms/moments.py",))),
             make,
             lambda folder: read_moments(folder, block, role),
         )
@@ -152,17 +154,24 @@ class Bases(Trained):
     def scores_of_recovered(self, built: EncoderModel, plan: CompressionPlan) -> Importance:
         """Return the scores by which what is left to do is done to ``built``, which the recovery of ``plan`` led to.
 
-        No training changes which tokens are read. Weights of few bits are fitted to what their layers read now, unless
+        No recovery changes which tokens are read. Weights of few bits are fitted to what their layers read now, unless
         they were rounded while they were trained.
         """
         known = self.base(plan.of_type(Student).get(MODEL_SITE))[1]
         fitted = not plan.of_type(Recover)[MODEL_SITE].quantized
         narrow = any(decision.weight_bits < 8 for decision in plan.of_type(Quantize).values())
+
+        @functools.cache
+        def moments() -> list[dict[str, Moments]]:
+            with slot.working(), torch_threads(self.threads):
+                return take_moments(built, self.calibration_batches(), autocast=self._autocast)
+
         return Importance(
             tuple(torch.zeros(block.heads) for block in built.shape.blocks),
             tuple(torch.zeros(block.neurons) for block in built.shape.blocks),
             (),
-            (lambda block, role: self._moments(built, block, role)) if fitted and narrow else None,
+            # Not in the bank: they would take more room than the model, for one plan or a few.
+            (lambda block, role: moments()[block][role]) if fitted and narrow else None,
             known.tokens,
             known.name,
         )
@@ -189,10 +198,8 @@ class Bases(Trained):
 
         def make(folder: Path) -> None:
             self.progress(f"scoring {self.teacher.shape.hidden} channels on {len(self.calibration)} calibration rows")
-            with torch_threads(machine.cores()):
-                scores = channel_scores(
-                    self.teacher, self.calibration_batches(), autocast=lambda: training.autocast(self.precision())
-                )
+            with torch_threads(self.threads):
+                scores = channel_scores(self.teacher, self.calibration_batches(), autocast=self._autocast)
             save_file({"channels": scores}, folder / "channels.safetensors")
 
         key = self._key(precision=self.precision(), code=code_version(("transforms/student.py",)))
@@ -228,7 +235,7 @@ class Bases(Trained):
             def make(folder: Path) -> None:
                 what = "the full model" if student is None else f"a {student.words()}"
                 self.progress(f"measuring the sensitivity of {what} to single decisions")
-                with torch_threads(machine.cores()):
+                with torch_threads(self.threads):
                     found = Sensitivity.measure(base, scores, options, rows, piece, seed=self.run.seed)
                 (folder / "sensitivity.json").write_text(found.to_json(), encoding="utf-8")
 
@@ -241,8 +248,10 @@ class Bases(Trained):
 
     def prepare(self, plan: CompressionPlan) -> None:
         """Make what takes long to make and many plans share, so that workers find it in the bank."""
-        _, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
+        base, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
         _take(scores)
+        if any(recovery.reconstruct for recovery in plan.of_type(Recover).values()):
+            self.sums(base)(0, "output")
 
     def structured(self, plan: CompressionPlan) -> EncoderModel:
         """Return the torch model that the structural decisions of ``plan`` lead to, distilled if it says so."""
@@ -268,6 +277,9 @@ class Bases(Trained):
     def activations(self, base: EncoderModel) -> Activations:
         """Return what the layers of ``base`` read on calibration rows."""
         if base.base not in self._observed:
+            shared = {known.base for known, _ in self._bases.values()}
+            # Those of a model that no other plan starts from are of use until the next one comes.
+            self._observed = {name: found for name, found in self._observed.items() if name in shared}
             self._observed[base.base] = observe(base, self.calibration_batches(RANGE_ROWS))
         return self._observed[base.base]
 

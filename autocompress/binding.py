@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 
 from autocompress.anatomy import ModelShape, Site
 from autocompress.decisions import (
+    RECONSTRUCTED,
     Decision,
     DropBlocks,
     LowRank,
@@ -21,6 +22,7 @@ from autocompress.decisions import (
     PruneHeads,
     PruneNeurons,
     Quantize,
+    Recover,
     Student,
     TrimVocabulary,
 )
@@ -179,7 +181,12 @@ class BoundSpace:
                     for group, sites in enumerate(_groups(rule.match, axis_name, axis.tie, shape)):
                         label = rule.name or sites[0].kind
                         ask(f"{label}.{axis_name}.{group}", axis.choices, _effect(axis_name, sites, ranks))
-        return CompressionPlan(tuple(decisions))
+        plan = CompressionPlan(tuple(decisions))
+        if self.space.reconstruct is not None and plan.reconstructible:
+            # Last, since there must be something to make up for.
+            ask("reconstruct", self.space.reconstruct, lambda c: {(MODEL_SITE, Recover): RECONSTRUCTED if c else None})
+            plan = CompressionPlan(tuple(decisions))
+        return plan
 
 
 def bind(space: SearchSpace, shape: ModelShape, *, tokens: int, drop_order: DropOrder | None = None) -> BoundSpace:

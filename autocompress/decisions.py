@@ -316,3 +316,6 @@ DECISIONS: dict[str, type[Decision]] = {
         *(TrimVocabulary, Quantize),
     )
 }
+
+RECONSTRUCTED = Recover(epochs=0, reconstruct=True)
+"""Layers are fitted, and nothing is trained."""

@@ -51,10 +51,13 @@ class Workshop(Bases):
         run: the resolved run file.
         artefacts: folder for built candidates.
         progress: told what is being done, a line at a time.
+        threads: of torch; see `Trained`.
     """
 
-    def __init__(self, run: RunConfig, artefacts: Path, progress: Progress = silent) -> None:
-        super().__init__(run, progress)
+    def __init__(
+        self, run: RunConfig, artefacts: Path, progress: Progress = silent, *, threads: int | None = None
+    ) -> None:
+        super().__init__(run, progress, threads=threads)
         self.artefacts = artefacts
         self.runtime: Runtime = get_runtime(run.target.runtime)
         self.device: Device | None = None
@@ -87,28 +90,33 @@ class Workshop(Bases):
 
     def stitched(self, plan: CompressionPlan) -> tuple[Template, dict[str, Piece]]:
         """Return the template that ``plan`` starts from and a piece for each site that it decides."""
-        by_site: dict[str, list[Decision]] = {}
+        by_site: dict[str, Sequence[Decision]] = {}
         for site, decision in plan:
             if site != MODEL_SITE:
-                by_site.setdefault(site, []).append(decision)
-        student = plan.of_type(Student).get(MODEL_SITE)
-        if plan.of_type(Recover):
-            # Distillation moved every weight: what is left to do is what the runtime does.
-            base = self.structured(plan)
-            scores = self.scores_of_recovered(base, plan)
-            by_site = {s: [d for d in ds if not d.structural] for s, ds in by_site.items()}
-            dropped: tuple[int, ...] = ()
+                by_site[site] = [*by_site.get(site, ()), decision]
+        base, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
+        drop = plan.of_type(DropBlocks).get(MODEL_SITE)
+        kept = tuple(n for n in range(len(base.shape.blocks)) if drop is None or n not in drop.blocks)
+        wanted = plan.of_type(Recover).get(MODEL_SITE)
+        if wanted is None:
+            template = self._template(base, kept)
         else:
-            base, scores = self.base(student)
-            drop = plan.of_type(DropBlocks).get(MODEL_SITE)
-            dropped = drop.blocks if drop is not None else ()
-        kept = tuple(n for n in range(len(base.shape.blocks)) if n not in dropped)
+            recovered = self.structured(plan)
+            every_block = tuple(range(len(recovered.shape.blocks)))
+            # What is left to do is what the runtime does.
+            left = {site: [d for d in decisions if not d.structural] for site, decisions in by_site.items()}
+            by_site = {site: decisions for site, decisions in left.items() if decisions}
+            if wanted.epochs:  # every weight was moved
+                template = self._template(recovered, every_block)
+            else:
+                template = self._template(base, kept)
+                of_blocks = [site for site in recovered.shape.sites() if site.startswith("block.")]
+                by_site = {**dict.fromkeys(of_blocks, ()), **by_site}
+            base, scores, kept = recovered, self.scores_of_recovered(recovered, plan), every_block
         pieces = {
-            site: self.piece(base, before_drop(site, kept), decisions, scores)
-            for site, decisions in by_site.items()
-            if decisions
+            site: self.piece(base, before_drop(site, kept), decisions, scores) for site, decisions in by_site.items()
         }
-        return self._template(base, kept), pieces
+        return template, pieces
 
     def _template(self, base: EncoderModel, kept: tuple[int, ...]) -> Template:
         key = (base.base, kept)

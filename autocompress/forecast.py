@@ -11,7 +11,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from autocompress import machine, model, training
-from autocompress.binding import NO_STUDENT, BoundSpace, bind
+from autocompress.binding import NO_STUDENT, BoundSpace, Effect, bind
 from autocompress.config import RunConfig
-from autocompress.decisions import Quantize, Recover
+from autocompress.decisions import RECONSTRUCTED, Quantize
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Workshop
 from autocompress.plan import MODEL_SITE, CompressionPlan
@@ -35,6 +35,7 @@ _STEPS = 6
 _PLANS = 3
 """Random plans that are built and scored for the full model and for each student."""
 _CALIBRATION_ROWS = 64
+_RECONSTRUCTION_ROWS = 128
 _FRONT = 40
 """Points that a front has at most, as a rule."""
 _START_SECONDS = 15.0
@@ -85,29 +86,42 @@ def count_plans(space: BoundSpace) -> tuple[int, int]:
         seen: set[tuple[str, Value]] = set()
         for dropped in range(deepest + 1):
             fixed: dict[str, Value] = {}
-            free: dict[str, Sequence[Value]] = {}
+            free: dict[str, int] = {}
+            whole: dict[str, int] = {}
 
-            def choose(
+            def pick(
                 name: str,
                 choices: Sequence[Value],
+                effect: Callable[[Value], Effect],
                 base: str = base,
                 dropped: int = dropped,
                 fixed: dict[str, Value] = fixed,
-                free: dict[str, Sequence[Value]] = free,
+                free: dict[str, int] = free,
+                whole: dict[str, int] = whole,
             ) -> Value:
                 if name == "student" or name.startswith("drop_blocks"):
                     fixed[name] = base if name == "student" else min(dropped, max(int(c) for c in choices))
                     return fixed[name]
-                free[name] = choices
+                if name != "reconstruct":
+                    free[name], whole[name] = len(choices), sum(not _removes(effect(choice)) for choice in choices)
                 return choices[0]
 
-            space.decode(choose)
+            space.walk(pick)
             upper = next((item for item in fixed.items() if item[0] != "student"), ("drop_blocks", 0))
-            if upper not in seen:  # a shallow student cannot lose as many blocks
-                seen.add(upper)
-                total += math.prod(len(choices) for choices in free.values())
-                most = max(most, len(fixed) + len(free))
+            if upper in seen:  # a shallow student cannot lose as many blocks
+                continue
+            seen.add(upper)
+            of_base = math.prod(free.values())
+            removing = of_base - (0 if upper[1] else math.prod(whole.values()))
+            run_once = base == NO_STUDENT or space.students[base].share == 1
+            asked = len(space.space.reconstruct or ()) == 2 and run_once and removing > 0
+            total += of_base + removing * asked
+            most = max(most, len(fixed) + len(free) + asked)
     return total, most
+
+
+def _removes(effect: Effect) -> bool:
+    return any(decision is not None and decision.structural for decision in effect.values())
 
 
 def forecast(run: RunConfig) -> Forecast:
@@ -119,6 +133,7 @@ def forecast(run: RunConfig) -> Forecast:
     with tempfile.TemporaryDirectory() as scratch:
         settings = run.timed_here().model_dump(mode="json", by_alias=True)
         settings["data"]["calibration_rows"] = min(run.data.calibration_rows, _CALIBRATION_ROWS)
+        settings["data"]["reconstruction_rows"] = min(run.data.reconstruction_rows, _RECONSTRUCTION_ROWS)
         settings["storage"]["bank"] = str(Path(scratch) / "bank")
         workshop = Workshop(RunConfig.from_mapping(settings), Path(scratch) / "artefacts")
         headed = model.head_labels(workshop.source) is not None
@@ -135,6 +150,7 @@ def forecast(run: RunConfig) -> Forecast:
         workshop.sensitivity(None)
         scored = run.data.calibration_rows / workshop.run.data.calibration_rows
         bank_seconds += (time.perf_counter() - started) * scored
+        fitted = min(run.data.reconstruction_rows, len(workshop.task.splits["train"])) / workshop.reconstruction_rows
         students = 0.0
         for student in space.students.values():
             cut = workshop.cut(student)
@@ -144,8 +160,14 @@ def forecast(run: RunConfig) -> Forecast:
             workshop.adopt(student, cut)
             workshop.sensitivity(student)
             bank_seconds += (time.perf_counter() - started) * scored
-        each, sizes = _candidates(workshop, space)
-        recovered = _recovered_seconds(workshop, each, epoch=epoch, scored=scored)
+        search, offered = run.search, True in (space.space.reconstruct or ())
+        if offered or search.reconstruct or (search.recover and run.recovery.reconstruct):
+            for base in (None, *space.students.values()) if offered else (None,):
+                started = time.perf_counter()
+                workshop.sums(workshop.base(base)[0])(0, "output")
+                bank_seconds += (time.perf_counter() - started) * fitted
+        each, sizes = _candidates(workshop, space, fitted=fitted)
+        recovered = _recovered_seconds(workshop, each, epoch=epoch, fitted=fitted)
     cores, threads = machine.cores(), run.target.threads
     workers = 1 if threads > 1 else run.search.workers or max(1, cores // threads)
     candidate = each / min(workers, cores)
@@ -205,27 +227,30 @@ def _epoch_seconds(workshop: Workshop, built: model.EncoderModel, *, distilled: 
     return (moments[-1] - moments[0]) / (len(moments) - 1) * math.ceil(len(rows) / size)
 
 
-def _recovered_seconds(workshop: Workshop, each: float, *, epoch: float, scored: float) -> float:
+def _recovered_seconds(workshop: Workshop, each: float, *, epoch: float, fitted: float) -> float:
     """Return the time of what is done at the end, as if nothing was removed from any point: no other takes as long.
 
     Args:
-        workshop: with a part of the calibration rows.
+        workshop: with a part of the rows that are fitted on.
         each: seconds of a candidate.
         epoch: seconds of a pass over the training rows.
-        scored: how many times as many calibration rows there are.
+        fitted: how many times as many rows there are.
     """
     asked, search, fit = workshop.run.recovery, workshop.run.search, 0.0
     if search.reconstruct or (search.recover and asked.reconstruct):
         started = time.perf_counter()
-        workshop.structured(CompressionPlan().recovered(Recover(epochs=0, reconstruct=True)))
-        fit = (time.perf_counter() - started) * scored
+        workshop.structured(CompressionPlan().recovered(RECONSTRUCTED))
+        fit = (time.perf_counter() - started) * fitted
     passes = workshop.affordable_passes if asked.epochs == "auto" else asked.epochs * asked.seeds
     trained = search.recover * (each + passes * epoch + (fit if asked.reconstruct else 0.0))
     return trained + (min(search.trials, _FRONT) * (each + fit) if search.reconstruct else 0.0)
 
 
-def _candidates(workshop: Workshop, space: BoundSpace) -> tuple[float, float]:
-    """Return mean seconds and bytes of random plans of the space, as many from each base."""
+def _candidates(workshop: Workshop, space: BoundSpace, *, fitted: float) -> tuple[float, float]:
+    """Return mean seconds and bytes of random plans of the space, as many from each base.
+
+    Those that are reconstructed are so with a part of the rows, of which there are ``fitted`` times as many.
+    """
     rng = random.Random(0)  # noqa: S311 - a draw, not a secret
     measured: list[Measurement] = []
     refused: AutocompressError | None = None
@@ -245,4 +270,5 @@ def _candidates(workshop: Workshop, space: BoundSpace) -> tuple[float, float]:
     if not measured:
         assert refused is not None
         raise refused
-    return mean(m.seconds for m in measured), mean(m.size_bytes for m in measured)
+    more = (fitted - 1) * workshop.bank.made_seconds.get("reconstructed", 0.0) / len(measured)
+    return mean(m.seconds for m in measured) + more, mean(m.size_bytes for m in measured)

@@ -30,7 +30,7 @@ def identity_of(run: RunConfig, *, model: str, data: str, space: BoundSpace) -> 
 
 def _choices_of(space: SearchSpace) -> str:
     """Return all that a space says, without what earlier versions did not know and it does not use."""
-    unknown: dict[str, Any] = {"max_tokens": True} if space.max_tokens is None else {}
+    unknown: dict[str, Any] = {name: True for name in ("max_tokens", "reconstruct") if getattr(space, name) is None}
     unknown["rules"] = {n: {"vocabulary"} for n, rule in enumerate(space.rules) if rule.vocabulary is None}
     later = StudentSpec().model_dump(include={"activation", "hidden", "share"})
     unknown["students"] = {

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,10 @@ class Layout:
 
     def path(self, block: int, role: str) -> str:
         return f"{self.blocks}.{block}.{self.roles[role]}"
+
+
+Autocast = Callable[[], AbstractContextManager[object]]
+"""Returns the context in which a model is run."""
 
 
 @dataclass

@@ -76,6 +76,17 @@ class CompressionPlan:
         """Return the part that changes the torch module, without what the runtime does."""
         return CompressionPlan(tuple((s, d) for s, d in self.decisions if d.structural))
 
+    @property
+    def trained(self) -> bool:
+        """Whether the model is trained after all structural decisions."""
+        return any(recovery.epochs for recovery in self.of_type(Recover).values())
+
+    @property
+    def reconstructible(self) -> bool:
+        """Whether something was removed that least squares could make up for, from blocks that are run once."""
+        students = self.of_type(Student).values()
+        return bool(self.without(Student, Recover).structural()) and all(s.share == 1 for s in students)
+
     def without(self, *kinds: type[Decision]) -> CompressionPlan:
         """Return the plan without decisions of these types."""
         return CompressionPlan(tuple((s, d) for s, d in self.decisions if not isinstance(d, kinds)))
@@ -89,11 +100,14 @@ class CompressionPlan:
         """Return this plan with a recovery at its end, less what there is no use for.
 
         Between the blocks of a narrower student there is nothing to compare with the teacher's, blocks that are run
-        several times are not reconstructed, and weights of 16 bits are not worth rounding while they are trained.
+        several times are not reconstructed, and weights of 16 bits are not worth rounding while they are trained. What
+        was reconstructed is so again.
 
         Raises:
             PlanError: if nothing is left of it.
         """
+        if any(before.reconstruct for before in self.of_type(Recover).values()):
+            wanted = dataclasses.replace(wanted, reconstruct=True)
         for student in self.of_type(Student).values():
             if student.hidden:
                 wanted = dataclasses.replace(wanted, hidden=0.0)

@@ -43,6 +43,7 @@ class _Features:
     student: Student | None
     dropped: int
     harm: float
+    reconstructed: bool
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Predictor:
 
     def learn(self, candidates: Sequence[Candidate]) -> None:
         """Fit everything to the measured ones of ``candidates``."""
-        measured = [c for c in candidates if c.measurement is not None and not c.plan.of_type(Recover)]
+        measured = [c for c in candidates if c.measurement is not None and not c.plan.trained]
         if len(measured) < FEWEST:
             return
         # The latest, and those timed anew, which show how the others' latencies are off.
@@ -167,12 +168,17 @@ class Predictor:
             student=_student(plan),
             dropped=len(dropped.blocks) if dropped else 0,
             harm=self.harm(plan),
+            reconstructed=bool(plan.of_type(Recover)),
         )
 
     def _harm(self, plan: _Features) -> np.ndarray:
-        """Return an intercept for each base, and the sum of sensitivities with its root."""
+        """Return an intercept for each base, and the sum of sensitivities with its root.
+
+        With the same once more where a reconstruction makes up for a part.
+        """
         bases = [float(plan.student == known) for known in self._students]
-        return np.array([1.0, *bases, plan.dropped, plan.harm, math.sqrt(plan.harm)])
+        lost = np.array([1.0, plan.dropped, plan.harm, math.sqrt(plan.harm)])
+        return np.array([*lost, *bases, *plan.reconstructed * lost])
 
     def harm(self, plan: CompressionPlan) -> float:
         """Return the sum of the sensitivities of all sites to what ``plan`` decides there, in nats."""

@@ -7,53 +7,97 @@ before it. It thus makes up for what was removed in front of it, and for what ea
 et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", eq. 3 and section 3.2 ("residual"); Kwon et
 al. 2022, "A Fast Post-Training Pruning Framework for Transformers", section 4.3, fit a mask by the same criterion.
 
+What stood at those places before is the same for all that a model is pruned to, so it is taken once (`sums_in`).
+
 Nothing is trained: there are no gradients, and one solution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from autocompress import slot
 from autocompress.errors import ModelError
-from autocompress.model import EncoderModel
+from autocompress.model import Autocast, EncoderModel
 from autocompress.task import Batch
 
 RIDGE = 0.1
 """Pull towards the weights as they are, in mean variances of what a layer reads."""
 _ADDING = ("output", "ffn_out")
 """Roles of the layers that add to what runs through the model, in the order of their use."""
+_LEADING_TO = {"output": ("query", "key", "value"), "ffn_out": ("ffn_in",)}
+"""Roles of the layers of which comes what these read."""
+
+Wanted = Callable[[int, str], torch.Tensor]
+"""Returns what stood in the whole model where the layer of a block and a role had added, ``tokens x channels``."""
 
 
 def reconstruct(
-    model: EncoderModel, whole: EncoderModel, counterparts: Sequence[tuple[int, int]], batches: Sequence[Batch]
+    model: EncoderModel,
+    wanted: Wanted,
+    counterparts: Sequence[tuple[int, int]],
+    batches: Sequence[Batch],
+    *,
+    autocast: Autocast = nullcontext,
 ) -> None:
     """Fit the layers of ``model`` that add to what runs through it; of two factors, the second.
 
     Args:
         model: what was pruned; changed in place.
-        whole: what it was before.
+        wanted: of what it was before, for the same rows.
         counterparts: for each block of the model, the first and the last block of the whole one that it stands for.
         batches: calibration rows.
+        autocast: entered for each run of the model and for products over the tokens of a batch, as where half precision
+            is faster; sums over batches are taken in double.
 
     Raises:
         ModelError: if a block does not normalise what it added up.
     """
-    own, its = _Rows(model, batches), _Rows(whole, batches)
-    for number, (first, last) in enumerate(counterparts):
-        its.go_to(first)
-        wanted = its.pass_through(last)
-        for role in _ADDING:
+    rows = _Rows(model, batches, autocast)
+    for number, its in enumerate(counterparts):
+        for role, block in zip(_ADDING, its, strict=True):
             sums = _Sums(_last_linear(model.module.get_submodule(model.layout.path(number, role))))
-            for seen, target in zip(own.seen(role), wanted[role], strict=True):
-                sums.count(seen.read, target - seen.after)
-            sums.fit()
-        own.go_to(number + 1)
+            for seen, target in zip(rows.seen(role), torch.split(wanted(block, role), rows.tokens), strict=True):
+                with slot.working(), autocast():
+                    sums.count(seen.read, target - seen.after)
+            with slot.working():
+                sums.fit()
+        rows.next_block()
+
+
+def sums_in(
+    whole: EncoderModel, batches: Sequence[Batch], *, autocast: Autocast = nullcontext
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield for each block what stands where its layers have added, ``tokens x channels`` by role, padding left out.
+
+    Raises:
+        ModelError: if a block does not normalise what it added up.
+    """
+    rows = _Rows(whole, batches, autocast)
+    for _ in whole.shape.blocks:
+        yield rows.next_block()
+
+
+def save_sums(found: Iterator[dict[str, torch.Tensor]], folder: Path) -> None:
+    """Write what `sums_in` yields into ``folder``, in bfloat16: many tokens go into what is fitted to it."""
+    for number, by_role in enumerate(found):
+        save_file({role: value.bfloat16() for role, value in by_role.items()}, folder / f"{number}.safetensors")
+
+
+def read_sums(folder: Path, block: int, role: str) -> torch.Tensor:
+    """Read of what `save_sums` wrote those of one layer."""
+    with safe_open(folder / f"{block}.safetensors", framework="pt") as opened:
+        found: torch.Tensor = opened.get_tensor(role)
+    return found.float()
 
 
 class _Sums:
@@ -113,69 +157,82 @@ class _Rows:
     Args:
         model: to be run.
         batches: the rows.
+        autocast: entered for each run.
     """
 
-    def __init__(self, model: EncoderModel, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: EncoderModel, batches: Sequence[Batch], autocast: Autocast) -> None:
         self.model = model
+        self.autocast = autocast
         self.blocks = list(model.block_list())
         self.masks = [batch.attention_mask.bool() for batch in batches]
+        self.tokens = [int(mask.sum()) for mask in self.masks]
+        """Without padding, by batch."""
         self.block = 0
+        self.read: dict[str, list[torch.Tensor]] = {}
+        """What layers of this block read, by role and batch, as far as it was seen."""
         self.inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         """What the block that is up next is called with, by batch."""
         handle = self.blocks[0].register_forward_pre_hook(self._note_inputs, with_kwargs=True)
-        with torch.no_grad():
-            for batch in batches:
-                with suppress(_Stop):
-                    model.module(**batch.inputs())
+        for batch in batches:
+            with self._running(), suppress(_Stop):
+                model.module(**batch.inputs())
         handle.remove()
 
     def _note_inputs(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.inputs.append((inputs, named))
         raise _Stop
 
-    def go_to(self, block: int) -> None:
-        """Run what comes before a block."""
-        while self.block < block:
+    def next_block(self) -> dict[str, torch.Tensor]:
+        """Run this block and go on to the next; returns what stands where layers have added, by role."""
+        found: dict[str, list[torch.Tensor]] = {role: [] for role in _ADDING}
+        with self._noted(_ADDING, stop=False) as seen:
             for number in range(len(self.inputs)):
-                self._pass(number)
-            self.block += 1
-
-    def pass_through(self, last: int) -> dict[str, list[torch.Tensor]]:
-        """Run the blocks up to ``last`` and return by batch what this one's attention and that one's FFN lead to."""
-        found: dict[str, list[torch.Tensor]] = {}
-        while self.block <= last:
-            with self._noted(_ADDING, stop=False) as seen:
-                of_block: dict[str, list[torch.Tensor]] = {role: [] for role in _ADDING}
-                for number in range(len(self.inputs)):
-                    end = self._pass(number)
-                    for role in _ADDING:
-                        of_block[role].append(self._of_tokens(number, seen, role, end).after)
-            found = {"output": found.get("output", of_block["output"]), "ffn_out": of_block["ffn_out"]}
-            self.block += 1
-        return found
+                end = self._run(number)
+                inputs, named = self.inputs[number]
+                self.inputs[number] = ((end, *inputs[1:]), named)
+                for role in _ADDING:
+                    found[role].append(self._of_tokens(number, seen, role, end).after)
+        self.block += 1
+        self.read.clear()
+        return {role: torch.cat(values) for role, values in found.items()}
 
     def seen(self, role: str) -> Iterator[_Seen]:
-        """Yield for each batch what the layer of a role in this block sees."""
+        """Yield for each batch what the layer of a role in this block sees; what it reads is not computed again."""
+        read: list[torch.Tensor] = []
         with self._noted((role,), stop=True) as seen:
             for number in range(len(self.inputs)):
                 end: torch.Tensor | None = None
                 with suppress(_Stop):
                     end = self._run(number)
+                read += seen.get(role, [])[:1]
                 yield self._of_tokens(number, seen, role, end)
+        self.read[role] = read
 
     def _run(self, number: int) -> torch.Tensor:
         """Return what this block makes of a batch."""
         inputs, named = self.inputs[number]
-        with torch.no_grad():
+        with self._running(), self._spared(number):
             found = self.blocks[self.block](*inputs, **named)
         return found if isinstance(found, torch.Tensor) else found[0]
 
-    def _pass(self, number: int) -> torch.Tensor:
-        """Return the same, which the next block is to be called with."""
-        end = self._run(number)
-        inputs, named = self.inputs[number]
-        self.inputs[number] = ((end, *inputs[1:]), named)
-        return end
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with slot.working(), torch.no_grad(), self.autocast():
+            yield
+
+    @contextmanager
+    def _spared(self, number: int) -> Iterator[None]:
+        """Let layers of this block read what they were seen to read of a batch, and none compute it."""
+        with ExitStack() as after:
+            for role, read in self.read.items():
+                for path in (self.model.layout.path(self.block, leading) for leading in _LEADING_TO[role]):
+                    module = self.model.module.get_submodule(path)
+                    module.forward = _Nothing(_last_linear(module).out_features)
+                    after.callback(delattr, module, "forward")
+                layer = _last_linear(self.model.module.get_submodule(self.model.layout.path(self.block, role)))
+                handle = layer.register_forward_pre_hook(lambda _, __, known=read[number]: (known,))
+                after.callback(handle.remove)
+            yield
 
     def _of_tokens(
         self, number: int, seen: dict[str, list[torch.Tensor]], role: str, end: torch.Tensor | None
@@ -186,7 +243,7 @@ class _Rows:
             noted.append(end)  # where each block begins by normalising, the last sum is what it returns
         if len(noted) < 2:
             raise ModelError(f"model: {role} of block {self.block}: nothing normalises what it adds to")
-        return _Seen(*(value[self.masks[number]] for value in noted))
+        return _Seen(*(value[self.masks[number]].float() for value in noted))
 
     @contextmanager
     def _noted(self, roles: Sequence[str], *, stop: bool) -> Iterator[dict[str, list[torch.Tensor]]]:
@@ -221,6 +278,16 @@ class _Rows:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """Stands for a layer whose output nobody needs."""
+
+    width: int
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        return value.new_zeros(*value.shape[:-1], self.width)
 
 
 def _last_linear(module: nn.Module) -> nn.Linear:

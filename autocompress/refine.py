@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from autocompress.decisions import Recover, Student
+from autocompress.decisions import RECONSTRUCTED, Recover
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Workshop
 from autocompress.pareto import costs, nondominated_ranks
@@ -59,10 +59,10 @@ def _reconstruct(study: Study, workshop: Workshop, progress: Progress) -> bool:
         return False
     known, any_added = {c.plan.plan_id for c in study.candidates()}, False
     for candidate in study.front().points:
-        if candidate.plan.of_type(Recover) or not candidate.plan.without(Student).structural():
+        if candidate.plan.of_type(Recover) or not candidate.plan.reconstructible:
             continue
         try:
-            plan = candidate.plan.recovered(Recover(epochs=0, reconstruct=True))
+            plan = candidate.plan.recovered(RECONSTRUCTED)
             if plan.plan_id not in known:
                 added, any_added = _add(study, workshop, candidate, plan, "reconstruct", progress), True
                 if study.run.search.keep_artefacts == "front":
@@ -85,7 +85,7 @@ def _add(
 
 def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
     """Distil the most promising structures (rung 2), best non-dominated rank first, as many as the run file asks."""
-    trained = [c for c in study.candidates() if any(r.epochs for r in c.plan.of_type(Recover).values())]
+    trained = [c for c in study.candidates() if c.plan.trained]
     wanted = study.run.search.recover - len(trained)
     if wanted <= 0:
         return
@@ -98,6 +98,7 @@ def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
         if not candidate.plan.structural() or plan.plan_id in known or wanted <= 0:
             continue
         _add(study, workshop, candidate, plan, "recover", progress)
+        known.add(plan.plan_id)
         wanted -= 1
 
 

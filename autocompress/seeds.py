@@ -48,6 +48,8 @@ def _recipes(space: BoundSpace) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"bits": 8, "embeddings": 8}]
     found += [{"width": w, **small} for w in reversed(widths)]
     found += [small, *narrow, {"drop": 1, **small}]
+    if True in (space.space.reconstruct or ()):
+        found += [{"width": w, "reconstruct": True, **small} for w in reversed(widths)]
     found += [{"rank": r, **small} for r in axes["rank"][:1]]
     found += [{"vocabulary": v, "bits": 8, "embeddings": 8} for v in vocabularies]
     found += [{"tokens": t, **small} for t in space.lengths()]
@@ -75,6 +77,9 @@ def _params(space: BoundSpace, recipe: Mapping[str, Any]) -> dict[str, Value]:
             value = recipe.get("student", NO_STUDENT)
         elif name == "max_tokens":
             value = recipe.get("tokens", _most(choices))
+        elif name == "reconstruct":
+            value = recipe.get(name, False)
+            value = value if value in choices else choices[0]
         elif "." not in name:  # drop_blocks; a rule's parameters have dots
             value = min(recipe.get("drop", 0), max(int(c) for c in choices))
         else:

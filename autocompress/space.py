@@ -150,10 +150,17 @@ class SearchSpace(Section):
         None, min_length=1, description="tokens that are read of a text: full, fractions of the target's, or counts"
     )
     rules: tuple[Rule, ...] = ()
+    reconstruct: tuple[bool, ...] | None = Field(
+        None,
+        min_length=1,
+        description="whether the layers of a pruned model are fitted, by least squares on calibration rows, to what it "
+        "was before it was pruned",
+    )
 
     @model_validator(mode="after")
-    def _lengths_differ(self) -> SearchSpace:
+    def _choices_differ(self) -> SearchSpace:
         _all_differ("max_tokens", self.max_tokens or ())
+        _all_differ("reconstruct", self.reconstruct or ())
         return self
 
     @classmethod

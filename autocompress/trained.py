@@ -25,7 +25,7 @@ from autocompress.decisions import Recover, Student
 from autocompress.model import EncoderModel
 from autocompress.pieces import code_version
 from autocompress.plan import MODEL_SITE, CompressionPlan
-from autocompress.reconstruct import reconstruct
+from autocompress.reconstruct import Wanted, read_sums, reconstruct, save_sums, sums_in
 from autocompress.rounding import read_packed, rounded, save_packed
 from autocompress.task import Batch, Split
 from autocompress.transforms.quantize import Packed
@@ -60,11 +60,13 @@ class Trained:
     Args:
         run: the resolved run file.
         progress: told what is being done, a line at a time.
+        threads: of torch, by default as many as there are cores; workers, who work beside each other, have fewer.
     """
 
-    def __init__(self, run: RunConfig, progress: Progress = silent) -> None:
+    def __init__(self, run: RunConfig, progress: Progress = silent, *, threads: int | None = None) -> None:
         self.run = run
         self.progress = progress
+        self.threads = threads or machine.cores()
         self.bank = bank_of(run)
         self.source = model.locate(run.model.id, run.model.revision)
         model.check_files(self.source)
@@ -83,6 +85,17 @@ class Trained:
     def calibration(self) -> Split:
         head = self.task.head("train", self.run.data.calibration_rows)
         return head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
+
+    @property
+    def reconstruction_rows(self) -> int:
+        """Training rows that reconstructions are fitted on."""
+        return min(self.run.data.reconstruction_rows, len(self.task.splits["train"]))
+
+    @cached_property
+    def _fitted_batches(self) -> list[Batch]:
+        head = self.task.head("train", self.run.data.reconstruction_rows)
+        rows = head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
+        return list(rows.in_order_of_length(16))
 
     def calibration_batches(self, rows: int | None = None) -> list[Batch]:
         split = self.calibration if rows is None else self.calibration.head(rows)
@@ -109,7 +122,7 @@ class Trained:
         self.progress(f"fine-tuning {self.run.model.id} on {len(rows)} rows for {config.epochs:g} epochs")
         loaded = model.load(self.source, labels=self.task.labels, seed=self.run.seed)
         budget = training.TrainingBudget(**config.model_dump(), precision=self.precision())
-        with torch_threads(machine.cores()):
+        with torch_threads(self.threads):
             training.finetune(
                 loaded.module, rows, budget, seed=self.run.seed, progress=lambda s: self.progress(f"fine-tuning: {s}")
             )
@@ -137,7 +150,7 @@ class Trained:
     def _teacher_logits(self) -> torch.Tensor:
         def make(folder: Path) -> None:
             self.progress(f"running the teacher on {len(self.splits['train'])} training rows")
-            with torch_threads(machine.cores()):
+            with torch_threads(self.threads):
                 logits = training.logits_of(self.teacher.module, self.splits["train"], precision=self.precision())
             save_file({"logits": logits}, folder / "logits.safetensors")
 
@@ -167,13 +180,11 @@ class Trained:
         def train() -> Mapping[str, Packed]:
             if begin is not None:
                 begin(target)
-            if not budget.epochs:
-                return {}
             teacher = self._teacher_logits if budget.alpha else None
             rows = self.splits["train"]
             self.progress(f"distilling {what} on {len(rows)} rows for {budget.epochs:g} epochs")
             plan = rounded_by or CompressionPlan()
-            with torch_threads(machine.cores()), rounded(target, plan, tables() if rounded_by else None) as weights:
+            with torch_threads(self.threads), rounded(target, plan, tables() if rounded_by else None) as weights:
                 training.distill(
                     target.module,
                     teacher,
@@ -190,44 +201,69 @@ class Trained:
                 )
             return weights.stored
 
-        key = self._distilled_from(made_from, budget, seed)
-        # Those of a training stay of use when the code that prunes is another.
-        return self._trained(target, key, train, changed_only=not budget.epochs)
+        return self._trained(target, self._distilled_from(made_from, budget, seed), train)
 
     def _trained(
-        self,
-        target: EncoderModel,
-        key: dict[str, Any],
-        train: Callable[[], Mapping[str, Packed]],
-        *,
-        changed_only: bool = False,
+        self, target: EncoderModel, key: dict[str, Any], train: Callable[[], Mapping[str, Packed]]
     ) -> EncoderModel:
         """Give ``target`` the weights that ``train`` gives it; they are kept in the bank.
 
         Some may be trained in the numbers that are to be stored; ``train`` returns these.
-
-        Args:
-            target: as it is before.
-            key: what it is made from; with ``changed_only`` also the code that made it what it is before.
-            train: changes it.
-            changed_only: keep nothing of what stays as it is before.
         """
 
         def make(folder: Path) -> None:
-            state = target.module.state_dict() if changed_only else {}
-            before = {name: tensor.clone() for name, tensor in state.items()}
             found = train()
-            after = target.module.state_dict()
-            kept = [name for name in after if name not in before or not torch.equal(after[name], before[name])]
-            save_file({name: after[name].contiguous() for name in kept}, folder / "weights.safetensors")
+            state = target.module.state_dict()
+            save_file({name: value.contiguous() for name, value in state.items()}, folder / "weights.safetensors")
             save_packed(found, folder)
 
         folder = self.bank.get("distilled", key, make)
-        target.module.load_state_dict(load_file(folder / "weights.safetensors"), strict=not changed_only)
+        target.module.load_state_dict(load_file(folder / "weights.safetensors"))
         target.module.eval()
         target.base = folder.name
         self._rounded[target.base] = read_packed(folder)
         return target
+
+    def _reconstructed(self, target: EncoderModel, plan: CompressionPlan, base: EncoderModel) -> EncoderModel:
+        """Give ``target``, to which structural decisions of ``plan`` led from ``base``, weights fitted to the latter.
+
+        The bank keeps those that this changes: the rest follows from the plan.
+        """
+        structure = plan.structural().without(Recover)
+
+        def make(folder: Path) -> None:
+            before = {name: value.clone() for name, value in target.module.state_dict().items()}
+            self.progress(f"reconstructing a structure on {self.reconstruction_rows} training rows")
+            blocks = recovery.counterparts(plan.without(Student), len(base.shape.blocks))
+            with torch_threads(self.threads):
+                reconstruct(target, self.sums(base), blocks, self._fitted_batches, autocast=self._autocast)
+            after = target.module.state_dict()
+            changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+            save_file({name: after[name].contiguous() for name in changed}, folder / "weights.safetensors")
+
+        made_from = {"plan": json.loads(structure.to_json()), "base": base.base}
+        key = self._fitted_key(**made_from, code=code_version(_RECONSTRUCTION))
+        folder = self.bank.get("reconstructed", key, make)
+        target.module.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+        target.base = folder.name
+        return target
+
+    def sums(self, base: EncoderModel) -> Wanted:
+        """Return what gives the sums in ``base`` that a reconstruction aims at, for the calibration rows."""
+
+        def make(folder: Path) -> None:
+            self.progress(f"running {self.reconstruction_rows} training rows to reconstruct by")
+            with torch_threads(self.threads):
+                save_sums(sums_in(base, self._fitted_batches, autocast=self._autocast), folder)
+
+        key = self._fitted_key(base=base.base, code=code_version(("reconstruct.py",)))
+        return lambda block, role: self.bank.load("sums", key, make, lambda folder: read_sums(folder, block, role))
+
+    def _fitted_key(self, **more: Any) -> dict[str, Any]:
+        return self._key(**more, rows=self.reconstruction_rows, precision=self.precision())
+
+    def _autocast(self) -> torch.autocast:
+        return training.autocast(self.precision())
 
     def _budget(self, decided: Student | Recover) -> training.TrainingBudget:
         return recovery.budget_of(self.run.recovery, decided, precision=self.precision())
@@ -266,6 +302,8 @@ class Trained:
 
         Embeddings are looked up in ``tables``, by path, where weights are rounded meanwhile.
         """
+        if not wanted.epochs:
+            return self._reconstructed(built, plan, base)
         budget, example = self._budget(wanted), recovery.example_of(plan, self.teacher, built)
         rounded_by = plan if wanted.quantized else None
 
@@ -278,10 +316,7 @@ class Trained:
 
         def begin(target: EncoderModel) -> None:
             if wanted.reconstruct:
-                self.progress(f"reconstructing a picked structure on {len(self.calibration)} calibration rows")
-                with torch_threads(machine.cores()):
-                    blocks = recovery.counterparts(plan.without(Student), len(base.shape.blocks))
-                    reconstruct(target, base, blocks, self.calibration_batches())
+                self._reconstructed(target, plan, base)
 
         def one(target: EncoderModel, what: str, seed: int) -> EncoderModel:
             # By the key that it has where it is not averaged: none of them is trained twice.
@@ -320,7 +355,7 @@ class Trained:
             module.load_state_dict(state)
             return training.held_loss(module, teacher, rows, held, budget)
 
-        with torch_threads(machine.cores()):
+        with torch_threads(self.threads):
             return soup.greedy(members, loss_of)
 
 

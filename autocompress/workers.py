@@ -178,7 +178,9 @@ class Worker(tune.Trainable):
         from autocompress.evaluate import Workshop
         from autocompress.trained import bank_of
 
-        workshop = Workshop(self._run.with_files(bank_of(self._run).borrowed), self._artefacts)
+        workshop = Workshop(
+            self._run.with_files(bank_of(self._run).borrowed), self._artefacts, threads=self._run.target.threads
+        )
         if self._outposts:
             workshop.time_on(self._call)
         workshop.open()

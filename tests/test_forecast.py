@@ -58,6 +58,14 @@ SPACES = {
     "students alone": STUDENTS,
     # Two blocks cannot lose three.
     "vocabulary, length": "max_tokens: [full, 0.5]\nrules: [{match: embeddings, vocabulary: [1.0, 0.5], bits: [8, 4]}]",
+    "reconstruction": f"reconstruct: [false, true]\n{WIDTHS}",
+    "reconstruction, always": f"reconstruct: [true]\n{WIDTHS}",
+    "reconstruction, nothing to remove": f"reconstruct: [false, true]\n{BITS}",
+    "reconstruction, dropped blocks": "reconstruct: [false, true]\ndrop_blocks: {at_most: 2}\n"
+    "rules: [{match: block.*.ffn, neurons: {choices: [0.5, 1.0], tie: all}, bits: [8, 4]}]",
+    "reconstruction, students": "students: {twice: {blocks: [0], share: 2}, half: {heads: 0.5}}\n"
+    "reconstruct: [false, true]\n"
+    "rules: [{match: block.*.ffn, neurons: {choices: [1.0, 0.5], tie: all}}]",
     "students, dropped blocks": f"{STUDENTS}drop_blocks: {{at_most: 3}}\nrules: [{{match: block.*.ffn, bits: [8, 4]}}]",
 }
 

@@ -67,15 +67,16 @@ def test_studies_of_spaces_go_on_that_do_not_use_what_came_later(space: str, wri
     assert identity(space)["space"] == f"{space} {written}"
 
 
-def test_vocabulary_and_length_belong_to_a_study() -> None:
+def test_vocabulary_length_and_reconstruction_belong_to_a_study() -> None:
     spaces = [SearchSpace.load("encoder-inputs")]
     spaces.append(spaces[0].model_copy(update={"max_tokens": ("full", 0.5)}))
     spaces.append(spaces[0].model_copy(update={"rules": ()}))
+    spaces.append(spaces[0].model_copy(update={"reconstruct": (False, True)}))
     found = {
         str(identity_of(RunConfig(), model="m", data="d", space=bind(space, SHAPE, tokens=64))["space"])
         for space in spaces
     }
-    assert len(found) == 3
+    assert len(found) == len(spaces)
 
 
 def test_architectures_of_students_belong_to_a_study() -> None:

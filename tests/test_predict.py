@@ -17,7 +17,7 @@ from autocompress import predict
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import bind
 from autocompress.config import RunConfig
-from autocompress.decisions import DropBlocks, PruneNeurons, Recover, Student
+from autocompress.decisions import RECONSTRUCTED, DropBlocks, PruneNeurons, Recover, Student
 from autocompress.errors import PlanError
 from autocompress.evaluate import Workshop
 from autocompress.plan import MODEL_SITE, CompressionPlan
@@ -166,6 +166,23 @@ def test_fits_are_made_of_the_latest_and_of_those_timed_anew(monkeypatch: pytest
         assert capped.expected(plan, TOLD) == exact.expected(plan, TOLD)
     exact.learn(old)
     assert capped.expected(plan, TOLD) != exact.expected(plan, TOLD)
+
+
+def test_what_a_reconstruction_makes_up_for_is_learned() -> None:
+    predictor, plain = make_predictor(), many(60)
+    fitted = []
+    for candidate in plain[::2]:
+        plan = candidate.plan.with_decision(MODEL_SITE, RECONSTRUCTED)
+        score = dataclasses.replace(candidate.score, divergence=0.4 * candidate.score.divergence)  # type: ignore[operator]
+        fitted.append(dataclasses.replace(candidate, plan=plan, measurement=score))
+    predictor.learn([*plain, *fitted])
+    shares = []
+    for candidate in plain[1::2]:
+        again = candidate.plan.with_decision(MODEL_SITE, RECONSTRUCTED)
+        shares.append(predictor.cost(again) / predictor.cost(candidate.plan))
+        assert predictor.size_bytes(again) == predictor.size_bytes(candidate.plan)
+        assert predictor.latency(again) == predictor.latency(candidate.plan)
+    assert float(np.median(shares)) == pytest.approx(0.4, abs=0.05)
 
 
 def test_latencies_stay_above_nothing(learned: Predictor) -> None:

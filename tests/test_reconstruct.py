@@ -17,17 +17,26 @@ from torch import nn
 from autocompress import reconstruct as module
 from autocompress import recovery, task
 from autocompress.config import DataConfig, RunConfig
-from autocompress.decisions import Decision, DropBlocks, LowRank, PruneHeads, PruneNeurons, Quantize, Recover, Student
+from autocompress.decisions import (
+    RECONSTRUCTED,
+    Decision,
+    DropBlocks,
+    LowRank,
+    PruneHeads,
+    PruneNeurons,
+    Quantize,
+    Recover,
+    Student,
+)
 from autocompress.errors import ConfigError, ModelError, PlanError
 from autocompress.evaluate import Workshop
 from autocompress.model import EncoderModel, understand
 from autocompress.plan import MODEL_SITE, CompressionPlan
-from autocompress.reconstruct import reconstruct
+from autocompress.reconstruct import Wanted, read_sums, reconstruct, save_sums, sums_in
 from autocompress.task import Batch
 from autocompress.transforms import apply_plan
 from autocompress.transforms.prune import importance
 
-FITTED = Recover(epochs=0, reconstruct=True)
 PLANS: dict[str, tuple[tuple[str, Decision], ...]] = {
     "heads": tuple((f"block.{n}.attention", PruneHeads(keep=2)) for n in range(3)),
     "neurons": tuple((f"block.{n}.ffn", PruneNeurons(keep=16)) for n in range(3)),
@@ -91,6 +100,16 @@ def pruned(whole: EncoderModel, batches: Sequence[Batch], plan: CompressionPlan)
     return built
 
 
+def wanted_of(whole: EncoderModel, batches: Sequence[Batch]) -> Wanted:
+    found = list(sums_in(whole, batches))
+    return lambda block, role: found[block][role]
+
+
+def fit(built: EncoderModel, whole: EncoderModel, plan: CompressionPlan, batches: Sequence[Batch]) -> None:
+    blocks = recovery.counterparts(plan, len(whole.shape.blocks))
+    reconstruct(built, wanted_of(whole, batches), blocks, batches)
+
+
 def end_of(model: EncoderModel, batches: Sequence[Batch]) -> torch.Tensor:
     """Return what leaves the last block, ``tokens x hidden``, without padding."""
     found: list[torch.Tensor] = []
@@ -110,7 +129,7 @@ def test_the_end_of_the_last_block_comes_nearer(whole: EncoderModel, batches: li
     built = pruned(whole, batches, plan)
     wanted, before = end_of(whole, batches), end_of(built, batches)
     shapes = {key: value.shape for key, value in built.module.state_dict().items()}
-    reconstruct(built, whole, recovery.counterparts(plan, len(whole.shape.blocks)), batches)
+    fit(built, whole, plan, batches)
     after = end_of(built, batches)
     assert (after - wanted).square().mean() < 0.8 * (before - wanted).square().mean()
     assert {key: value.shape for key, value in built.module.state_dict().items()} == shapes
@@ -120,7 +139,7 @@ def test_only_what_adds_to_what_runs_through_is_changed(whole: EncoderModel, bat
     plan = CompressionPlan(PLANS["rank"] + PLANS["blocks"])
     built = pruned(whole, batches, plan)
     before = {name: value.clone() for name, value in built.module.state_dict().items()}
-    reconstruct(built, whole, recovery.counterparts(plan, len(whole.shape.blocks)), batches)
+    fit(built, whole, plan, batches)
     changed = {name for name, value in built.module.state_dict().items() if not torch.equal(value, before[name])}
     adding = {built.layout.path(n, role) for n in range(2) for role in ("output", "ffn_out")}
     factors = {f"{path}.1" for path in adding if isinstance(built.module.get_submodule(path), nn.Sequential)}
@@ -132,7 +151,7 @@ def test_only_what_adds_to_what_runs_through_is_changed(whole: EncoderModel, bat
 
 def test_a_whole_model_stays_as_it_is(whole: EncoderModel, batches: list[Batch]) -> None:
     built = whole.clone()
-    reconstruct(built, whole, [(n, n) for n in range(len(whole.shape.blocks))], batches)
+    fit(built, whole, CompressionPlan(), batches)
     for name, value in built.module.state_dict().items():
         assert torch.allclose(value, whole.module.state_dict()[name], atol=1e-5), name
 
@@ -152,7 +171,7 @@ def test_padding_counts_for_nothing(whole: EncoderModel, batches: list[Batch]) -
             for batch in batches[:2]
         ]
         built = pruned(whole, batches, plan)
-        reconstruct(built, whole, recovery.counterparts(plan, len(whole.shape.blocks)), padded)
+        fit(built, whole, plan, padded)
         found.append(built.linear(2, "ffn_out").weight)
     assert torch.allclose(*found, atol=1e-4)
 
@@ -169,7 +188,7 @@ def test_blocks_that_begin_by_normalising(tiny_csv: Path) -> None:
     plan = CompressionPlan(PLANS["blocks"] + PLANS["neurons"][:2])
     built = pruned(whole, batches, plan)
     wanted, before = end_of(whole, batches), end_of(built, batches)
-    reconstruct(built, whole, recovery.counterparts(plan, len(whole.shape.blocks)), batches)
+    fit(built, whole, plan, batches)
     assert (end_of(built, batches) - wanted).square().mean() < 0.8 * (before - wanted).square().mean()
 
 
@@ -181,20 +200,43 @@ def test_a_block_that_normalises_nothing_is_refused(tiny_csv: Path) -> None:
         if isinstance(layer, nn.LayerNorm):
             whole.replace(f"{whole.layout.blocks}.1.{name}", nn.Identity())
     with pytest.raises(ModelError, match=r"block 1: nothing normalises"):
-        reconstruct(whole.clone(), whole, [(n, n) for n in range(len(whole.shape.blocks))], batches)
+        fit(whole.clone(), whole, CompressionPlan(), batches)
+
+
+def test_sums_are_what_is_normalised_next(tiny_csv: Path) -> None:
+    whole = understand(make_model("bert", labels=LABELS), base="bert")
+    loaded = task.load(DataConfig(source=str(tiny_csv), search_rows=60))
+    [batch] = loaded.tokenized(make_tokenizer("bert"), 32)["train"].head(8).in_order_of_length(8)
+    read: dict[str, torch.Tensor] = {}
+    for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+        layer = whole.module.get_submodule(f"{whole.layout.blocks}.1.{name}")
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: read.update({name: inputs[0]}))
+    found = list(sums_in(whole, [batch]))
+    mask = batch.attention_mask.bool()
+    assert len(found) == len(whole.shape.blocks)
+    assert torch.equal(found[1]["output"], read["attention.output.LayerNorm"][mask])
+    assert torch.equal(found[1]["ffn_out"], read["output.LayerNorm"][mask])
+
+
+def test_sums_are_kept_in_half_of_the_bits(tmp_path: Path) -> None:
+    found = [{"output": torch.randn(5, 4), "ffn_out": torch.randn(5, 4)} for _ in range(2)]
+    save_sums(iter(found), tmp_path)
+    again = read_sums(tmp_path, 1, "ffn_out")
+    assert again.dtype == torch.float32
+    assert torch.equal(again, found[1]["ffn_out"].bfloat16().float())
 
 
 class TestDecision:
     def test_words_and_json(self) -> None:
-        assert FITTED.words() == "reconstructed"
+        assert RECONSTRUCTED.words() == "reconstructed"
         assert Recover(epochs=2, reconstruct=True).words() == "reconstructed, recovered 2 epochs"
-        plan = CompressionPlan(((MODEL_SITE, FITTED),))
+        plan = CompressionPlan(((MODEL_SITE, RECONSTRUCTED),))
         assert CompressionPlan.from_json(plan.to_json()) == plan
         assert "reconstruct" not in CompressionPlan(((MODEL_SITE, Recover(epochs=1)),)).to_json()
 
     @pytest.mark.parametrize("epochs", [0, 0.0])
     def test_no_training_is_something_only_with_it(self, epochs: float) -> None:
-        assert Recover(epochs=epochs, reconstruct=True) == FITTED
+        assert Recover(epochs=epochs, reconstruct=True) == RECONSTRUCTED
         with pytest.raises(PlanError, match=r"Recover\.epochs: must be > 0"):
             Recover(epochs=epochs)
 
@@ -251,13 +293,13 @@ class TestInAWorkshop:
         told: list[str] = []
         shop = shops("recovery.epochs=0", told=told)
         plan = shop.recovering(self.PLAN)
-        assert plan.of_type(Recover) == {MODEL_SITE: FITTED}, "options of training have no use"
+        assert plan.of_type(Recover) == {MODEL_SITE: RECONSTRUCTED}, "options of training have no use"
         first = shop.build(plan, tmp_path / "first")
-        [kept] = (tmp_path / "bank" / "distilled").glob("*/weights.safetensors")
+        [kept] = (tmp_path / "bank" / "reconstructed").glob("*/weights.safetensors")
         fitted = {f"{shop.teacher.layout.path(n, role)}" for n in range(3) for role in ("output", "ffn_out")}
         assert {name.rpartition(".")[0] for name in load_file(kept)} <= fitted, "the rest is known"
         other_bits = self.PLAN.with_decision("block.1.ffn", Quantize(weight_bits=16))
-        assert shop.structured(other_bits.recovered(FITTED)).base == shop.structured(plan).base
+        assert shop.structured(other_bits.recovered(RECONSTRUCTED)).base == shop.structured(plan).base
         assert sum("reconstructing" in line for line in told) == 1
         assert not any("distilling" in line for line in told)
         again = shops("recovery.epochs=0").build(plan, tmp_path / "again")
@@ -295,7 +337,7 @@ class TestInAWorkshop:
         shop = shops("recovery.epochs=1")
         shared = CompressionPlan(((MODEL_SITE, Student(blocks=(0,), heads=2, neurons=32, share=2)),))
         with pytest.raises(PlanError, match=r"Recover\.reconstruct must be false where blocks are run several times"):
-            shop.check(shared.with_decision(MODEL_SITE, FITTED))
+            shop.check(shared.with_decision(MODEL_SITE, RECONSTRUCTED))
         assert not shop.recovering(shared).of_type(Recover)[MODEL_SITE].reconstruct
         with pytest.raises(PlanError, match=r"Recover\.epochs"):
             shops("recovery.epochs=0").recovering(shared)

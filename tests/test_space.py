@@ -15,6 +15,7 @@ from autocompress.binding import BoundSpace, bind, quantize_decision, students_o
 from autocompress.config import validated
 from autocompress.decisions import (
     DECISIONS,
+    RECONSTRUCTED,
     DropBlocks,
     LowRank,
     MaxTokens,
@@ -136,10 +137,11 @@ def test_single_axis_spaces_make_decisions_of_their_axis_only() -> None:
         assert found == kinds
 
 
-def test_the_full_space_makes_every_decision_but_recovery_which_is_no_choice() -> None:
+def test_the_full_space_makes_every_decision_and_trains_none_but_students() -> None:
     space = bind(SearchSpace.load("encoder-full"), MINILM, tokens=64)
-    found = {type(decision) for seed in range(50) for _, decision in draw(space, random.Random(seed))[0]}
-    assert found == set(DECISIONS.values()) - {Recover}
+    plans = [draw(space, random.Random(seed))[0] for seed in range(50)]
+    assert {type(decision) for plan in plans for _, decision in plan} == set(DECISIONS.values())
+    assert {decision for plan in plans for decision in plan.of_type(Recover).values()} == {RECONSTRUCTED}
 
 
 def test_the_full_space_has_the_choices_of_all_others() -> None:
@@ -148,6 +150,7 @@ def test_the_full_space_has_the_choices_of_all_others() -> None:
         space = SearchSpace.load(name)
         assert set(space.students.values()) <= set(full.students.values())
         assert set(space.max_tokens or ()) <= set(full.max_tokens or ())
+        assert set(space.reconstruct or ()) <= set(full.reconstruct or ())
         assert (space.drop_blocks.at_most if space.drop_blocks else 0) <= full.drop_blocks.at_most  # type: ignore[union-attr]
         for rule in space.rules:
             [whole] = [other for other in full.rules if other.match == rule.match]
@@ -402,6 +405,40 @@ def test_lengths_are_fractions_of_the_targets_or_counts() -> None:
     assert found == [{}, *({MODEL_SITE: MaxTokens(tokens=tokens)} for tokens in (32, 48))]
     assert space.options(MINILM)[MODEL_SITE] == [MaxTokens(tokens=32), MaxTokens(tokens=48)]
     assert [space.plan(params).of_type(MaxTokens) for params in uniform_ladder(space)] == found
+
+
+def test_what_was_removed_may_be_made_up_for() -> None:
+    widths = (
+        "rules: [{match: block.*.ffn, neurons: {choices: [1.0, 0.5], tie: all}, bits: {choices: [16, 8], tie: all}}]"
+    )
+    space = bound(f"reconstruct: [false, true]\n{widths}")
+    narrow = {"ffn.neurons.0": 0.5}
+    assert space.plan({**narrow, "reconstruct": True}).of_type(Recover) == {MODEL_SITE: RECONSTRUCTED}
+    for less in (narrow, {**narrow, "reconstruct": False}, {"ffn.bits.0": 8}):
+        assert not space.plan(less).of_type(Recover)
+    with pytest.raises(ConfigError, match="reconstruct: not in this space at this place"):
+        space.plan({"ffn.bits.0": 8, "reconstruct": True})
+    always = bound(f"reconstruct: [true]\n{widths}")
+    assert always.plan(narrow).of_type(Recover)
+    assert not always.plan({"ffn.bits.0": 8}).of_type(Recover)
+
+
+def test_a_student_is_reconstructed_where_something_was_removed_from_it_whose_blocks_are_run_once() -> None:
+    students = "students: {half: {blocks: 0.5}, twice: {blocks: 1.0, share: 2}}"
+    space = bound(f"reconstruct: [false, true]\n{students}\nrules: [{{match: block.*.ffn, neurons: [1.0, 0.5]}}]")
+    assert "reconstruct" not in space.parameters(space.plan({"student": "half"}))
+    assert space.plan({"student": "half", "ffn.neurons.0": 0.5, "reconstruct": True}).of_type(Recover)
+    with pytest.raises(ConfigError, match="reconstruct: not in this space at this place"):
+        space.plan({"student": "twice", "ffn.neurons.0": 0.5, "reconstruct": True})
+
+
+def test_the_ladder_reconstructs_each_width_once() -> None:
+    space = bind(SearchSpace.load("encoder-post-training"), MINILM, tokens=64)
+    plans = [space.plan(params) for params in uniform_ladder(space)]
+    fitted = [plan for plan in plans if plan.of_type(Recover)]
+    assert {plan.without(Recover).plan_id for plan in fitted} < {plan.plan_id for plan in plans}
+    assert {plan.of_type(PruneNeurons)["block.0.ffn"].keep for plan in fitted} == {1152, 768, 384}
+    assert len(fitted) == 3
 
 
 def test_the_ladder_keeps_most_where_it_does_not_trim() -> None:

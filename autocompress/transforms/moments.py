@@ -8,6 +8,7 @@ which factors of a given rank (`factorize.py`) and which 4-bit weights (`quantiz
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from autocompress.model import EncoderModel
+from autocompress.model import Autocast, EncoderModel
 from autocompress.task import Batch
 
 _ROLES = ("query", "output", "ffn_in", "ffn_out")
@@ -72,8 +73,13 @@ def same_in_the_mean(layer: nn.Linear, fitted: torch.Tensor, moments: Moments) -
     return (bias.detach().double() + moved).to(bias.dtype)
 
 
-def take_moments(model: EncoderModel, batches: Sequence[Batch]) -> list[dict[str, Moments]]:
-    """Run ``batches`` and return, block by block, the moments by role; the model is left unchanged."""
+def take_moments(
+    model: EncoderModel, batches: Sequence[Batch], *, autocast: Autocast = nullcontext
+) -> list[dict[str, Moments]]:
+    """Run ``batches`` and return, block by block, the moments by role; the model is left unchanged.
+
+    ``autocast`` is entered for each run.
+    """
     sums: dict[tuple[int, str], list[torch.Tensor]] = {}
     mask = torch.zeros(0)
 
@@ -103,7 +109,8 @@ def take_moments(model: EncoderModel, batches: Sequence[Batch]) -> list[dict[str
             for batch in batches:
                 mask = batch.attention_mask.bool()
                 count += int(mask.sum())
-                model.module(**batch.inputs())
+                with autocast():
+                    model.module(**batch.inputs())
     finally:
         for handle in handles:
             handle.remove()

@@ -9,8 +9,8 @@ are ranked by what their removal does to the predictions: the Kullback-Leibler d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,10 @@ from torch.nn import functional
 from autocompress.anatomy import BlockShape, Site
 from autocompress.decisions import PruneHeads, PruneNeurons
 from autocompress.errors import PlanError
-from autocompress.model import EncoderModel
+from autocompress.model import Autocast, EncoderModel
 from autocompress.task import Batch
 from autocompress.transforms.moments import AS_READ_BY, Moments, OfBlocks
 from autocompress.transforms.vocabulary import TokenUse
-
-Autocast = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)

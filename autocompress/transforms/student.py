@@ -24,9 +24,9 @@ from torch.nn import functional
 
 from autocompress.decisions import Student
 from autocompress.errors import ModelError
-from autocompress.model import EncoderModel
+from autocompress.model import Autocast, EncoderModel
 from autocompress.task import Batch
-from autocompress.transforms.prune import Autocast, Importance, keep_blocks, keep_heads, keep_neurons, linear
+from autocompress.transforms.prune import Importance, keep_blocks, keep_heads, keep_neurons, linear
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU}
 
