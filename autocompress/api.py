@@ -196,6 +196,9 @@ def recover(
             nobody = Workers(run, workshop.artefacts, progress, cluster=cluster, most=0)
             workshop.time_on(stack.enter_context(nobody).on_device)
         recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
+        if pairs := run.search.confirm_pairs:  # it is compared with points that were timed at several moments
+            [measured] = workshop.confirmed([(plan, recovered.score)], pairs=pairs, progress=progress)
+            recovered = study.confirm(recovered.number, measured)
         write_results(study)
     return recovered
 

@@ -29,6 +29,7 @@ from autocompress import slot
 from autocompress.errors import ModelError
 from autocompress.model import Autocast, EncoderModel
 from autocompress.task import Batch
+from autocompress.transforms.moments import Spread
 
 RIDGE = 0.1
 """Pull towards the weights as they are, in mean variances of what a layer reads."""
@@ -109,27 +110,25 @@ class _Sums:
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
-        inner, outer = layer.in_features, layer.out_features
-        self.tokens = 0
-        self.read, self.missing = torch.zeros(inner, dtype=torch.float64), torch.zeros(outer, dtype=torch.float64)
-        self.square = torch.zeros(inner, inner, dtype=torch.float64)
-        self.mixed = torch.zeros(inner, outer, dtype=torch.float64)
+        self.read = Spread()
+        self.missing = torch.zeros(layer.out_features, dtype=torch.float64)
+        self.mixed = torch.zeros(layer.in_features, layer.out_features, dtype=torch.float64)
 
     def count(self, read: torch.Tensor, missing: torch.Tensor) -> None:
         """Take in tokens, ``tokens x inner`` and ``tokens x outer``."""
-        self.tokens += len(read)
-        self.read += read.sum(dim=0)
         self.missing += missing.sum(dim=0)
-        self.square += read.T @ read
-        self.mixed += read.T @ missing
+        self.mixed += self.read.add(read).T @ missing
 
     def fit(self) -> None:
         """Change the weights so that the least is missing in squares, and the bias so that nothing is in the mean."""
-        read, missing = self.read / self.tokens, self.missing / self.tokens
-        square, mixed = self.square / self.tokens, self.mixed / self.tokens
+        read, missing, tokens = self.read.mean(), self.missing / self.read.tokens, self.read.tokens
+        about, square = self.read.about.double(), self.read.covariance()
         bias: torch.Tensor | None = self.layer.bias
+        # Both about the mean of what is read if a bias makes up for it, else about nothing.
         if bias is not None:
-            square, mixed = square - torch.outer(read, read), mixed - torch.outer(read, missing)
+            mixed = self.mixed / tokens - torch.outer(read - about, missing)
+        else:
+            square, mixed = square + torch.outer(read, read), self.mixed / tokens + torch.outer(about, missing)
         pull = RIDGE * square.diagonal().mean().clamp_min(1e-12)
         root = torch.linalg.cholesky(square + pull * torch.eye(len(square), dtype=torch.float64))
         change = torch.cholesky_solve(mixed, root).T

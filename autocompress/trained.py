@@ -34,6 +34,9 @@ Progress = training.Progress
 _RECONSTRUCTION = ("reconstruct.py", *(f"transforms/{name}.py" for name in ("prune", "factorize", "moments")))
 """What a reconstructed model comes of: its weights, and what they go on from."""
 
+_FITTED_AT_ONCE = 64
+"""Rows of a batch that reconstructions are fitted on; products over many tokens are faster."""
+
 
 def silent(_: str) -> None:
     """Report no progress."""
@@ -95,7 +98,7 @@ class Trained:
     def _fitted_batches(self) -> list[Batch]:
         head = self.task.head("train", self.run.data.reconstruction_rows)
         rows = head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
-        return list(rows.in_order_of_length(16))
+        return list(rows.in_order_of_length(_FITTED_AT_ONCE))
 
     def calibration_batches(self, rows: int | None = None) -> list[Batch]:
         split = self.calibration if rows is None else self.calibration.head(rows)

@@ -17,7 +17,7 @@ from autocompress.model import EncoderModel, understand
 from autocompress.plan import CompressionPlan
 from autocompress.transforms import apply_plan, quantize
 from autocompress.transforms.factorize import factorized
-from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
+from autocompress.transforms.moments import Moments, Spread, read_moments, save_moments, take_moments
 from autocompress.transforms.prune import Importance, importance
 from autocompress.transforms.quantize import compensated, per_group
 
@@ -204,3 +204,20 @@ def test_moments_follow_their_block_where_others_are_dropped(model: EncoderModel
     plan = CompressionPlan((("model", DropBlocks(blocks=(0,))), ("block.1.ffn", LowRank(rank=8))))
     apply_plan(model.clone(), plan, known)
     assert asked == [(2, "ffn_in"), (2, "ffn_out")]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_what_lies_far_from_nothing_keeps_its_spread(precision: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = 300 + torch.randn(4000, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
+    found = Spread()
+    for part in values.split(500):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            away = found.add(part)
+        assert torch.equal(away, part - values[:500].mean(dim=0))
+    exact = torch.cov(values.double().T, correction=0)
+    assert torch.allclose(found.mean(), values.double().mean(dim=0), rtol=1e-6)
+    assert (found.covariance() - exact).abs().max() < 1e-3 * exact.diagonal().max()
+    assert torch.linalg.eigvalsh(found.covariance()).min() > 0
+    second = (values.double().T @ values.double() / len(values)).float()
+    assert torch.allclose(found.moments().second, second, rtol=1e-5)

@@ -60,6 +60,44 @@ class Moments:
         return found + damping * torch.eye(len(found), dtype=found.dtype)
 
 
+class Spread:
+    """Sums over the tokens of several batches about the mean of the first one.
+
+    Squares of what lies far from nothing, less the square of its mean, leave no digit of half precision.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.about = self.first = self.second = torch.zeros(0)
+
+    def add(self, values: torch.Tensor) -> torch.Tensor:
+        """Take in a batch, ``tokens x channels``, float32; returns how far it is from the first one's mean."""
+        if not self.tokens:
+            channels = values.shape[1]
+            self.about = values.mean(dim=0)
+            self.first = torch.zeros(channels, dtype=torch.float64)
+            self.second = torch.zeros(channels, channels, dtype=torch.float64)
+        away = values - self.about
+        self.tokens += len(away)
+        self.first += away.sum(dim=0)
+        self.second += away.T @ away
+        return away
+
+    def mean(self) -> torch.Tensor:
+        """Return the mean, ``channels``, float64."""
+        return self.about.double() + self.first / self.tokens
+
+    def covariance(self) -> torch.Tensor:
+        """Return the covariance, ``channels x channels``, float64."""
+        away = self.first / self.tokens
+        return self.second / self.tokens - torch.outer(away, away)
+
+    def moments(self) -> Moments:
+        """Return the mean and the mean outer product."""
+        mean = self.mean()
+        return Moments(mean.float(), (self.covariance() + torch.outer(mean, mean)).float())
+
+
 OfBlocks = Callable[[int, str], Moments]
 """Returns the moments of what a block's layer of a role reads."""
 
@@ -80,18 +118,14 @@ def take_moments(
 
     ``autocast`` is entered for each run.
     """
-    sums: dict[tuple[int, str], list[torch.Tensor]] = {}
+    found: dict[tuple[int, str], Spread] = {}
     mask = torch.zeros(0)
 
     def note(key: tuple[int, str]) -> object:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             value = inputs[0]
-            tokens = (value[mask] if value.shape[:2] == mask.shape else value).flatten(0, -2).float()
-            found = tokens.sum(dim=0), tokens.T @ tokens
-            if key not in sums:
-                sums[key] = [torch.zeros_like(value, dtype=torch.float64) for value in found]
-            for total, value in zip(sums[key], found, strict=True):
-                total += value
+            tokens = (value[mask] if value.shape[:2] == mask.shape else value).flatten(0, -2)
+            found.setdefault(key, Spread()).add(tokens.float())
 
         return hook
 
@@ -103,22 +137,16 @@ def take_moments(
         for number in blocks
         for role in _ROLES
     ]
-    count = 0
     try:
         with torch.no_grad():
             for batch in batches:
                 mask = batch.attention_mask.bool()
-                count += int(mask.sum())
                 with autocast():
                     model.module(**batch.inputs())
     finally:
         for handle in handles:
             handle.remove()
-    read = max(1, count) * model.shape.runs
-    return [
-        {role: Moments(*((total / read).float() for total in sums[number, role])) for role in _ROLES}
-        for number in blocks
-    ]
+    return [{role: found[number, role].moments() for role in _ROLES} for number in blocks]
 
 
 def save_moments(found: Sequence[dict[str, Moments]], folder: Path) -> None:
