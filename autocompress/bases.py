@@ -22,7 +22,7 @@ from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
 from autocompress.config import RunConfig
 from autocompress.decisions import Decision, Quantize, Recover, Student
 from autocompress.model import EncoderModel
-from autocompress.pieces import Piece, code_version, make_piece, read_piece, save_piece, unpacked
+from autocompress.pieces import Piece, code_version, make_piece, read_piece, reads_moments, save_piece, unpacked
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
@@ -159,12 +159,16 @@ class Bases(Trained):
         """
         known = self.base(plan.of_type(Student).get(MODEL_SITE))[1]
         fitted = not plan.of_type(Recover)[MODEL_SITE].quantized
-        narrow = any(decision.weight_bits < 8 for decision in plan.of_type(Quantize).values())
+        narrow = {site for site, decision in plan.of_type(Quantize).items() if reads_moments(site, [decision])}
+
+        rows = self.calibration_batches() if plan.trained else self.fitted_batches
 
         @functools.cache
         def moments() -> list[dict[str, Moments]]:
+            if built.base in self._read_in:
+                return self._read_in[built.base]
             with slot.working(), torch_threads(self.threads):
-                return take_moments(built, self.calibration_batches(), autocast=self._autocast)
+                return take_moments(built, rows, sites=narrow, autocast=self._autocast)
 
         return Importance(
             tuple(torch.zeros(block.heads) for block in built.shape.blocks),
@@ -249,7 +253,7 @@ class Bases(Trained):
     def prepare(self, plan: CompressionPlan) -> None:
         """Make what takes long to make and many plans share, so that workers find it in the bank."""
         base, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
-        _take(scores)
+        _take(scores, "block.0.attention")
         if any(recovery.reconstruct for recovery in plan.of_type(Recover).values()):
             self.sums(base)(0, "output")
 
@@ -266,7 +270,8 @@ class Bases(Trained):
         """Return what stands at ``site`` of ``base`` after ``decisions``, from the bank."""
 
         def make(folder: Path) -> None:
-            _take(scores)  # of the base as it is: making a piece changes its site for a while
+            if reads_moments(site, decisions):
+                _take(scores, site)  # of the base as it is: making a piece changes its site for a while
             trained = self._rounded.get(base.base, {})
             save_piece(make_piece(base, site, decisions, scores, self.activations(base), trained), folder)
 
@@ -284,7 +289,8 @@ class Bases(Trained):
         return self._observed[base.base]
 
 
-def _take(scores: Importance) -> None:
-    """Have the moments of all layers taken, unless they are in the bank."""
+def _take(scores: Importance, site: str) -> None:
+    """Have moments taken, unless they are there: those of a site, and of all others that are taken with them."""
     if scores.moments is not None:
-        scores.moments(0, "output")
+        _, number, kind = site.split(".")
+        scores.moments(int(number), "output" if kind == "attention" else "ffn_out")

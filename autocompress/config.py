@@ -68,7 +68,7 @@ class DataConfig(Section):
     test_fraction: float = Field(0.2, gt=0, lt=1, description="held-out share when the data bring no test split")
     search_rows: int = Field(1000, ge=10, description="rows cut from the training rows to score candidates on")
     reconstruction_rows: int = Field(
-        2048, ge=1, description="training rows that the weights of pruned models are fitted on, where they are"
+        1024, ge=1, description="training rows that the weights of pruned models are fitted on, where they are"
     )
     calibration_rows: int = Field(512, ge=4, le=8192, description="training rows for importance and activation ranges")
     max_tokens: int = Field(64, ge=4, le=8192, description="longer texts are truncated")

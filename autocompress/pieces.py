@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from autocompress import machine
-from autocompress.decisions import Decision, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
+from autocompress.decisions import Decision, LowRank, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.model import ROLES, EncoderModel
 from autocompress.transforms import HANDLERS
 from autocompress.transforms.moments import Moments, same_in_the_mean
@@ -114,12 +114,19 @@ def make_piece(
         )
 
 
-def _read_at(model: EncoderModel, site: str, quantize: Quantize | None, scores: Importance) -> dict[str, Moments]:
-    """Return the moments of what the site's layers read, by path, where they are known and weights are fitted by them.
+def reads_moments(site: str, decisions: Sequence[Decision]) -> bool:
+    """Return whether some of ``decisions`` at ``site`` are carried out by the moments of what its layers read.
 
     From 8 bits on, rounding errors are too small for that.
     """
-    if quantize is None or quantize.weight_bits >= 8 or not site.startswith("block."):
+    return site.startswith("block.") and any(
+        isinstance(d, LowRank) or (isinstance(d, Quantize) and d.weight_bits < 8) for d in decisions
+    )
+
+
+def _read_at(model: EncoderModel, site: str, quantize: Quantize | None, scores: Importance) -> dict[str, Moments]:
+    """Return the moments of what the site's layers read, by path, where they are known and rounding goes by them."""
+    if quantize is None or not reads_moments(site, [quantize]):
         return {}
     _, number, kind = site.split(".")
     block, shape = int(number), model.shape.blocks[int(number)]

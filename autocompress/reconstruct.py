@@ -14,7 +14,7 @@ Nothing is trained: there are no gradients, and one solution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,14 @@ from autocompress import slot
 from autocompress.errors import ModelError
 from autocompress.model import Autocast, EncoderModel
 from autocompress.task import Batch
-from autocompress.transforms.moments import Spread
+from autocompress.transforms.moments import Moments, Spread
 
 RIDGE = 0.1
 """Pull towards the weights as they are, in mean variances of what a layer reads."""
 _ADDING = ("output", "ffn_out")
 """Roles of the layers that add to what runs through the model, in the order of their use."""
+_STARTING = ("query", "ffn_in")
+"""Roles of the layers that read what runs through the model; what they read others read, too."""
 _LEADING_TO = {"output": ("query", "key", "value"), "ffn_out": ("ffn_in",)}
 """Roles of the layers of which comes what these read."""
 
@@ -49,7 +51,7 @@ def reconstruct(
     batches: Sequence[Batch],
     *,
     autocast: Autocast = nullcontext,
-) -> None:
+) -> list[dict[str, Moments]]:
     """Fit the layers of ``model`` that add to what runs through it; of two factors, the second.
 
     Args:
@@ -60,19 +62,29 @@ def reconstruct(
         autocast: entered for each run of the model and for products over the tokens of a batch, as where half precision
             is faster; sums over batches are taken in double.
 
+    Returns:
+        The moments of what the layers of the model read in the end, as `take_moments` would take them of ``batches``.
+
     Raises:
         ModelError: if a block does not normalise what it added up.
     """
-    rows = _Rows(model, batches, autocast)
+    rows, found = _Rows(model, batches, autocast), []
     for number, its in enumerate(counterparts):
+        spreads = {role: Spread() for role in _STARTING}
         for role, block in zip(_ADDING, its, strict=True):
-            sums = _Sums(_last_linear(model.module.get_submodule(model.layout.path(number, role))))
+            module = model.module.get_submodule(model.layout.path(number, role))
+            sums = _Sums(_last_linear(module))
+            spreads[role] = sums.read if module is sums.layer else Spread()
             for seen, target in zip(rows.seen(role), torch.split(wanted(block, role), rows.tokens), strict=True):
                 with slot.working(), autocast():
                     sums.count(seen.read, target - seen.after)
+                    if seen.entering is not None:
+                        spreads[role].add(seen.entering)
             with slot.working():
                 sums.fit()
-        rows.next_block()
+        rows.next_block(spreads)
+        found.append({role: spread.moments() for role, spread in spreads.items()})
+    return found
 
 
 def sums_in(
@@ -148,6 +160,8 @@ class _Seen:
 
     read: torch.Tensor
     after: torch.Tensor
+    entering: torch.Tensor | None = None
+    """What the first of two factors reads, where ``read`` is what the second one does."""
 
 
 class _Rows:
@@ -181,12 +195,20 @@ class _Rows:
         self.inputs.append((inputs, named))
         raise _Stop
 
-    def next_block(self) -> dict[str, torch.Tensor]:
-        """Run this block and go on to the next; returns what stands where layers have added, by role."""
+    def next_block(self, spreads: Mapping[str, Spread] | None = None) -> dict[str, torch.Tensor]:
+        """Run this block and go on to the next; returns what stands where layers have added, by role.
+
+        ``spreads`` takes in what layers read, by role, of those at which a block's parts start.
+        """
         found: dict[str, list[torch.Tensor]] = {role: [] for role in _ADDING}
-        with self._noted(_ADDING, stop=False) as seen:
+        with self._noted(_ADDING, stop=False) as seen, ExitStack() as after:
+            for role in _STARTING if spreads is not None else ():
+                after.callback(self._module(role).register_forward_pre_hook(self._noting(role, seen)).remove)
             for number in range(len(self.inputs)):
                 end = self._run(number)
+                for role in _STARTING if spreads is not None else ():
+                    [entering] = seen.pop(role)
+                    spreads[role].add(self._without_padding(number, entering))
                 inputs, named = self.inputs[number]
                 self.inputs[number] = ((end, *inputs[1:]), named)
                 for role in _ADDING:
@@ -207,6 +229,12 @@ class _Rows:
                 yield self._of_tokens(number, seen, role, end)
         self.read[role] = read
 
+    def _module(self, role: str) -> nn.Module:
+        return self.model.module.get_submodule(self.model.layout.path(self.block, role))
+
+    def _without_padding(self, number: int, value: torch.Tensor) -> torch.Tensor:
+        return value[self.masks[number]].float()
+
     def _run(self, number: int) -> torch.Tensor:
         """Return what this block makes of a batch."""
         inputs, named = self.inputs[number]
@@ -224,14 +252,24 @@ class _Rows:
         """Let layers of this block read what they were seen to read of a batch, and none compute it."""
         with ExitStack() as after:
             for role, read in self.read.items():
-                for path in (self.model.layout.path(self.block, leading) for leading in _LEADING_TO[role]):
-                    module = self.model.module.get_submodule(path)
+                for module in map(self._module, _LEADING_TO[role]):
                     module.forward = _Nothing(_last_linear(module).out_features)
                     after.callback(delattr, module, "forward")
-                layer = _last_linear(self.model.module.get_submodule(self.model.layout.path(self.block, role)))
+                layer = _last_linear(self._module(role))
                 handle = layer.register_forward_pre_hook(lambda _, __, known=read[number]: (known,))
                 after.callback(handle.remove)
             yield
+
+    @staticmethod
+    def _noting(
+        name: str, seen: dict[str, list[torch.Tensor]]
+    ) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        """Return a hook that puts under ``name`` what a module reads."""
+
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen[name] = [inputs[0]]
+
+        return hook
 
     def _of_tokens(
         self, number: int, seen: dict[str, list[torch.Tensor]], role: str, end: torch.Tensor | None
@@ -242,7 +280,8 @@ class _Rows:
             noted.append(end)  # where each block begins by normalising, the last sum is what it returns
         if len(noted) < 2:
             raise ModelError(f"model: {role} of block {self.block}: nothing normalises what it adds to")
-        return _Seen(*(value[self.masks[number]].float() for value in noted))
+        noted += seen.pop(_entering(role), [])
+        return _Seen(*(self._without_padding(number, value) for value in noted))
 
     @contextmanager
     def _noted(self, roles: Sequence[str], *, stop: bool) -> Iterator[dict[str, list[torch.Tensor]]]:
@@ -268,10 +307,14 @@ class _Rows:
                 if stop:
                     raise _Stop
 
-        block, layout = self.blocks[self.block], self.model.layout
-        paths = {role: self.model.module.get_submodule(layout.path(self.block, role)) for role in roles}
-        handles = [_last_linear(module).register_forward_pre_hook(adding(role)) for role, module in paths.items()]
+        block, modules = self.blocks[self.block], {role: self._module(role) for role in roles}
+        handles = [_last_linear(module).register_forward_pre_hook(adding(role)) for role, module in modules.items()]
         handles += [m.register_forward_pre_hook(normalising) for m in block.modules() if isinstance(m, nn.LayerNorm)]
+        handles += [
+            module.register_forward_pre_hook(self._noting(_entering(role), seen))
+            for role, module in modules.items()
+            if isinstance(module, nn.Sequential)
+        ]
         try:
             yield seen
         finally:
@@ -287,6 +330,10 @@ class _Nothing:
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
         return value.new_zeros(*value.shape[:-1], self.width)
+
+
+def _entering(role: str) -> str:
+    return f"{role}, first factor"
 
 
 def _last_linear(module: nn.Module) -> nn.Linear:

@@ -28,6 +28,7 @@ from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.reconstruct import Wanted, read_sums, reconstruct, save_sums, sums_in
 from autocompress.rounding import read_packed, rounded, save_packed
 from autocompress.task import Batch, Split
+from autocompress.transforms.moments import Moments
 from autocompress.transforms.quantize import Packed
 
 Progress = training.Progress
@@ -75,6 +76,8 @@ class Trained:
         model.check_files(self.source)
         self.task = task.load(run.data, labels=model.head_labels(self.source))
         self._rounded: dict[str, dict[str, Packed]] = {}
+        self._read_in: dict[str, list[dict[str, Moments]]] = {}
+        """Moments of what the layers of the model read that was reconstructed last, by its name and block."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -95,7 +98,8 @@ class Trained:
         return min(self.run.data.reconstruction_rows, len(self.task.splits["train"]))
 
     @cached_property
-    def _fitted_batches(self) -> list[Batch]:
+    def fitted_batches(self) -> list[Batch]:
+        """The rows that reconstructions are fitted on."""
         head = self.task.head("train", self.run.data.reconstruction_rows)
         rows = head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
         return list(rows.in_order_of_length(_FITTED_AT_ONCE))
@@ -232,14 +236,14 @@ class Trained:
 
         The bank keeps those that this changes: the rest follows from the plan.
         """
-        structure = plan.structural().without(Recover)
+        structure, found = plan.structural().without(Recover), list[list[dict[str, Moments]]]()
 
         def make(folder: Path) -> None:
             before = {name: value.clone() for name, value in target.module.state_dict().items()}
             self.progress(f"reconstructing a structure on {self.reconstruction_rows} training rows")
             blocks = recovery.counterparts(plan.without(Student), len(base.shape.blocks))
             with torch_threads(self.threads):
-                reconstruct(target, self.sums(base), blocks, self._fitted_batches, autocast=self._autocast)
+                found.append(reconstruct(target, self.sums(base), blocks, self.fitted_batches, autocast=self._autocast))
             after = target.module.state_dict()
             changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
             save_file({name: after[name].contiguous() for name in changed}, folder / "weights.safetensors")
@@ -247,6 +251,8 @@ class Trained:
         made_from = {"plan": json.loads(structure.to_json()), "base": base.base}
         key = self._fitted_key(**made_from, code=code_version(_RECONSTRUCTION))
         folder = self.bank.get("reconstructed", key, make)
+        if found:
+            self._read_in = {folder.name: found[0]}
         target.module.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
         target.base = folder.name
         return target
@@ -257,7 +263,7 @@ class Trained:
         def make(folder: Path) -> None:
             self.progress(f"running {self.reconstruction_rows} training rows to reconstruct by")
             with torch_threads(self.threads):
-                save_sums(sums_in(base, self._fitted_batches, autocast=self._autocast), folder)
+                save_sums(sums_in(base, self.fitted_batches, autocast=self._autocast), folder)
 
         key = self._fitted_key(base=base.base, code=code_version(("reconstruct.py",)))
         return lambda block, role: self.bank.load("sums", key, make, lambda folder: read_sums(folder, block, role))

@@ -35,6 +35,7 @@ from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.reconstruct import Wanted, read_sums, reconstruct, save_sums, sums_in
 from autocompress.task import Batch
 from autocompress.transforms import apply_plan
+from autocompress.transforms.moments import take_moments
 from autocompress.transforms.prune import importance
 
 PLANS: dict[str, tuple[tuple[str, Decision], ...]] = {
@@ -133,6 +134,19 @@ def test_the_end_of_the_last_block_comes_nearer(whole: EncoderModel, batches: li
     after = end_of(built, batches)
     assert (after - wanted).square().mean() < 0.8 * (before - wanted).square().mean()
     assert {key: value.shape for key, value in built.module.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_layers_read_in_the_end_is_returned(whole: EncoderModel, batches: list[Batch], name: str) -> None:
+    plan = CompressionPlan(PLANS[name])
+    built = pruned(whole, batches, plan)
+    blocks = recovery.counterparts(plan, len(whole.shape.blocks))
+    found = reconstruct(built, wanted_of(whole, batches), blocks, batches)
+    for mine, its in zip(found, take_moments(built, batches), strict=True):
+        assert mine.keys() == its.keys()
+        for role, moments in its.items():
+            assert torch.allclose(mine[role].mean, moments.mean, atol=1e-4), role
+            assert torch.allclose(mine[role].second, moments.second, atol=1e-3), role
 
 
 def test_only_what_adds_to_what_runs_through_is_changed(whole: EncoderModel, batches: list[Batch]) -> None:
@@ -252,6 +266,27 @@ class TestDecision:
         with pytest.raises(PlanError, match=rf"Recover\.{option}: goes with epochs > 0"):
             Recover(epochs=0, reconstruct=True, **{option: value})
 
+    def test_what_was_reconstructed_is_so_again(self) -> None:
+        plan = CompressionPlan((("block.0.ffn", PruneNeurons(keep=16)),))
+        wanted = Recover(epochs=2, hidden=1)
+        assert not plan.recovered(wanted).of_type(Recover)[MODEL_SITE].reconstruct
+        again = plan.recovered(RECONSTRUCTED).recovered(wanted)
+        assert again.of_type(Recover) == {MODEL_SITE: Recover(epochs=2, hidden=1, reconstruct=True)}
+        assert again.trained
+        assert not plan.recovered(RECONSTRUCTED).trained
+        assert not plan.trained
+
+    def test_there_must_be_something_to_make_up_for(self) -> None:
+        student, shared = (Student(blocks=(0, 1), heads=2, neurons=32, share=share) for share in (1, 2))
+        pruned = CompressionPlan((("block.0.ffn", PruneNeurons(keep=16)),))
+        assert pruned.reconstructible
+        assert pruned.recovered(RECONSTRUCTED).reconstructible
+        assert pruned.with_decision(MODEL_SITE, student).reconstructible
+        assert not pruned.with_decision(MODEL_SITE, shared).reconstructible
+        assert not CompressionPlan((("head", Quantize(weight_bits=8)),)).reconstructible
+        assert not CompressionPlan(((MODEL_SITE, student),)).reconstructible
+        assert not CompressionPlan(((MODEL_SITE, RECONSTRUCTED),)).reconstructible
+
     @pytest.mark.parametrize("value", [1, "yes", None])
     def test_it_is_true_or_false(self, value: Any) -> None:
         with pytest.raises(PlanError, match=r"Recover\.reconstruct: must be true or false"):
@@ -308,6 +343,44 @@ class TestInAWorkshop:
         assert (logits[0] == logits[1]).all()
         plain = shop.build(self.PLAN, tmp_path / "plain")
         assert (shop.runtime.load(plain, shop.run.target).run(rows) != logits[0]).any()
+
+    def test_it_stands_in_the_graph_of_what_it_was(self, shops: Callable[..., Workshop], tmp_path: Path) -> None:
+        shop = shops("recovery.epochs=0")
+        dropped = self.PLAN.without(Quantize).with_decision(MODEL_SITE, DropBlocks(blocks=(2,)))
+        dropped = CompressionPlan(tuple((site, d) for site, d in dropped if not site.startswith("block.2")))
+        plans = [self.PLAN, dropped]
+        for number, plan in enumerate(plans):
+            shop.build(plan, tmp_path / f"plain {number}")
+        converted = set((tmp_path / "bank" / "templates").iterdir())
+        rows = shop.splits["search"].batch(range(20))
+        for number, plan in enumerate(plans):
+            fitted = plan.recovered(RECONSTRUCTED)
+            artifact = shop.build(fitted, tmp_path / f"fitted {number}")
+            plain = shop.build(plan, tmp_path / f"plain {number}")
+            assert abs(artifact.size_bytes - plain.size_bytes) < 0.02 * plain.size_bytes
+            if not plan.of_type(Quantize):
+                logits = shop.runtime.load(artifact, shop.run.target).run(rows.arrays())
+                with torch.no_grad():
+                    wanted = shop.structured(fitted).module(**rows.inputs()).logits
+                assert torch.allclose(torch.from_numpy(logits), wanted, atol=1e-4)
+        assert set((tmp_path / "bank" / "templates").iterdir()) == converted
+
+    def test_what_one_plan_alone_starts_from_is_not_kept_for_ever(self, shops: Callable[..., Workshop]) -> None:
+        shop = shops("recovery.epochs=0")
+        kept = shop.activations(shop.base(None)[0])
+        for neurons in (8, 16, 24):
+            plan = CompressionPlan((("block.0.ffn", PruneNeurons(keep=neurons)),)).recovered(RECONSTRUCTED)
+            built = shop.structured(plan)
+            assert shop.activations(built) is shop.activations(built)
+        assert shop.activations(shop.base(None)[0]) is kept
+        assert len(shop._observed) == 2
+
+    def test_other_rows_make_another_one(self, shops: Callable[..., Workshop]) -> None:
+        few, many = (shops("recovery.epochs=0", f"data.reconstruction_rows={rows}") for rows in (20, 10**6))
+        plan = few.recovering(self.PLAN)
+        assert few.reconstruction_rows == 20
+        assert many.reconstruction_rows == len(many.task.splits["train"])
+        assert few.structured(plan).base != many.structured(plan).base
 
     def test_training_goes_on_from_it(self, shops: Callable[..., Workshop]) -> None:
         told: list[str] = []

@@ -7,7 +7,7 @@ which factors of a given rank (`factorize.py`) and which 4-bit weights (`quantiz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ class Moments:
 class Spread:
     """Sums over the tokens of several batches about the mean of the first one.
 
-    Squares of what lies far from nothing, less the square of its mean, leave no digit of half precision.
+    Squares of what lies far from nothing, less the square of its mean, leave few digits of single precision.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,8 @@ class Spread:
         away = values - self.about
         self.tokens += len(away)
         self.first += away.sum(dim=0)
-        self.second += away.T @ away
+        # NumPy computes one half of it, the other one being the same. In half precision sums would not stay definite.
+        self.second += torch.from_numpy(away.numpy().T @ away.numpy())
         return away
 
     def mean(self) -> torch.Tensor:
@@ -112,11 +113,19 @@ def same_in_the_mean(layer: nn.Linear, fitted: torch.Tensor, moments: Moments) -
 
 
 def take_moments(
-    model: EncoderModel, batches: Sequence[Batch], *, autocast: Autocast = nullcontext
+    model: EncoderModel,
+    batches: Sequence[Batch],
+    *,
+    sites: Container[str] | None = None,
+    autocast: Autocast = nullcontext,
 ) -> list[dict[str, Moments]]:
     """Run ``batches`` and return, block by block, the moments by role; the model is left unchanged.
 
-    ``autocast`` is entered for each run.
+    Args:
+        model: to be run.
+        batches: rows to run it on.
+        sites: of which moments are taken, by default of all.
+        autocast: entered for each run.
     """
     found: dict[tuple[int, str], Spread] = {}
     mask = torch.zeros(0)
@@ -130,12 +139,19 @@ def take_moments(
         return hook
 
     blocks = range(len(model.shape.blocks))
-    handles = [
-        model.module.get_submodule(model.layout.path(number, role)).register_forward_pre_hook(
-            note((number, role))  # type: ignore[arg-type]
-        )
+    roles = {"attention": _ROLES[:2], "ffn": _ROLES[2:]}
+    wanted = [
+        (number, role)
         for number in blocks
-        for role in _ROLES
+        for kind, of_kind in roles.items()
+        for role in of_kind
+        if sites is None or f"block.{number}.{kind}" in sites
+    ]
+    handles = [
+        model.module.get_submodule(model.layout.path(*key)).register_forward_pre_hook(
+            note(key)  # type: ignore[arg-type]
+        )
+        for key in wanted
     ]
     try:
         with torch.no_grad():
@@ -146,7 +162,7 @@ def take_moments(
     finally:
         for handle in handles:
             handle.remove()
-    return [{role: found[number, role].moments() for role in _ROLES} for number in blocks]
+    return [{role: found[key].moments() for key in wanted if key[0] == n for role in key[1:]} for n in blocks]
 
 
 def save_moments(found: Sequence[dict[str, Moments]], folder: Path) -> None:
