@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ _STARTING = ("query", "ffn_in")
 _LEADING_TO = {"output": ("query", "key", "value"), "ffn_out": ("ffn_in",)}
 """Roles of the layers of which comes what these read."""
 
+Hook = Callable[[nn.Module, tuple[torch.Tensor, ...]], None]
+"""Is called before a module with what it reads."""
 Wanted = Callable[[int, str], torch.Tensor]
 """Returns what stood in the whole model where the layer of a block and a role had added, ``tokens x channels``."""
 
@@ -195,18 +198,19 @@ class _Rows:
         self.inputs.append((inputs, named))
         raise _Stop
 
-    def next_block(self, spreads: Mapping[str, Spread] | None = None) -> dict[str, torch.Tensor]:
+    def next_block(self, spreads: Mapping[str, Spread] = MappingProxyType({})) -> dict[str, torch.Tensor]:
         """Run this block and go on to the next; returns what stands where layers have added, by role.
 
         ``spreads`` takes in what layers read, by role, of those at which a block's parts start.
         """
+        starting = [role for role in _STARTING if role in spreads]
         found: dict[str, list[torch.Tensor]] = {role: [] for role in _ADDING}
         with self._noted(_ADDING, stop=False) as seen, ExitStack() as after:
-            for role in _STARTING if spreads is not None else ():
+            for role in starting:
                 after.callback(self._module(role).register_forward_pre_hook(self._noting(role, seen)).remove)
             for number in range(len(self.inputs)):
                 end = self._run(number)
-                for role in _STARTING if spreads is not None else ():
+                for role in starting:
                     [entering] = seen.pop(role)
                     spreads[role].add(self._without_padding(number, entering))
                 inputs, named = self.inputs[number]
@@ -261,9 +265,7 @@ class _Rows:
             yield
 
     @staticmethod
-    def _noting(
-        name: str, seen: dict[str, list[torch.Tensor]]
-    ) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def _noting(name: str, seen: dict[str, list[torch.Tensor]]) -> Hook:
         """Return a hook that puts under ``name`` what a module reads."""
 
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -292,7 +294,7 @@ class _Rows:
         seen: dict[str, list[torch.Tensor]] = {}
         waiting: list[str] = []
 
-        def adding(role: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def adding(role: str) -> Hook:
             def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
                 seen[role] = [inputs[0]]
                 waiting[:] = [role]
