@@ -70,7 +70,7 @@ class DataConfig(Section):
     reconstruction_rows: int = Field(
         1024, ge=1, description="training rows that the weights of pruned models are fitted on, where they are"
     )
-    calibration_rows: int = Field(512, ge=4, le=8192, description="training rows for importance and activation ranges")
+    calibration_rows: int = Field(1024, ge=4, le=8192, description="training rows for importance and activation ranges")
     max_tokens: int = Field(64, ge=4, le=8192, description="longer texts are truncated")
     max_train_rows: int | None = Field(None, ge=20, description="use only so many training rows")
     allow_shared_rows: bool = Field(False, description="accept texts that stand in two splits; printed in the report")

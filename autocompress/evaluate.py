@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from autocompress import machine, scoring, slot
+from autocompress import machine, recovery, scoring, slot
 from autocompress.anatomy import before_drop
 from autocompress.bases import RANGE_ROWS, Bases
 from autocompress.config import RunConfig
@@ -97,26 +97,24 @@ class Workshop(Bases):
         base, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
         drop = plan.of_type(DropBlocks).get(MODEL_SITE)
         kept = tuple(n for n in range(len(base.shape.blocks)) if drop is None or n not in drop.blocks)
-        wanted = plan.of_type(Recover).get(MODEL_SITE)
-        if wanted is None:
-            template = self._template(base, kept)
-        else:
+        template, pieces = None, dict[str, Piece]()
+        if plan.of_type(Recover):
             recovered = self.structured(plan)
-            every_block = tuple(range(len(recovered.shape.blocks)))
-            # What is left to do is what the runtime does.
-            left = {site: [d for d in decisions if not d.structural] for site, decisions in by_site.items()}
-            by_site = {site: decisions for site, decisions in left.items() if decisions}
-            if wanted.epochs:  # every weight was moved
-                template = self._template(recovered, every_block)
+            of_recovered, sites = self.scores_of_recovered(recovered, plan), recovered.shape.sites()
+            if plan.trained:  # every weight was moved
+                template = self._template(recovered, tuple(range(len(recovered.shape.blocks))))
+                fitted = []
             else:
-                template = self._template(base, kept)
-                of_blocks = [site for site in recovered.shape.sites() if site.startswith("block.")]
-                by_site = {**dict.fromkeys(of_blocks, ()), **by_site}
-            base, scores, kept = recovered, self.scores_of_recovered(recovered, plan), every_block
-        pieces = {
-            site: self.piece(base, before_drop(site, kept), decisions, scores) for site, decisions in by_site.items()
-        }
-        return template, pieces
+                first = recovery.first_other(plan, len(base.shape.blocks))
+                fitted = [site for site in sites if site.startswith("block.") and int(site.split(".")[1]) >= first]
+            # What is left to do is what the runtime does.
+            for site in sites if plan.trained else (*fitted, "head"):
+                left = [decision for decision in by_site.pop(site, ()) if not decision.structural]
+                if left or site in fitted:
+                    pieces[site] = self.piece(recovered, site, left, of_recovered)
+        for site, decisions in by_site.items():
+            pieces[site] = self.piece(base, before_drop(site, kept), decisions, scores)
+        return template or self._template(base, kept), pieces
 
     def _template(self, base: EncoderModel, kept: tuple[int, ...]) -> Template:
         key = (base.base, kept)

@@ -53,6 +53,7 @@ def reconstruct(
     counterparts: Sequence[tuple[int, int]],
     batches: Sequence[Batch],
     *,
+    since: int = 0,
     autocast: Autocast = nullcontext,
 ) -> list[dict[str, Moments]]:
     """Fit the layers of ``model`` that add to what runs through it; of two factors, the second.
@@ -62,17 +63,22 @@ def reconstruct(
         wanted: of what it was before, for the same rows.
         counterparts: for each block of the model, the first and the last block of the whole one that it stands for.
         batches: calibration rows.
+        since: the first block where the model is not what it was; before, nothing is missing.
         autocast: entered for each run of the model and for products over the tokens of a batch, as where half precision
             is faster; sums over batches are taken in double.
 
     Returns:
-        The moments of what the layers of the model read in the end, as `take_moments` would take them of ``batches``.
+        The moments of what the layers of the model read in the end, as `take_moments` would take them of ``batches``;
+        none of the blocks before ``since``.
 
     Raises:
         ModelError: if a block does not normalise what it added up.
     """
-    rows, found = _Rows(model, batches, autocast), []
-    for number, its in enumerate(counterparts):
+    rows = _Rows(model, batches, autocast)
+    for _ in range(since):
+        rows.next_block()
+    found: list[dict[str, Moments]] = [{} for _ in range(since)]
+    for number, its in enumerate(counterparts[since:], since):
         spreads = {role: Spread() for role in _STARTING}
         for role, block in zip(_ADDING, its, strict=True):
             module = model.module.get_submodule(model.layout.path(number, role))

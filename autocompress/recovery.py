@@ -76,6 +76,18 @@ def example_of(plan: CompressionPlan, teacher: EncoderModel, built: EncoderModel
     )
 
 
+def first_other(plan: CompressionPlan, depth: int) -> int:
+    """Return the first of the blocks that a plan leaves of ``depth`` where it removes something, or else how many.
+
+    A student's blocks count as they are: those of ``depth`` that it has.
+    """
+    plan = plan.without(Student)
+    blocks = counterparts(plan, depth)
+    pruned = {site.split(".")[1] for site, _ in plan.structural() if site.startswith("block.")}
+    others = (n for n, its in enumerate(blocks) if its != (n, n) or str(n) in pruned)
+    return next(others, len(blocks))
+
+
 def counterparts(plan: CompressionPlan, depth: int) -> list[tuple[int, int]]:
     """Return for each block that a plan leaves the first and the last block that it stands for, of ``depth`` blocks.
 

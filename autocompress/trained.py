@@ -241,9 +241,11 @@ class Trained:
         def make(folder: Path) -> None:
             before = {name: value.clone() for name, value in target.module.state_dict().items()}
             self.progress(f"reconstructing a structure on {self.reconstruction_rows} training rows")
-            blocks = recovery.counterparts(plan.without(Student), len(base.shape.blocks))
+            depth = len(base.shape.blocks)
+            blocks, since = recovery.counterparts(plan.without(Student), depth), recovery.first_other(plan, depth)
+            aim, rows = self.sums(base), self.fitted_batches
             with torch_threads(self.threads):
-                found.append(reconstruct(target, self.sums(base), blocks, self.fitted_batches, autocast=self._autocast))
+                found.append(reconstruct(target, aim, blocks, rows, since=since, autocast=self._autocast))
             after = target.module.state_dict()
             changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
             save_file({name: after[name].contiguous() for name in changed}, folder / "weights.safetensors")

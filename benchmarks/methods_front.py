@@ -40,7 +40,7 @@ FASTEST = {"without training": ((0.99, 4.0),), "with students": ((0.99, 6.0), (0
 """Shares of accuracy to be retained, and times faster that are aimed at there."""
 SMALLEST = ((0.98, 12.0), (0.96, 16.0))
 """The same for times smaller."""
-TRIALS = {"without training": 100, "with students": 200}
+TRIALS = {"without training": 80, "with students": 200}
 MOST_LOST = 0.05
 SETTINGS = {
     "without training": ("space=encoder-post-training", f"constraints.max_accuracy_drop={MOST_LOST}"),
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=SEARCHES)
-    parser.add_argument("--trials", type=int, help="by default 100 without training and 200 with students")
+    parser.add_argument("--trials", type=int, help="by default 80 without training and 200 with students")
     parser.add_argument("--learning-rate", type=float, default=6e-4, help="of students and of recovery")
     parser.add_argument("--keep", type=Path, help="leave the banks and the results folders here")
     options = parser.parse_args()

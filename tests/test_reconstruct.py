@@ -149,6 +149,39 @@ def test_what_layers_read_in_the_end_is_returned(whole: EncoderModel, batches: l
             assert torch.allclose(mine[role].second, moments.second, atol=1e-3), role
 
 
+def test_before_the_first_change_nothing_is_fitted(whole: EncoderModel, batches: list[Batch]) -> None:
+    plan = CompressionPlan((("block.1.ffn", PruneNeurons(keep=16)), ("block.2.attention", PruneHeads(keep=2))))
+    depth, built, again = len(whole.shape.blocks), *(pruned(whole, batches, plan) for _ in range(2))
+    assert recovery.first_other(plan, depth) == 1
+    blocks, before = recovery.counterparts(plan, depth), built.linear(0, "ffn_out").weight.clone()
+    found = reconstruct(built, wanted_of(whole, batches), blocks, batches, since=1)
+    assert torch.equal(built.linear(0, "ffn_out").weight, before)
+    fit(again, whole, plan, batches)
+    for name, value in built.module.state_dict().items():
+        assert torch.allclose(value, again.module.state_dict()[name], atol=1e-4), name
+    assert [len(moments) for moments in found] == [0, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("plan", "first"),
+    [
+        (PLANS["heads"], 0),
+        (PLANS["rank"], 0),
+        (PLANS["rank"][1:], 1),
+        (PLANS["blocks"], 0),
+        (PLANS["the first block"], 0),
+        (((MODEL_SITE, DropBlocks(blocks=(2,))),), 1),
+        ((("block.2.ffn", Quantize(weight_bits=8)),), 3),
+    ],
+)
+def test_the_first_change_is_where_something_goes_or_one_stands_for_several(
+    plan: tuple[tuple[str, Decision], ...], first: int
+) -> None:
+    assert recovery.first_other(CompressionPlan(plan), 3) == first
+    student = (MODEL_SITE, Student(blocks=(0, 2, 4), heads=2, neurons=32))
+    assert recovery.first_other(CompressionPlan((*plan, student)), 3) == first
+
+
 def test_only_what_adds_to_what_runs_through_is_changed(whole: EncoderModel, batches: list[Batch]) -> None:
     plan = CompressionPlan(PLANS["rank"] + PLANS["blocks"])
     built = pruned(whole, batches, plan)
