@@ -32,6 +32,9 @@ LONGEST_S = 4.0
 SETTINGS = ("data.max_train_rows=400", "model.finetune.epochs=1", "search.latency_pairs=2", "search.stop_early=false")
 TOLD = re.compile(r"\] trial (\d+) ")
 PATIENCE_S = 300.0
+"""Longest time from one told candidate to the next."""
+REST_S = 1800.0
+"""Longest time for what is left after the last kill."""
 
 
 class Search:
@@ -68,7 +71,7 @@ class Search:
         return len(self.told) > known
 
     def end(self) -> int:
-        code = self.process.wait(PATIENCE_S)
+        code = self.process.wait(REST_S)
         self._reader.join()
         return code
 

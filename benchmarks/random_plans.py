@@ -278,7 +278,7 @@ def main() -> None:
             settings = [f"target.runtime={runtime}", f"model.id={trained}", f"storage.bank={scratch}/bank"]
             # Few rows: neither importance nor what a step of recovery learns matters here.
             settings += ["storage.bank_gb=5", "space=encoder-full", "data.calibration_rows=16"]
-            settings += ["data.max_train_rows=300", "data.search_rows=100"]
+            settings += ["data.reconstruction_rows=16", "data.max_train_rows=300", "data.search_rows=100"]
             run = RunConfig.from_file("demo", overrides=settings)
             outcome = try_plans(run, options.plans, Path(scratch), seed=options.seed)
         figures.read()  # what another process may have written meanwhile
