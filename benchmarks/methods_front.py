@@ -43,12 +43,7 @@ SMALLEST = ((0.98, 12.0), (0.96, 16.0))
 TRIALS = {"without training": 80, "with students": 200}
 MOST_LOST = 0.05
 SETTINGS = {
-    # Where nothing is trained, how far a model is from what it was says more of it than what it hits by chance.
-    "without training": (
-        "space=encoder-post-training",
-        f"constraints.max_accuracy_drop={MOST_LOST}",
-        "search.guide=divergence",
-    ),
+    "without training": ("space=encoder-post-training", f"constraints.max_accuracy_drop={MOST_LOST}"),
     "with students": ("space=encoder-joint",),
 }
 OF_PICKED = ("recovery.epochs=auto", "recovery.quantized=true", "recovery.reconstruct=true")
