@@ -196,7 +196,7 @@ class _Rows:
         """What the block that is up next is called with, by batch."""
         handle = self.blocks[0].register_forward_pre_hook(self._note_inputs, with_kwargs=True)
         for batch in batches:
-            with self._running(), suppress(_Stop):
+            with slot.working(), self._running(), suppress(_Stop):
                 model.module(**batch.inputs())
         handle.remove()
 
@@ -215,14 +215,15 @@ class _Rows:
             for role in starting:
                 after.callback(self._module(role).register_forward_pre_hook(self._noting(role, seen)).remove)
             for number in range(len(self.inputs)):
-                end = self._run(number)
-                for role in starting:
-                    [entering] = seen.pop(role)
-                    spreads[role].add(self._without_padding(number, entering))
-                inputs, named = self.inputs[number]
-                self.inputs[number] = ((end, *inputs[1:]), named)
-                for role in _ADDING:
-                    found[role].append(self._of_tokens(number, seen, role, end).after)
+                with slot.working():
+                    end = self._run(number)
+                    for role in starting:
+                        [entering] = seen.pop(role)
+                        spreads[role].add(self._without_padding(number, entering))
+                    inputs, named = self.inputs[number]
+                    self.inputs[number] = ((end, *inputs[1:]), named)
+                    for role in _ADDING:
+                        found[role].append(self._of_tokens(number, seen, role, end).after)
         self.block += 1
         self.read.clear()
         return {role: torch.cat(values) for role, values in found.items()}
@@ -233,10 +234,12 @@ class _Rows:
         with self._noted((role,), stop=True) as seen:
             for number in range(len(self.inputs)):
                 end: torch.Tensor | None = None
-                with suppress(_Stop):
-                    end = self._run(number)
-                read += seen.get(role, [])[:1]
-                yield self._of_tokens(number, seen, role, end)
+                with slot.working():
+                    with suppress(_Stop):
+                        end = self._run(number)
+                    read += seen.get(role, [])[:1]
+                    of_batch = self._of_tokens(number, seen, role, end)
+                yield of_batch
         self.read[role] = read
 
     def _module(self, role: str) -> nn.Module:
@@ -254,7 +257,7 @@ class _Rows:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with slot.working(), torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast():
             yield
 
     @contextmanager
