@@ -26,7 +26,7 @@ from autocompress.pieces import Piece, code_version, make_piece, read_piece, rea
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
-from autocompress.trained import Progress, Trained, silent, torch_threads
+from autocompress.trained import FITTED_AT_ONCE, Progress, Trained, silent, torch_threads
 from autocompress.transforms import apply_plan
 from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
 from autocompress.transforms.prune import Importance, importance
@@ -132,7 +132,8 @@ class Bases(Trained):
         def make(folder: Path) -> None:
             self.progress(f"running {len(self.calibration)} calibration rows to fit weights by")
             with torch_threads(self.threads):
-                save_moments(take_moments(base, self.calibration_batches(), autocast=self._autocast), folder)
+                rows = self.calibration_batches(at_once=FITTED_AT_ONCE)
+                save_moments(take_moments(base, rows, autocast=self._autocast), folder)
 
         # Read one by one: those of all layers would fill more memory than the model.
         return self.bank.load(
@@ -161,7 +162,7 @@ class Bases(Trained):
         fitted = not plan.of_type(Recover)[MODEL_SITE].quantized
         narrow = {site for site, decision in plan.of_type(Quantize).items() if reads_moments(site, [decision])}
 
-        rows = self.calibration_batches() if plan.trained else self.fitted_batches
+        rows = self.calibration_batches(at_once=FITTED_AT_ONCE) if plan.trained else self.fitted_batches
 
         @functools.cache
         def moments() -> list[dict[str, Moments]]:
@@ -253,7 +254,8 @@ class Bases(Trained):
     def prepare(self, plan: CompressionPlan) -> None:
         """Make what takes long to make and many plans share, so that workers find it in the bank."""
         base, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
-        _take(scores, "block.0.attention")
+        if any(reads_moments(site, [decision]) for site, decision in plan):
+            _take(scores, "block.0.attention")
         if any(recovery.reconstruct for recovery in plan.of_type(Recover).values()):
             self.sums(base)(0, "output")
 

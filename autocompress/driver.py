@@ -213,7 +213,8 @@ def _fetch(exchange: Depot, study: Study, candidate: Candidate, artefacts: Path)
     if candidate.state != "COMPLETE":
         return
     plan_id = candidate.plan.plan_id
-    if study.run.search.keep_artefacts == "all" or candidate in study.front().points:
+    kept = [*study.front().points, *study.contenders([candidate])]
+    if study.run.search.keep_artefacts == "all" or candidate in kept:
         aside = artefacts / f".{plan_id}.{uuid.uuid4().hex}"
         aside.mkdir()
         try:

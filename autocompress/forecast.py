@@ -252,6 +252,7 @@ def _candidates(workshop: Workshop, space: BoundSpace, *, fitted: float) -> tupl
     Those that are reconstructed are so with a part of the rows, of which there are ``fitted`` times as many.
     """
     rng = random.Random(0)  # noqa: S311 - a draw, not a secret
+    before, workshop.threads = workshop.threads, workshop.run.target.threads  # that a worker has
     measured: list[Measurement] = []
     refused: AutocompressError | None = None
     for base in (NO_STUDENT, *space.students):
@@ -270,5 +271,6 @@ def _candidates(workshop: Workshop, space: BoundSpace, *, fitted: float) -> tupl
     if not measured:
         assert refused is not None
         raise refused
+    workshop.threads = before
     more = (fitted - 1) * workshop.bank.made_seconds.get("reconstructed", 0.0) / len(measured)
     return mean(m.seconds for m in measured) + more, mean(m.size_bytes for m in measured)

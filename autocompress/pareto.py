@@ -77,6 +77,27 @@ class Unbeaten:
         return self._found
 
 
+def contenders(front: Sequence[Candidate], others: Iterable[Candidate], objectives: Sequence[str]) -> list[Candidate]:
+    """Return those of ``others`` that may belong on a front, as their latencies were timed once, at one moment.
+
+    They would be on it if their latency were at the low end of its interval. Who has the least to gain comes first.
+    """
+    if "latency" not in objectives or not front:
+        return []
+    column, points = list(objectives).index("latency"), costs(front, objectives)
+    on_it, found = {candidate.number for candidate in front}, []
+    for candidate in others:
+        usable = candidate.measurement is not None and candidate.feasible and candidate.number not in on_it
+        if not usable or candidate.score.confirmed:
+            continue
+        own = costs([candidate], objectives)[0]
+        no_worse = np.delete(points, column, axis=1) <= np.delete(own, column)
+        limit = float(points[no_worse.all(axis=1), column].min(initial=np.inf))
+        if candidate.score.latency_ratio_low < limit <= own[column]:
+            found.append((own[column] / limit, candidate.number, candidate))
+    return [candidate for *_, candidate in sorted(found)]
+
+
 def nondominated_ranks(points: np.ndarray) -> np.ndarray:
     """Return each row's rank: 0 on the front, 1 on the front of what is left without it, and so on.
 

@@ -41,11 +41,14 @@ def refine(
 
 
 def drop_dominated(study: Study, artefacts: Path, latest: Candidate) -> None:
-    """Delete the artefacts that ``latest`` pushed off the front, or its own; others may be in the making."""
-    front = {c.plan.plan_id for c in study.front().points}
-    there = (study.of_plan(folder.name) for folder in artefacts.iterdir())
-    beaten = {c.plan.plan_id for c in there if c is not None and c.state == "COMPLETE"} | {latest.plan.plan_id}
-    for plan_id in beaten - front:
+    """Delete the artefacts that ``latest`` pushed off the front, or its own; others may be in the making.
+
+    Those stay that may come back when they are timed anew.
+    """
+    there = [c for folder in artefacts.iterdir() if (c := study.of_plan(folder.name)) is not None]
+    kept = {c.plan.plan_id for c in (*study.front().points, *study.contenders(there))}
+    done = {c.plan.plan_id for c in there if c.state == "COMPLETE"} | {latest.plan.plan_id}
+    for plan_id in done - kept:
         shutil.rmtree(artefacts / plan_id, ignore_errors=True)
 
 
@@ -103,19 +106,26 @@ def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
 
 
 def _confirm(study: Study, workshop: Workshop, quiet: Callable[[], None] | None, progress: Progress) -> None:
-    """Time the front's points anew, one after the other; points that this pushes off the front stay in the study."""
-    pairs = study.run.search.confirm_pairs
-    while pairs and (waiting := [c for c in study.front().points if not c.score.confirmed]):
+    """Time the front's points anew, one after the other; points that this pushes off the front stay in the study.
+
+    With them those that may belong there, as far as there are no more of them.
+    """
+    pairs, front = study.run.search.confirm_pairs, study.front().points
+    waiting = [c for c in front if not c.score.confirmed]
+    if waiting:
+        waiting += study.contenders(study.candidates())[: len(front)]
+    while pairs and waiting:
         points = []
         for candidate in waiting:
             # Its artefact is gone if a latency that did not hold had pushed it off the front.
-            kept = (workshop.artefacts / candidate.plan.plan_id).is_dir()
-            points.append((candidate.plan, candidate.score if kept else workshop.evaluate(candidate.plan)))
+            there = (workshop.artefacts / candidate.plan.plan_id).is_dir()
+            points.append((candidate.plan, candidate.score if there else workshop.evaluate(candidate.plan)))
         confirmed = workshop.confirmed(points, pairs=pairs, quiet=quiet, progress=progress)
         for candidate, measured in zip(waiting, confirmed, strict=True):
             study.confirm(candidate.number, measured)
+        waiting = [c for c in study.front().points if not c.score.confirmed]
     if study.run.search.keep_artefacts == "front":
-        front = {c.plan.plan_id for c in study.front().points} | {"reference"}
+        kept = {c.plan.plan_id for c in study.front().points} | {"reference"}
         for folder in workshop.artefacts.iterdir():
-            if folder.name not in front:
+            if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from autocompress.errors import ConfigError, MeasurementError, StudyError
 from autocompress.garbage import without_collection
 from autocompress.identity import difference
 from autocompress.journal import hold
-from autocompress.pareto import Front, Unbeaten, costs
+from autocompress.pareto import Front, Unbeaten, contenders, costs
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.proposals import Proposals
@@ -393,6 +393,10 @@ class Study:
     def front(self) -> Front:
         """Return the Pareto front of the candidates so far."""
         return Front.of(self._unbeaten.among(self._candidates), self.reference, self.run.objectives)
+
+    def contenders(self, among: Iterable[Candidate]) -> list[Candidate]:
+        """Return those that may belong on the front once they are timed anew; see `pareto.contenders`."""
+        return contenders(self.front().points, among, self.run.objectives)
 
     def close(self) -> None:
         """Let another driver have the study."""

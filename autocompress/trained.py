@@ -35,8 +35,8 @@ Progress = training.Progress
 _RECONSTRUCTION = ("reconstruct.py", *(f"transforms/{name}.py" for name in ("prune", "factorize", "moments")))
 """What a reconstructed model comes of: its weights, and what they go on from."""
 
-_FITTED_AT_ONCE = 64
-"""Rows of a batch that reconstructions are fitted on; products over many tokens are faster."""
+FITTED_AT_ONCE = 64
+"""Rows of a batch by which weights are fitted; products over many tokens are faster."""
 
 
 def silent(_: str) -> None:
@@ -102,11 +102,11 @@ class Trained:
         """The rows that reconstructions are fitted on."""
         head = self.task.head("train", self.run.data.reconstruction_rows)
         rows = head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
-        return list(rows.in_order_of_length(_FITTED_AT_ONCE))
+        return list(rows.in_order_of_length(FITTED_AT_ONCE))
 
-    def calibration_batches(self, rows: int | None = None) -> list[Batch]:
+    def calibration_batches(self, rows: int | None = None, *, at_once: int = 16) -> list[Batch]:
         split = self.calibration if rows is None else self.calibration.head(rows)
-        return list(split.in_order_of_length(16))
+        return list(split.in_order_of_length(at_once))
 
     @cached_property
     def teacher_folder(self) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from helpers_records import make_candidate, make_reference
 
 from autocompress.errors import ConfigError, NoFeasiblePointError
-from autocompress.pareto import Front, costs, hypervolume, nondominated, volume, volume_curve
+from autocompress.pareto import Front, contenders, costs, hypervolume, nondominated, volume, volume_curve
 from autocompress.records import Candidate
 
 ALL = ("accuracy", "size_bytes", "latency")
@@ -336,3 +336,35 @@ def test_the_curve_of_two_thousand_candidates_that_all_improve_takes_no_time() -
     curve = volume_curve(candidates, make_reference(), 0.4)
     assert time.perf_counter() - start < 3, "about 0.3 s on an idle core"
     assert curve[-1] == pytest.approx(volume(candidates, make_reference(), 0.4))
+
+
+def timed(number: int, ratio: float, low: float, *, accuracy: float = 0.8, confirmed: bool = False) -> Candidate:
+    candidate = make_candidate(number, accuracy=accuracy, size_bytes=10_000_000, ratio=ratio)
+    score = dataclasses.replace(candidate.score, latency_ratio_low=low, confirmed=confirmed)
+    return dataclasses.replace(candidate, measurement=score)
+
+
+class TestContenders:
+    FRONT = (timed(0, 0.3, 0.29), timed(1, 0.5, 0.49, accuracy=0.9))
+
+    def test_they_may_be_faster_than_what_is_no_worse_otherwise(self) -> None:
+        others = [
+            timed(2, 0.32, 0.29),
+            timed(3, 0.305, 0.295),
+            timed(4, 0.31, 0.301),  # not even at its best
+            timed(5, 0.6, 0.4, accuracy=0.85),
+            timed(6, 0.6, 0.45, accuracy=0.9),
+            timed(7, 0.7, 0.55, accuracy=0.9),
+        ]
+        found = contenders(self.FRONT, [*self.FRONT, *others], ALL)
+        assert [c.number for c in found] == [3, 2, 5, 6], "who has the least to gain comes first"
+
+    def test_what_was_timed_with_care_does_not_count_nor_what_is_infeasible_or_failed(self) -> None:
+        slow = timed(2, 0.32, 0.2, confirmed=True)
+        infeasible = dataclasses.replace(timed(3, 0.32, 0.2), feasible=False)
+        assert contenders(self.FRONT, [slow, infeasible, make_candidate(4, state="FAIL")], ALL) == []
+
+    def test_without_latency_or_a_front_there_are_none(self) -> None:
+        other = timed(2, 0.32, 0.2)
+        assert contenders(self.FRONT, [other], ("accuracy", "size_bytes")) == []
+        assert contenders((), [other], ALL) == []

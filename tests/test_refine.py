@@ -1,0 +1,113 @@
+"""The end of a search, with a study and a workshop of paper: what is timed anew, and which artefacts stay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from helpers_records import make_candidate, make_reference
+
+from autocompress.decisions import MaxTokens
+from autocompress.pareto import Front, contenders
+from autocompress.plan import MODEL_SITE, CompressionPlan
+from autocompress.records import Candidate, Measurement
+from autocompress.refine import _confirm, drop_dominated
+
+ALL = ("accuracy", "size_bytes", "latency")
+
+
+def timed(number: int, accuracy: float, ratio: float, low: float) -> Candidate:
+    plan = CompressionPlan(((MODEL_SITE, MaxTokens(tokens=number + 1)),))
+    candidate = make_candidate(number, plan=plan, accuracy=accuracy, size_bytes=10_000_000, ratio=ratio)
+    return dataclasses.replace(candidate, measurement=dataclasses.replace(candidate.score, latency_ratio_low=low))
+
+
+class Paper:
+    """A study of given candidates and the folder of their artefacts; what each latency is found to be is given, too."""
+
+    def __init__(self, folder: Path, candidates: Sequence[Candidate], truth: dict[int, float]) -> None:
+        self.artefacts, self.truth = folder, truth
+        self.known = {c.number: c for c in candidates}
+        self.rounds: list[list[int]] = []
+        self.rebuilt: list[int] = []
+        self.run = SimpleNamespace(search=SimpleNamespace(confirm_pairs=6, keep_artefacts="front"))
+        for candidate in candidates:
+            (folder / candidate.plan.plan_id).mkdir()
+        (folder / "reference").mkdir()
+
+    def candidates(self) -> list[Candidate]:
+        return list(self.known.values())
+
+    def of_plan(self, plan_id: str) -> Candidate | None:
+        return next((c for c in self.known.values() if c.plan.plan_id == plan_id), None)
+
+    def front(self) -> Front:
+        return Front.of(self.candidates(), make_reference(), ALL)
+
+    def contenders(self, among: Sequence[Candidate]) -> list[Candidate]:
+        return contenders(self.front().points, among, ALL)
+
+    def confirm(self, number: int, measured: Measurement) -> None:
+        self.known[number] = dataclasses.replace(self.known[number], measurement=measured)
+
+    def evaluate(self, plan: CompressionPlan) -> Measurement:
+        candidate = self.of_plan(plan.plan_id)
+        assert candidate is not None
+        self.rebuilt.append(candidate.number)
+        (self.artefacts / plan.plan_id).mkdir()
+        return candidate.score
+
+    def confirmed(self, points: Sequence[tuple[CompressionPlan, Measurement]], **_: Any) -> list[Measurement]:
+        numbers = [c.number for plan, _ in points if (c := self.of_plan(plan.plan_id)) is not None]
+        self.rounds.append(numbers)
+        ratios = [self.truth[number] for number in numbers]
+        return [
+            dataclasses.replace(score, latency_ratio=ratio, latency_ratio_low=ratio, confirmed=True)
+            for ratio, (_, score) in zip(ratios, points, strict=True)
+        ]
+
+    def left(self) -> set[int]:
+        found = (self.of_plan(folder.name) for folder in self.artefacts.iterdir())
+        return {c.number for c in found if c is not None}
+
+
+def test_what_was_timed_at_a_bad_moment_comes_back(tmp_path: Path) -> None:
+    """The third was a little slower than the first when it was timed; the fourth is slower at any time."""
+    candidates = [
+        timed(0, 0.8, 0.3, 0.29),
+        timed(1, 0.9, 0.5, 0.49),
+        timed(2, 0.8, 0.32, 0.27),
+        timed(3, 0.8, 0.4, 0.39),
+    ]
+    paper: Any = Paper(tmp_path, candidates, {0: 0.31, 1: 0.5, 2: 0.28})
+    drop_dominated(paper, tmp_path, candidates[3])
+    assert paper.left() == {0, 1, 2}
+    _confirm(paper, paper, None, lambda _: None)
+    [numbers] = paper.rounds
+    assert sorted(numbers) == [0, 1, 2]
+    assert {c.number for c in paper.front().points} == {1, 2}
+    assert paper.left() == {1, 2}
+    assert paper.rebuilt == []
+
+
+def test_a_latency_that_does_not_hold_lets_others_on_the_front_and_is_told_once(tmp_path: Path) -> None:
+    candidates = [timed(0, 0.8, 0.3, 0.29), timed(1, 0.8, 0.4, 0.39), timed(2, 0.8, 0.5, 0.49)]
+    paper: Any = Paper(tmp_path, candidates, {0: 0.45, 1: 0.42})
+    drop_dominated(paper, tmp_path, candidates[2])
+    assert paper.left() == {0}
+    _confirm(paper, paper, None, lambda _: None)
+    assert paper.rounds == [[0], [1]]
+    assert paper.rebuilt == [1]
+    assert paper.left() == {1}
+    _confirm(paper, paper, None, lambda _: None)
+    assert len(paper.rounds) == 2, "nothing is left to be timed"
+
+
+def test_no_more_contenders_are_timed_than_the_front_has_points(tmp_path: Path) -> None:
+    candidates = [timed(0, 0.8, 0.3, 0.29), *(timed(n, 0.8, 0.3 + n / 100, 0.2) for n in range(1, 6))]
+    paper: Any = Paper(tmp_path, candidates, dict.fromkeys(range(6), 0.3))
+    _confirm(paper, paper, None, lambda _: None)
+    assert paper.rounds == [[0, 1]]
