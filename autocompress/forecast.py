@@ -168,6 +168,8 @@ def forecast(run: RunConfig) -> Forecast:
                 bank_seconds += (time.perf_counter() - started) * fitted
         each, sizes = _candidates(workshop, space, fitted=fitted)
         recovered = _recovered_seconds(workshop, each, epoch=epoch, fitted=fitted)
+        most_fitted = search.trials if offered else min(search.trials, _FRONT) if search.reconstruct else 0
+        fitted_mb = _fitted_bytes(workshop, fitted=fitted, models=most_fitted) / 1e6
     cores, threads = machine.cores(), run.target.threads
     workers = 1 if threads > 1 else run.search.workers or max(1, cores // threads)
     candidate = each / min(workers, cores)
@@ -187,7 +189,7 @@ def forecast(run: RunConfig) -> Forecast:
         candidate_seconds=candidate,
         recovered_seconds=recovered,
         total_seconds=total,
-        disk_mb=weights * (2 + len(space.students)) + 2 * sizes / 1e6 * min(run.search.trials, _FRONT),
+        disk_mb=weights * (2 + len(space.students)) + 2 * sizes / 1e6 * min(run.search.trials, _FRONT) + fitted_mb,
         memory_mb=(1 + workers) * (600 + 6 * weights),
     )
 
@@ -244,6 +246,16 @@ def _recovered_seconds(workshop: Workshop, each: float, *, epoch: float, fitted:
     passes = workshop.affordable_passes if asked.epochs == "auto" else asked.epochs * asked.seeds
     trained = search.recover * (each + passes * epoch + (fit if asked.reconstruct else 0.0))
     return trained + (min(search.trials, _FRONT) * (each + fit) if search.reconstruct else 0.0)
+
+
+def _fitted_bytes(workshop: Workshop, *, fitted: float, models: int) -> float:
+    """Return what the bank holds at most of what ``models`` are reconstructed by and to, with all of the rows."""
+    usage, found = workshop.bank.usage(), 0.0
+    if (sums := usage.get("sums")) is not None:
+        found += sums.bytes * fitted
+    if (kept := usage.get("reconstructed")) is not None:
+        found += kept.bytes / kept.entries * models
+    return min(found, 1e9 * workshop.run.storage.bank_gb)
 
 
 def _candidates(workshop: Workshop, space: BoundSpace, *, fitted: float) -> tuple[float, float]:
