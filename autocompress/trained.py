@@ -322,7 +322,8 @@ class Trained:
             trained = plan if wanted.quantized else plan.structural()
             counted = trained.with_decision(MODEL_SITE, dataclasses.replace(wanted, seeds=seeds))
             code = {"grid": code_version(("transforms/quantize.py",))} if wanted.quantized else {}
-            code |= {"reconstruction": code_version(_RECONSTRUCTION)} if wanted.reconstruct else {}
+            if wanted.reconstruct:
+                code |= {"reconstruction": code_version(_RECONSTRUCTION), "rows": str(self.reconstruction_rows)}
             return {"plan": json.loads(counted.to_json()), "base": base.base, **code}
 
         def begin(target: EncoderModel) -> None:

@@ -414,6 +414,8 @@ class TestInAWorkshop:
         assert few.reconstruction_rows == 20
         assert many.reconstruction_rows == len(many.task.splits["train"])
         assert few.structured(plan).base != many.structured(plan).base
+        trained = plan.recovered(Recover(epochs=0.2))
+        assert few.structured(trained).base != many.structured(trained).base
 
     def test_training_goes_on_from_it(self, shops: Callable[..., Workshop]) -> None:
         told: list[str] = []
