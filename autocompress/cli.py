@@ -389,7 +389,7 @@ def _about(candidate: Any) -> dict[str, Any]:
 def recover(
     folder: Folder,
     prefer: Annotated[Prefer, typer.Option("--prefer", "--pick", help="What to optimise.")] = Prefer.knee,
-    trial: Trial = None,
+    trial: Annotated[int | None, typer.Option("--trial", help="Take this trial of the study.")] = None,
     max_accuracy_drop: MaxDrop = None,
     max_latency_ms: MaxMs = None,
     max_size_mb: MaxMb = None,
@@ -400,9 +400,12 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Distil a picked point from the teacher, measure it again and add it to the study."""
-    chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
     from autocompress import api
 
+    if trial is not None:  # its plan is enough: what is recovered may push the point that it came from off the front
+        chosen = api.open_study(folder).candidate(trial)
+    else:
+        chosen = _picked(folder, prefer, None, max_accuracy_drop, max_latency_ms, max_size_mb)
     named = [] if epochs is None else [f"recovery.epochs={json.dumps(epochs)}"]
     overrides, cluster = [*(set_ or []), *named], _cluster(address, insecure)
     _print(_about(api.recover(chosen, overrides=overrides, progress=_progress, cluster=cluster)), as_json)

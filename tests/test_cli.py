@@ -640,7 +640,24 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     assert call("status", folder, "--json").json()["complete"] == 6
 
 
-@pytest.mark.parametrize("command", ["pick", "recover", "export"])
+def test_a_trial_off_the_front_can_be_recovered(
+    call: Call, results: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = results()
+    on_front = {point["number"] for point in call("report", folder, "--json").json()}
+    number = min({candidate.number for candidate in api.open_study(folder).candidates()} - on_front)
+    monkeypatch.setattr(api, "recover", lambda candidate, **_: candidate)
+    assert call("recover", folder, "--trial", number, "--json").json()["trial"] == number
+
+
+def test_an_unknown_trial_to_recover_names_the_nearest(call: Call, results: Callable[..., Path]) -> None:
+    folder = results()
+    last = max(candidate.number for candidate in api.open_study(folder).candidates())
+    line = call("recover", folder, "--trial", 99).line(1)
+    assert line == f"autocompress: trial 99: no such candidate; the nearest is trial {last}"
+
+
+@pytest.mark.parametrize("command", ["pick", "export"])
 def test_an_unknown_trial_names_the_nearest(call: Call, results: Callable[..., Path], command: str) -> None:
     folder = results()
     numbers = [point["number"] for point in call("report", folder, "--json").json()]
