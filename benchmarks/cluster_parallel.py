@@ -27,7 +27,7 @@ from autocompress.plan import CompressionPlan
 from autocompress.runtimes import Artifact
 from autocompress.seeds import uniform_ladder
 
-CANDIDATES, ROUNDS, PAIRS = 20, 16, 2
+CANDIDATES, ROUNDS, PAIRS = 20, 64, 2
 MOST = 0.02
 DRAWS = 2000
 SETTLE_S = 0.02
