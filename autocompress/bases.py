@@ -7,6 +7,7 @@ the pieces of its sites.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from autocompress import slot
@@ -22,14 +24,23 @@ from autocompress.binding import NO_STUDENT, BoundSpace, bind, students_of
 from autocompress.config import RunConfig
 from autocompress.decisions import Decision, Quantize, Recover, Student
 from autocompress.model import EncoderModel
-from autocompress.pieces import Piece, code_version, make_piece, read_piece, reads_moments, save_piece, unpacked
+from autocompress.pieces import (
+    SOURCES,
+    Piece,
+    code_version,
+    make_piece,
+    read_piece,
+    reads_moments,
+    save_piece,
+    unpacked,
+)
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.trained import FITTED_AT_ONCE, Progress, Trained, silent, torch_threads
 from autocompress.transforms import apply_plan
 from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
-from autocompress.transforms.prune import Importance, importance
+from autocompress.transforms.prune import READING, Importance, importance
 from autocompress.transforms.quantize import Activations, observe
 from autocompress.transforms.student import begun, channel_scores
 from autocompress.transforms.vocabulary import TokenUse
@@ -40,7 +51,7 @@ _DROP_ROWS = 64
 """Calibration rows that the order of dropping blocks is taken from."""
 _COUNTED_ROWS = 20_000
 """Training rows whose tokens are counted: what is not among them hardly matters, and reading millions takes minutes."""
-_SENSITIVITY_ROWS = 32
+_SENSITIVITY_ROWS = 256
 """Calibration rows that single decisions are judged on."""
 
 
@@ -101,9 +112,16 @@ class Bases(Trained):
             tensors |= {"tokens.order": scores.tokens.order, "tokens.slopes": scores.tokens.slopes}
             tensors |= {"tokens.needed": torch.tensor(scores.tokens.needed)}
             save_file({**tensors, "drop_order": torch.tensor(scores.drop_order)}, folder / "scores.safetensors")
+            assert scores.slopes is not None
+            keys = [(n, role) for n in range(len(base.shape.blocks)) for role in READING]
+            save_file({f"{n}.{role}": scores.slopes(n, role) for n, role in keys}, folder / "slopes.safetensors")
 
         folder = self.bank.get("importance", key, make)
         found = load_file(folder / "scores.safetensors")
+
+        def slopes(block: int, role: str) -> torch.Tensor:
+            return self.bank.load("importance", key, make, lambda folder: _slopes_in(folder, block, role))
+
         depth = range(len(base.shape.blocks))
         return Importance(
             tuple(found[f"heads.{n}"] for n in depth),
@@ -111,8 +129,30 @@ class Bases(Trained):
             tuple(found["drop_order"].tolist()),
             lambda block, role: self._moments(base, block, role),
             TokenUse(found["tokens.order"], found["tokens.slopes"], int(found["tokens.needed"])),
+            slopes,
             folder.name,
         )
+
+    def _made_up_for(self, base: EncoderModel, scores: Importance) -> Importance:
+        """Return ``scores`` with those of heads and neurons of ``base`` where a reconstruction makes up for them."""
+
+        def make(folder: Path) -> None:
+            self.progress("ordering heads and neurons by what removing them costs where others make up for it")
+            _take(scores, "block.0.attention")
+            orders = {}
+            for number in range(len(base.shape.blocks)):
+                for role in READING:
+                    with slot.working(), torch_threads(self.threads):
+                        orders[f"{number}.{role}"] = scores.made_up_for(base, number, role)
+            save_file(orders, folder / "orders.safetensors")
+
+        sources = ("transforms/surgery.py", "transforms/moments.py")
+        key = self._key(base=base.base, scores=scores.name, precision=self.precision(), code=code_version(sources))
+        found = self.bank.load("orders", key, make, lambda folder: load_file(folder / "orders.safetensors"))
+        heads, neurons = (
+            tuple(found[f"{number}.{role}"] for number in range(len(base.shape.blocks))) for role in READING
+        )
+        return dataclasses.replace(scores, heads=heads, neurons=neurons)
 
     def _counts(self) -> torch.Tensor:
         """Return how often the training texts have each token, ``vocabulary``; infinite for special ones."""
@@ -178,7 +218,7 @@ class Bases(Trained):
             # Not in the bank: they would take more room than the model, for one plan or a few.
             (lambda block, role: moments()[block][role]) if fitted and narrow else None,
             known.tokens,
-            known.name,
+            name=known.name,
         )
 
     def needs_training(self, plan: CompressionPlan) -> bool:
@@ -241,11 +281,13 @@ class Bases(Trained):
                 what = "the full model" if student is None else f"a {student.words()}"
                 self.progress(f"measuring the sensitivity of {what} to single decisions")
                 with torch_threads(self.threads):
-                    found = Sensitivity.measure(base, scores, options, rows, piece, seed=self.run.seed)
+                    found = Sensitivity.measure(
+                        base, scores, options, rows, piece, seed=self.run.seed, autocast=self._autocast
+                    )
                 (folder / "sensitivity.json").write_text(found.to_json(), encoding="utf-8")
 
             about = {"base": base.base, "scores": scores.name, "options": named, "rows": _SENSITIVITY_ROWS}
-            key = self._key(**about, code=code_version())
+            key = self._key(**about, precision=self.precision(), code=code_version((*SOURCES, "sensitivity.py")))
             self._sensitivities[base.base] = self.bank.load(
                 "sensitivity", key, make, lambda f: Sensitivity.from_json((f / "sensitivity.json").read_text())
             )
@@ -257,6 +299,7 @@ class Bases(Trained):
         if any(reads_moments(site, [decision]) for site, decision in plan):
             _take(scores, "block.0.attention")
         if any(recovery.reconstruct for recovery in plan.of_type(Recover).values()):
+            self._made_up_for(base, scores)
             self.sums(base)(0, "output")
 
     def structured(self, plan: CompressionPlan) -> EncoderModel:
@@ -264,8 +307,8 @@ class Bases(Trained):
         student = plan.of_type(Student).get(MODEL_SITE)
         base, scores = self.base(student)
         built = base.clone()
-        apply_plan(built, plan, scores)
         wanted = plan.of_type(Recover).get(MODEL_SITE)
+        apply_plan(built, plan, self._made_up_for(base, scores) if wanted and wanted.reconstruct else scores)
         return built if wanted is None else self._recovered(built, plan, wanted, base, lambda: self._tables(plan))
 
     def piece(self, base: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance) -> Piece:
@@ -289,6 +332,13 @@ class Bases(Trained):
             self._observed = {name: found for name, found in self._observed.items() if name in shared}
             self._observed[base.base] = observe(base, self.calibration_batches(RANGE_ROWS))
         return self._observed[base.base]
+
+
+def _slopes_in(folder: Path, block: int, role: str) -> torch.Tensor:
+    """Read the slopes of one layer: those of all would fill as much memory as many layers."""
+    with safe_open(folder / "slopes.safetensors", framework="pt") as opened:
+        found: torch.Tensor = opened.get_tensor(f"{block}.{role}")
+    return found
 
 
 def _take(scores: Importance, site: str) -> None:

@@ -57,14 +57,15 @@ Piece = tuple[Layer, ...]
 """The layers of a site, in the order of `Layout.linears`."""
 
 
-_SOURCES = (
+SOURCES = (
     "pieces.py",
     *(f"transforms/{name}.py" for name in ("__init__", "moments", "prune", "factorize", "quantize", "vocabulary")),
 )
+"""What pieces come of."""
 
 
 @functools.cache
-def code_version(sources: tuple[str, ...] = _SOURCES) -> str:
+def code_version(sources: tuple[str, ...] = SOURCES) -> str:
     """Return a key of the code that makes pieces, or of other files of the package, so that a change makes new ones.
 
     What the code makes of this CPU is part of it.

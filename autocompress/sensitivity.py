@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,13 @@ from torch.nn import functional
 from autocompress.anatomy import ModelShape
 from autocompress.decisions import Decision, LowRank, MaxTokens, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.errors import PlanError
-from autocompress.model import EncoderModel
+from autocompress.model import Autocast, EncoderModel
 from autocompress.pieces import Piece, StandIn, stand_ins, unpacked
 from autocompress.task import Batch
 from autocompress.transforms.prune import Importance
+
+_HELD_BYTES = 2**30
+"""What layers read and their slopes may take at once; of more rows, decisions are judged by a part after the other."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Sensitivity:
         piece: Callable[[str, Decision], Piece],
         *,
         seed: int,
+        autocast: Autocast = nullcontext,
     ) -> Sensitivity:
         """Estimate what each of ``options`` (by site) does on its own to the class probabilities.
 
@@ -48,35 +53,30 @@ class Sensitivity:
         To second order the divergence is half the mean of p_c (dlog p_c / dy . delta y)^2, summed over classes c
         (Martens 2020, "New Insights and Perspectives on the Natural Gradient Method", eq. 13), where delta y is what
         the decision changes at the layers' outputs. Random signs weight the classes, so that one backward pass a
-        batch gives all of them.
+        batch gives all of them. What a model has learned by heart hardly answers: it takes a few hundred rows to tell.
         """
-        flows = [_flow(model, batch, torch.Generator().manual_seed(seed + n)) for n, batch in enumerate(batches)]
         rows = sum(len(batch.labels) for batch in batches)
-        curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        lost: dict[tuple[str, str], dict[float, float]] = {}
+        for flows in _flows(model, batches, seed, autocast):
+            for site, decisions in options.items():
+                # 4 bits with and without integer products lose the same.
+                places = {
+                    level_of(model.shape, site, d): d for d in reversed(decisions) if not isinstance(d, MaxTokens)
+                }
+                # Layers are judged by all decisions at once; tables are looked up, and fill memory.
+                for part in [[place] for place in places] if site == "embeddings" else [[*places]]:
+                    changes = {place: _changes(model, site, places[place], scores, piece) for place in part}
+                    judged = [(place, change) for place, change in changes.items() if change]
+                    for ((axis, level), _), found in zip(judged, _moved(flows, [c for _, c in judged]), strict=True):
+                        points = lost.setdefault((site, axis), {})
+                        points[level] = points.get(level, 0.0) + 0.5 * float(found.square().sum())
         for site, decisions in options.items():
             for decision in decisions:
-                axis, level = level_of(model.shape, site, decision)
-                points = curves.setdefault((site, axis), [])
-                if level in dict(points):  # 4 bits with and without integer products lose the same
-                    continue
                 if isinstance(decision, MaxTokens):
-                    points.append((level, sum(_cut(model, batch, decision.tokens) for batch in batches) / rows))
-                    continue
-                try:
-                    if decision.structural:
-                        layers = stand_ins(model, site, decision, scores)
-                    else:
-                        layers = unpacked(model, site, piece(site, decision))
-                except PlanError:
-                    # Such as groups that do not fill a narrower table: a candidate that decides so fails by itself.
-                    continue
-                changes = {path: _change(model, path, layer) for path, layer in layers.items()}
-                total = 0.0
-                for flow in flows:
-                    moved = sum(use.moved(*change) for path, change in changes.items() for use in flow[path])
-                    total += 0.5 * float(torch.as_tensor(moved).square().sum())
-                points.append((level, total / rows))
-        return cls({key: tuple(sorted(points)) for key, points in curves.items() if points})
+                    axis, level = level_of(model.shape, site, decision)
+                    points = lost.setdefault((site, axis), {})
+                    points[level] = sum(_cut(model, batch, decision.tokens) for batch in batches)
+        return cls({k: tuple(sorted((x, y / rows) for x, y in points.items())) for k, points in lost.items()})
 
     def to_json(self) -> str:
         return json.dumps([[site, axis, points] for (site, axis), points in self.curves.items()])
@@ -94,26 +94,73 @@ class Sensitivity:
         return float(np.interp(level, [*shares, 1.0], [*found, 0.0])) if points else 0.0
 
 
+Change = tuple[torch.Tensor, torch.Tensor | None]
+"""What is added to the weight of a layer, and to its bias."""
+
+
 @dataclass(frozen=True)
 class _Flow:
     """What a layer read on one batch, and how the signed log-probability answers to what it returned.
 
     Args:
-        read: ``rows x tokens x in``; token ids, ``rows x tokens``, of an embedding.
-        slope: ``rows x tokens x out``.
+        read: ``rows x tokens x in``, of the head without tokens; token ids, ``rows x tokens``, of an embedding.
+        slope: ``rows x tokens x out``, of the head without tokens.
     """
 
     read: torch.Tensor
     slope: torch.Tensor
 
-    def moved(self, change: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-        """Return, for each row, the first-order move of the signed log-probability when weight and bias change so."""
-        looked_up = self.read.dtype == torch.int64
-        returned = change[self.read] if looked_up else functional.linear(self.read, change, shift)
-        return (returned * self.slope).flatten(1).sum(dim=1)
+    def moved(self, changes: Sequence[Change]) -> torch.Tensor:
+        """Return the first-order moves of the signed log-probability, ``changes x rows``."""
+        if self.read.dtype == torch.int64:
+            each = [(change[self.read] * self.slope).flatten(1).sum(dim=1) for change, _ in changes]
+            return torch.stack(each)
+        # The slope of each row at the weight: it serves all changes, which are then not run on the row's tokens.
+        rows = len(self.read)
+        slope, read = (value.reshape(rows, -1, value.shape[-1]) for value in (self.slope, self.read))
+        at_weight = (slope.transpose(1, 2) @ read).flatten(1).float()
+        moved = torch.stack([change.flatten() for change, _ in changes]) @ at_weight.T
+        at_bias = slope.float().sum(dim=1)
+        for row, (_, shift) in zip(moved, changes, strict=True):
+            if shift is not None:
+                row += at_bias @ shift
+        return moved
+
+    @property
+    def size_bytes(self) -> int:
+        return self.read.nbytes + self.slope.nbytes
 
 
-def _change(model: EncoderModel, path: str, layer: StandIn) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _changes(
+    model: EncoderModel, site: str, decision: Decision, scores: Importance, piece: Callable[[str, Decision], Piece]
+) -> dict[str, Change]:
+    """Return what a decision changes at the layers of a site, by path; nothing where it cannot be carried out."""
+    try:
+        if decision.structural:
+            layers = stand_ins(model, site, decision, scores)
+        else:
+            layers = unpacked(model, site, piece(site, decision))
+    except PlanError:
+        # Such as groups that do not fill a narrower table: a candidate that decides so fails by itself.
+        return {}
+    return {path: _change(model, path, layer) for path, layer in layers.items()}
+
+
+def _moved(flows: Sequence[Mapping[str, Sequence[_Flow]]], changes: Sequence[Mapping[str, Change]]) -> torch.Tensor:
+    """Return the first-order moves by what is changed at the layers of a site, by path, ``changes x rows``."""
+    found = []
+    for flow in flows:
+        rows = len(next(iter(flow.values()))[0].read)
+        moved = torch.zeros(len(changes), rows)
+        for path in dict.fromkeys(path for change in changes for path in change):
+            those = [n for n, change in enumerate(changes) if path in change]
+            for use in flow[path]:
+                moved[those] += use.moved([changes[n][path] for n in those])
+        found.append(moved)
+    return torch.cat(found, dim=1)
+
+
+def _change(model: EncoderModel, path: str, layer: StandIn) -> Change:
     """Return how weight and bias at ``path`` change if ``layer`` takes their place."""
     change = torch.from_numpy(layer.weight) - model.module.get_parameter(f"{path}.weight").detach()
     if layer.bias is None:
@@ -131,7 +178,23 @@ def _cut(model: EncoderModel, batch: Batch, tokens: int) -> float:
     return float(functional.kl_div(cut, full, log_target=True, reduction="sum"))
 
 
-def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator) -> dict[str, list[_Flow]]:
+def _flows(
+    model: EncoderModel, batches: Sequence[Batch], seed: int, autocast: Autocast
+) -> Iterator[list[dict[str, list[_Flow]]]]:
+    """Yield what `_flow` finds of the batches, as many at once as may be held."""
+    held: list[dict[str, list[_Flow]]] = []
+    taken = 0
+    for number, batch in enumerate(batches):
+        held.append(_flow(model, batch, torch.Generator().manual_seed(seed + number), autocast))
+        taken += sum(use.size_bytes for uses in held[-1].values() for use in uses)
+        if taken >= _HELD_BYTES:
+            yield held
+            held, taken = [], 0
+    if held:
+        yield held
+
+
+def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator, autocast: Autocast) -> dict[str, list[_Flow]]:
     """Run a batch forward and backward; returns what every layer read and its slope at each of its uses, by path."""
     paths = [path for site in model.shape.sites() for path in model.layout.linears(site)]
     caught: list[tuple[str, torch.Tensor, torch.Tensor]] = []
@@ -145,7 +208,9 @@ def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator) -> dict
     handles = [model.module.get_submodule(path).register_forward_hook(note(path)) for path in paths]
     try:
         with torch.enable_grad():
-            log_p = functional.log_softmax(model.module(**batch.inputs()).logits, dim=-1)
+            with autocast():
+                logits = model.module(**batch.inputs()).logits
+            log_p = functional.log_softmax(logits.float(), dim=-1)
             signs = torch.randint(0, 2, log_p.shape, generator=generator) * 2.0 - 1.0
             signed = (signs * (0.5 * log_p.detach()).exp() * log_p).sum()
             slopes = torch.autograd.grad(signed, [output for _, _, output in caught])

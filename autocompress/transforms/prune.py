@@ -2,14 +2,15 @@
 
 Heads and neurons are ranked by the empirical Fisher information of a gate on each (Kwon et al. 2022, "A Fast
 Post-Training Pruning Framework for Transformers", eq. 5-7): the squared gradient of each row's loss with respect to
-the gate, summed over rows. Where it carries no information (all gradients vanish) magnitude takes its place. Blocks
-are ranked by what their removal does to the predictions: the Kullback-Leibler divergence to the full model.
+the gate, summed over rows. Where it carries no information (all gradients vanish) magnitude takes its place. Where the
+others are to make up for what is removed, they go in the order of `surgery.py`. Blocks are ranked by what their removal
+does to the predictions: the Kullback-Leibler divergence to the full model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -23,7 +24,11 @@ from autocompress.errors import PlanError
 from autocompress.model import Autocast, EncoderModel
 from autocompress.task import Batch
 from autocompress.transforms.moments import AS_READ_BY, Moments, OfBlocks
+from autocompress.transforms.surgery import order_of_removal
 from autocompress.transforms.vocabulary import TokenUse
+
+READING = ("output", "ffn_out")
+"""Roles of the layers that read heads and neurons."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Importance:
         moments: of what the layers read, by which factors and 4-bit weights are fitted; without them, these come
             nearest to the weights as such.
         tokens: what the task's texts make of the table of tokens; None where it was not asked for.
+        slopes: the mean outer product, ``hidden x hidden``, of the loss's slopes at what a block's layer of a role in
+            `READING` returns; None where it is not known.
         name: tells these scores from others of the same model, for caches.
     """
 
@@ -45,6 +52,7 @@ class Importance:
     drop_order: tuple[int, ...]
     moments: OfBlocks | None = None
     tokens: TokenUse | None = None
+    slopes: Callable[[int, str], torch.Tensor] | None = None
     name: str = ""
 
     def best_heads(self, block: int, keep: int) -> list[int]:
@@ -73,8 +81,20 @@ class Importance:
             tuple(range(len(kept))),
             None if moments is None else lambda block, role: moments(kept[block], role),
             self.tokens,
-            self.name,
+            name=self.name,
         )
+
+    def made_up_for(self, model: EncoderModel, block: int, role: str) -> torch.Tensor:
+        """Score what a layer of ``model``, of a role in `READING`, reads, for where the others make up for it.
+
+        Returns:
+            ``heads`` or ``neurons``.
+        """
+        assert self.moments is not None and self.slopes is not None, "it takes what the model does with its rows"
+        layer, shape = model.linear(block, role), model.shape.blocks[block]
+        gram = self.moments(block, role).gram(centred=layer.bias is not None)
+        parts = shape.heads if role == "output" else shape.neurons
+        return order_of_removal(layer.weight.detach(), gram, self.slopes(block, role), parts)
 
 
 def columns_of(heads: Sequence[int], size: int) -> list[int]:
@@ -107,7 +127,8 @@ def importance(
             without them nothing is said of the table of tokens.
         autocast: entered for each run of the model, as where half precision is faster; scores are summed in double.
     """
-    heads, neurons, slopes = _fisher(model, batches, autocast, counts)
+    information = _fisher(model, batches, autocast, counts)
+    heads, neurons = information.heads, information.neurons
     for number in range(len(model.shape.blocks)):
         # Gradients vanish where a part cannot reach the output (a saturated or untrained head): use magnitude there.
         if not torch.isfinite(heads[number]).all() or float(heads[number].sum()) == 0:
@@ -119,30 +140,52 @@ def importance(
     tokens = None
     if counts is not None:
         table = model.module.get_parameter(f"{model.layout.embeddings[0]}.weight").detach()
-        tokens = TokenUse.of(table, counts, slopes)
-    return Importance(tuple(heads), tuple(neurons), order, tokens=tokens)
+        tokens = TokenUse.of(table, counts, information.looked_up)
+    slopes = information.returned
+    return Importance(
+        tuple(heads), tuple(neurons), order, tokens=tokens, slopes=lambda block, role: slopes[block, role]
+    )
+
+
+@dataclass(frozen=True)
+class _Information:
+    """What gradients tell of a model.
+
+    Args:
+        heads: the information of gates on heads, ``heads`` by block.
+        neurons: that of gates on neurons, ``neurons`` by block.
+        looked_up: the mean of g g^T over slopes g at tokens' rows, ``width x width`` of the table of tokens.
+        returned: the same of what layers in `READING` return, by block and role, ``hidden x hidden``.
+    """
+
+    heads: list[torch.Tensor]
+    neurons: list[torch.Tensor]
+    looked_up: torch.Tensor
+    returned: dict[tuple[int, str], torch.Tensor]
 
 
 def _fisher(
     model: EncoderModel, batches: Sequence[Batch], autocast: Autocast, counts: torch.Tensor | None
-) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """Return the information of gates on heads and neurons, and the mean of g g^T over slopes g at tokens' rows.
-
-    The latter is ``width x width`` of the table of tokens, float64.
-    """
+) -> _Information:
     blocks = model.shape.blocks
     heads = [torch.zeros(b.heads, dtype=torch.float64) for b in blocks]
     neurons = [torch.zeros(b.neurons, dtype=torch.float64) for b in blocks]
     table = model.module.get_submodule(model.layout.embeddings[0])
     width = table.get_parameter("weight").shape[1]
     slopes, read = torch.zeros(width, width, dtype=torch.float64), 0
+    keys = [(number, role) for number in range(len(blocks)) for role in READING]
+    returned, tokens = {key: torch.zeros((), dtype=torch.float64) for key in keys}, 0
     captured: dict[tuple[int, str], list[torch.Tensor]] = {}
     looked_up: list[torch.Tensor] = []
+    outputs: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in keys}
 
-    def look_up(_: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        output.requires_grad_(True)
-        output.retain_grad()
-        looked_up.append(output)
+    def keep(into: list[torch.Tensor]) -> Callable[[nn.Module, object, torch.Tensor], None]:
+        def hook(_: nn.Module, inputs: object, output: torch.Tensor) -> None:
+            output.requires_grad_(True)
+            output.retain_grad()
+            into.append(output)
+
+        return hook
 
     def capture(key: tuple[int, str]) -> object:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -157,12 +200,12 @@ def _fisher(
         return hook
 
     handles = [
-        model.linear(n, role).register_forward_pre_hook(capture((n, role)))  # type: ignore[arg-type]
-        for n in range(len(blocks))
-        for role in ("output", "ffn_out")
+        model.linear(*key).register_forward_pre_hook(capture(key))  # type: ignore[arg-type]
+        for key in keys
     ]
+    handles += [model.linear(*key).register_forward_hook(keep(outputs[key])) for key in keys]
     if counts is not None:
-        handles.append(table.register_forward_hook(look_up))
+        handles.append(table.register_forward_hook(keep(looked_up)))
     frozen = [(p, p.requires_grad) for p in model.module.parameters()]
     try:
         for parameter, _ in frozen:
@@ -187,6 +230,14 @@ def _fisher(
                 words = batch.attention_mask.bool() & counts[batch.input_ids].isfinite()
                 found = output.grad[words].double()
                 slopes, read = slopes + found.T @ found, read + len(found)
+            mask = batch.attention_mask.bool()
+            tokens += int(mask.sum())
+            for key, of_layer in outputs.items():
+                # Of a layer that is run several times the changes add up, and so do their slopes.
+                slope = torch.stack([output.grad for output in of_layer if output.grad is not None]).sum(dim=0)
+                at_tokens = slope[mask].float().numpy()
+                returned[key] = returned[key] + torch.from_numpy(at_tokens.T @ at_tokens)
+                of_layer.clear()
             captured.clear()
             looked_up.clear()
             model.module.zero_grad(set_to_none=True)
@@ -195,7 +246,8 @@ def _fisher(
             handle.remove()
         for parameter, required in frozen:
             parameter.requires_grad_(required)
-    return heads, neurons, slopes / max(1, read)
+    at_layers = {key: (found / max(1, tokens)).float() for key, found in returned.items()}
+    return _Information(heads, neurons, slopes / max(1, read), at_layers)
 
 
 def _gate(value: torch.Tensor) -> torch.Tensor:
