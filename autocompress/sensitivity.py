@@ -201,7 +201,9 @@ def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator, autocas
 
     def note(path: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            caught.append((path, inputs[0].detach(), output))
+            read = inputs[0].detach()
+            # In the precision of the product: what is read may be normalised, which is done in single precision.
+            caught.append((path, read.to(output.dtype) if read.is_floating_point() else read, output))
 
         return hook
 

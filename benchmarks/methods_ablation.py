@@ -37,8 +37,8 @@ Side = tuple[str, CompressionPlan]
 
 
 def fisher(_: EncoderModel, scores: Importance) -> Importance:
-    """Return Fisher scores; layers stay as they are."""
-    return dataclasses.replace(scores, moments=None)
+    """Return Fisher scores, for what is reconstructed, too; layers stay as they are."""
+    return dataclasses.replace(scores, moments=None, slopes=None)
 
 
 def magnitude(base: EncoderModel, _: Importance) -> Importance:
@@ -82,47 +82,16 @@ def taylor(base: EncoderModel, scores: Importance, batches: Sequence[Batch]) -> 
     heads, neurons = (
         tuple(found[number, role] for number in range(len(base.shape.blocks))) for role in ("output", "ffn_out")
     )
-    return dataclasses.replace(scores, heads=heads, neurons=neurons, moments=None)
+    return dataclasses.replace(scores, heads=heads, neurons=neurons, moments=None, slopes=None)
 
 
-def surgeon(base: EncoderModel, scores: Importance) -> Importance:
-    """Return the order in which heads and neurons go that leaves the smallest error of each layer that reads them.
-
-    Optimal brain surgery of groups of weights: Kurtic et al. 2023, "ZipLM: Inference-Aware Structured Pruning of
-    Language Models", eq. 2-4, at the same number of parts everywhere.
-    """
-    assert scores.moments is not None
-    heads, neurons = [], []
-    for number, block in enumerate(base.shape.blocks):
-        for role, parts, into in (("output", block.heads, heads), ("ffn_out", block.neurons, neurons)):
-            layer = base.linear(number, role)
-            gram = scores.moments(number, role).gram(centred=layer.bias is not None)
-            into.append(_order_of_removal(layer.weight.detach().double(), gram, parts))
-    return dataclasses.replace(scores, heads=tuple(heads), neurons=tuple(neurons), moments=None)
-
-
-def _order_of_removal(weight: torch.Tensor, gram: torch.Tensor, parts: int) -> torch.Tensor:
-    """Return how late each part of the inputs of ``weight`` (``out x in``) is removed, ``parts``."""
-    size = weight.shape[1] // parts
-    weight, inverse = weight.clone(), torch.linalg.inv(gram)
-    left, late = list(range(parts)), torch.zeros(parts)
-    for turn in range(parts):
-        columns = (size * torch.tensor(left)[:, None] + torch.arange(size)).reshape(-1)
-        own = inverse[columns][:, columns].reshape(len(left), size, len(left), size)
-        own = own[torch.arange(len(left)), :, torch.arange(len(left))]
-        read = weight[:, columns].reshape(len(weight), len(left), size)
-        costs = torch.einsum("ops,pst,opt->p", read, torch.linalg.inv(own), read)
-        gone = left.pop(int(costs.argmin()))
-        late[gone] = turn
-        rows = slice(size * gone, size * (gone + 1))
-        made_up = torch.linalg.solve(inverse[rows, rows], inverse[rows])
-        weight -= weight[:, rows] @ made_up
-        inverse -= inverse[:, rows] @ made_up
-    return late
+def alone(base: EncoderModel, scores: Importance) -> Importance:
+    """Return scores by which reconstructions go by the error of each layer alone, whatever the loss makes of it."""
+    return dataclasses.replace(scores, slopes=lambda _, __: torch.eye(base.shape.hidden))
 
 
 def fitted(_: EncoderModel, scores: Importance) -> Importance:
-    """Return Fisher scores with the moments that layers are fitted by."""
+    """Return Fisher scores with what layers are fitted by, as the package has them."""
     return scores
 
 
@@ -132,7 +101,7 @@ def variants_of(shop: Workshop) -> dict[str, Change]:
     return {
         "magnitude": magnitude,
         "taylor": lambda base, scores: taylor(base, scores, rows),
-        "surgeon": surgeon,
+        "alone": alone,
         "fisher": fisher,
         "fitted": fitted,
     }
@@ -145,6 +114,9 @@ class Varied(Workshop):
 
     def _importance(self, base: EncoderModel) -> Importance:
         return self.change(base, super()._importance(base))
+
+    def _made_up_for(self, base: EncoderModel, scores: Importance) -> Importance:
+        return scores if scores.slopes is None else super()._made_up_for(base, scores)
 
 
 def uniform(
@@ -193,9 +165,8 @@ def comparisons(shop: Workshop) -> dict[str, tuple[Side, Side]]:
         )
         again = plan.recovered(Recover(epochs=0, reconstruct=True))
         found[f"{share:.0%} of both: reconstructed over pruned alone"] = (("fitted", again), ("fitted", plan))
-        for name, variant in {"Taylor": "taylor", "optimal brain surgeon": "surgeon"}.items():
-            rival = (variant, again)
-            found[f"{share:.0%} of both reconstructed: Fisher over {name}"] = (("fisher", again), rival)
+        for name, variant in {"Fisher": "fisher", "Taylor": "taylor", "each layer's own error": "alone"}.items():
+            found[f"{share:.0%} of both reconstructed: surgery over {name}"] = (("fitted", again), (variant, again))
     return found
 
 

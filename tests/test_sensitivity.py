@@ -14,6 +14,7 @@ from helpers_plans import counts_of, ranks
 from torch.nn import functional
 
 from autocompress import model, task
+from autocompress import sensitivity as module
 from autocompress.binding import bind
 from autocompress.config import DataConfig
 from autocompress.decisions import Decision, LowRank, MaxTokens, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
@@ -152,6 +153,24 @@ def test_one_seed_gives_the_same_sensitivity_and_others_nearly(given: Given) -> 
     assert one == again
     found = [given.measure("embeddings", W4, seed=seed).at("embeddings", "bits", 4) for seed in range(6)]
     assert max(found) < 3 * min(found)
+
+
+def test_half_precision_and_parts_of_the_rows_tell_the_same(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {
+        "block.0.attention": (PruneHeads(keep=2), LowRank(rank=4), W4),
+        "block.1.ffn": (PruneNeurons(keep=32),),
+        "embeddings": (TrimVocabulary(keep=80), W4),
+        "head": (W4,),
+    }
+    of = (given.model, given.scores, options, given.batches, given.piece)
+    whole = Sensitivity.measure(*of, seed=0)
+    monkeypatch.setattr(module, "_HELD_BYTES", 1)
+    halved = Sensitivity.measure(*of, seed=0, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert whole.curves.keys() == halved.curves.keys()
+    for key, points in whole.curves.items():
+        for (level, found), (same, again) in zip(points, halved.curves[key], strict=True):
+            assert level == same
+            assert again == pytest.approx(found, rel=0.1), key
 
 
 def test_sensitivity_survives_json(given: Given) -> None:
