@@ -100,7 +100,7 @@ class Bases(Trained):
             with torch_threads(self.threads):
                 scores = importance(
                     base,
-                    self.calibration_batches(),
+                    self.calibration_batches(at_once=FITTED_AT_ONCE),
                     drops=drops,
                     drop_batches=self.calibration_batches(_DROP_ROWS),
                     counts=self._counts(),
