@@ -133,7 +133,7 @@ class Bases(Trained):
             folder.name,
         )
 
-    def _made_up_for(self, base: EncoderModel, scores: Importance) -> Importance:
+    def made_up_for(self, base: EncoderModel, scores: Importance) -> Importance:
         """Return ``scores`` with those of heads and neurons of ``base`` where a reconstruction makes up for them."""
 
         def make(folder: Path) -> None:
@@ -299,7 +299,7 @@ class Bases(Trained):
         if any(reads_moments(site, [decision]) for site, decision in plan):
             _take(scores, "block.0.attention")
         if any(recovery.reconstruct for recovery in plan.of_type(Recover).values()):
-            self._made_up_for(base, scores)
+            self.made_up_for(base, scores)
             self.sums(base)(0, "output")
 
     def structured(self, plan: CompressionPlan) -> EncoderModel:
@@ -308,7 +308,7 @@ class Bases(Trained):
         base, scores = self.base(student)
         built = base.clone()
         wanted = plan.of_type(Recover).get(MODEL_SITE)
-        apply_plan(built, plan, self._made_up_for(base, scores) if wanted and wanted.reconstruct else scores)
+        apply_plan(built, plan, self.made_up_for(base, scores) if wanted and wanted.reconstruct else scores)
         return built if wanted is None else self._recovered(built, plan, wanted, base, lambda: self._tables(plan))
 
     def piece(self, base: EncoderModel, site: str, decisions: Sequence[Decision], scores: Importance) -> Piece:

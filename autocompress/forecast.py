@@ -6,6 +6,7 @@ own that is thrown away. Nothing of it enters a study.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import tempfile
@@ -22,9 +23,10 @@ import torch
 from autocompress import machine, model, training
 from autocompress.binding import NO_STUDENT, BoundSpace, Effect, bind
 from autocompress.config import RunConfig
-from autocompress.decisions import RECONSTRUCTED, Quantize
+from autocompress.decisions import RECONSTRUCTED, Quantize, Student
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Workshop
+from autocompress.pieces import reads_moments
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Measurement
 from autocompress.space import SearchSpace, Value
@@ -34,7 +36,7 @@ _STEPS = 6
 """Training steps that are timed, after one that is not."""
 _PLANS = 3
 """Random plans that are built and scored for the full model and for each student."""
-_CALIBRATION_ROWS = 64
+_CALIBRATION_ROWS = 256
 _RECONSTRUCTION_ROWS = 128
 _FRONT = 40
 """Points that a front has at most, as a rule."""
@@ -120,6 +122,23 @@ def count_plans(space: BoundSpace) -> tuple[int, int]:
     return total, most
 
 
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _judging_seconds(workshop: Workshop, space: BoundSpace, student: Student | None, scored: float) -> float:
+    """Return what it takes to know what decisions do to a model, with ``scored`` times the calibration rows."""
+    base, scores = workshop.base(student)
+    found = 0.0
+    if any(reads_moments(site, [d]) for site, offered in space.options(base.shape).items() for d in offered):
+        assert scores.moments is not None
+        found += scored * _seconds(functools.partial(scores.moments, 0, "output"))
+    # It takes no more rows than there are in a forecast.
+    return found + _seconds(functools.partial(workshop.sensitivity, student))
+
+
 def _removes(effect: Effect) -> bool:
     return any(decision is not None and decision.structural for decision in effect.values())
 
@@ -145,27 +164,22 @@ def forecast(run: RunConfig) -> Forecast:
         started = time.perf_counter()
         reference = workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))
         bank_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        workshop.base(None)
-        workshop.sensitivity(None)
         scored = run.data.calibration_rows / workshop.run.data.calibration_rows
-        bank_seconds += (time.perf_counter() - started) * scored
+        bank_seconds += scored * _seconds(lambda: workshop.base(None)) + _judging_seconds(workshop, space, None, scored)
         fitted = min(run.data.reconstruction_rows, len(workshop.task.splits["train"])) / workshop.reconstruction_rows
         students = 0.0
         for student in space.students.values():
             cut = workshop.cut(student)
             students += student.epochs * _epoch_seconds(workshop, cut, distilled=True)
-            started = time.perf_counter()
             # As a student that was distilled: neither building nor running it depends on what it learned.
-            workshop.adopt(student, cut)
-            workshop.sensitivity(student)
-            bank_seconds += (time.perf_counter() - started) * scored
+            bank_seconds += scored * _seconds(functools.partial(workshop.adopt, student, cut))
+            bank_seconds += _judging_seconds(workshop, space, student, scored)
         search, offered = run.search, True in (space.space.reconstruct or ())
         if offered or search.reconstruct or (search.recover and run.recovery.reconstruct):
-            for base in (None, *space.students.values()) if offered else (None,):
-                started = time.perf_counter()
-                workshop.sums(workshop.base(base)[0])(0, "output")
-                bank_seconds += (time.perf_counter() - started) * fitted
+            for start in (None, *space.students.values()) if offered else (None,):
+                base, scores = workshop.base(start)
+                bank_seconds += scored * _seconds(functools.partial(workshop.made_up_for, base, scores))
+                bank_seconds += fitted * _seconds(functools.partial(workshop.sums(base), 0, "output"))
         each, sizes = _candidates(workshop, space, fitted=fitted)
         recovered = _recovered_seconds(workshop, each, epoch=epoch, fitted=fitted)
         most_fitted = search.trials if offered else min(search.trials, _FRONT) if search.reconstruct else 0

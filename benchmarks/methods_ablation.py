@@ -115,8 +115,8 @@ class Varied(Workshop):
     def _importance(self, base: EncoderModel) -> Importance:
         return self.change(base, super()._importance(base))
 
-    def _made_up_for(self, base: EncoderModel, scores: Importance) -> Importance:
-        return scores if scores.slopes is None else super()._made_up_for(base, scores)
+    def made_up_for(self, base: EncoderModel, scores: Importance) -> Importance:
+        return scores if scores.slopes is None else super().made_up_for(base, scores)
 
 
 def uniform(
