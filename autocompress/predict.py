@@ -43,6 +43,7 @@ class _Features:
     student: Student | None
     dropped: int
     harm: float
+    refitted: float
     reconstructed: bool
 
 
@@ -161,6 +162,7 @@ class Predictor:
         products, after = products_of(plan, self.shape, self.sizes), self.shape.after(plan)
         dropped, cut = plan.of_type(DropBlocks).get(MODEL_SITE), plan.of_type(MaxTokens).get(MODEL_SITE)
         read = 1.0 if cut is None else min(1.0, cut.tokens / self.tokens)
+        reconstructed = bool(plan.of_type(Recover))
         return _Features(
             counted=sum(self.weight_bytes(p) + 4.0 * p.outer * p.bias for p in products),
             extras=np.array([*_extras(products, after), cut is not None]),
@@ -168,17 +170,20 @@ class Predictor:
             student=_student(plan),
             dropped=len(dropped.blocks) if dropped else 0,
             harm=self.harm(plan),
-            reconstructed=bool(plan.of_type(Recover)),
+            refitted=self.harm(plan.structural()) if reconstructed else 0.0,
+            reconstructed=reconstructed,
         )
 
     def _harm(self, plan: _Features) -> np.ndarray:
         """Return an intercept for each base, and the sum of sensitivities with its root.
 
-        With the same once more where a reconstruction makes up for a part.
+        With the same once more of what was removed, where a reconstruction makes up for a part of it. What comes after
+        that, as rounding does, it leaves as it is.
         """
         bases = [float(plan.student == known) for known in self._students]
-        lost = np.array([1.0, plan.dropped, plan.harm, math.sqrt(plan.harm)])
-        return np.array([*lost, *bases, *plan.reconstructed * lost])
+        lost = [1.0, plan.dropped, plan.harm, math.sqrt(plan.harm)]
+        made_up = [plan.reconstructed * plan.dropped, plan.refitted, math.sqrt(plan.refitted)]
+        return np.array([*lost, *bases, *made_up])
 
     def harm(self, plan: CompressionPlan) -> float:
         """Return the sum of the sensitivities of all sites to what ``plan`` decides there, in nats."""
