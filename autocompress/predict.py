@@ -43,7 +43,8 @@ class _Features:
     student: Student | None
     dropped: int
     harm: float
-    refitted: float
+    pruned: float
+    """The harm of pruning alone, where a reconstruction makes up for it."""
     reconstructed: bool
 
 
@@ -170,19 +171,19 @@ class Predictor:
             student=_student(plan),
             dropped=len(dropped.blocks) if dropped else 0,
             harm=self.harm(plan),
-            refitted=self.harm(plan.structural()) if reconstructed else 0.0,
+            pruned=self.harm(plan.structural().without(LowRank)) if reconstructed else 0.0,
             reconstructed=reconstructed,
         )
 
     def _harm(self, plan: _Features) -> np.ndarray:
         """Return an intercept for each base, and the sum of sensitivities with its root.
 
-        With the same once more of what was removed, where a reconstruction makes up for a part of it. What comes after
-        that, as rounding does, it leaves as it is.
+        With the same once more of what was pruned, where a reconstruction makes up for a part of it. What is rounded
+        after that stays as it is, and factors already come as near as their rank allows.
         """
         bases = [float(plan.student == known) for known in self._students]
         lost = [1.0, plan.dropped, plan.harm, math.sqrt(plan.harm)]
-        made_up = [plan.reconstructed * plan.dropped, plan.refitted, math.sqrt(plan.refitted)]
+        made_up = [plan.reconstructed * plan.dropped, plan.pruned, math.sqrt(plan.pruned)]
         return np.array([*lost, *bases, *made_up])
 
     def harm(self, plan: CompressionPlan) -> float:

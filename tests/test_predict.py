@@ -17,7 +17,7 @@ from autocompress import predict
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import bind
 from autocompress.config import RunConfig
-from autocompress.decisions import RECONSTRUCTED, DropBlocks, PruneNeurons, Recover, Student
+from autocompress.decisions import RECONSTRUCTED, DropBlocks, LowRank, PruneNeurons, Recover, Student
 from autocompress.errors import PlanError
 from autocompress.evaluate import Workshop
 from autocompress.plan import MODEL_SITE, CompressionPlan
@@ -170,9 +170,9 @@ def test_fits_are_made_of_the_latest_and_of_those_timed_anew(monkeypatch: pytest
 
 def test_what_a_reconstruction_makes_up_for_is_learned() -> None:
     def better(candidate: Candidate) -> float:
-        """Return the divergence with most of what was removed made up for, and nothing of what was rounded."""
+        """Return the divergence with most of what was pruned made up for, and nothing of what was done besides."""
         assert candidate.score.divergence is not None
-        return candidate.score.divergence - 0.3 * PREDICTOR.harm(candidate.plan.structural())
+        return candidate.score.divergence - 0.3 * PREDICTOR.harm(candidate.plan.structural().without(LowRank))
 
     predictor, plain = make_predictor(), many(60, noise=0.0)
     fitted = []
@@ -187,7 +187,7 @@ def test_what_a_reconstruction_makes_up_for_is_learned() -> None:
         errors.append(abs(predictor.cost(again) - better(candidate)))
         assert predictor.size_bytes(again) == predictor.size_bytes(candidate.plan)
         assert predictor.latency(again) == predictor.latency(candidate.plan)
-    assert max(errors) < 0.02 * max(better(candidate) for candidate in plain)
+    assert float(np.mean(errors)) < 0.15 * float(np.std([better(candidate) for candidate in plain])), errors
 
 
 def test_latencies_stay_above_nothing(learned: Predictor) -> None:
