@@ -16,7 +16,7 @@ from autocompress.binding import NO_STUDENT, TABLE_STEP, BoundSpace, Effect, kep
 from autocompress.predict import Predictor
 from autocompress.space import Value, bits_of
 
-_PRICES = (0.1, 0.03, 0.3, 1.0)
+_PRICES = (0.1, 0.03, 0.3, 1.0, 0.2)
 """What the whole reference's size and latency cost together, in units of the guide; what usually pays first."""
 _SHARES = (0.5, 0.9, 0.1)
 """Part of the price that is on latency; the rest is on size."""
