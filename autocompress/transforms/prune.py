@@ -225,16 +225,16 @@ def _fisher(
                 else:
                     neurons[number] += gate.square().sum(dim=0)
             for output in looked_up:
-                assert output.grad is not None and counts is not None
+                assert counts is not None
                 # The rows of special tokens, which are kept anyway, answer to other things than words do.
                 words = batch.attention_mask.bool() & counts[batch.input_ids].isfinite()
-                found = output.grad[words].double()
+                found = _slope(output)[words].double()
                 slopes, read = slopes + found.T @ found, read + len(found)
             mask = batch.attention_mask.bool()
             tokens += int(mask.sum())
             for key, of_layer in outputs.items():
                 # Of a layer that is run several times the changes add up, and so do their slopes.
-                slope = torch.stack([output.grad for output in of_layer if output.grad is not None]).sum(dim=0)
+                slope = torch.stack([_slope(output) for output in of_layer]).sum(dim=0)
                 at_tokens = slope[mask].float().numpy()
                 returned[key] = returned[key] + torch.from_numpy(at_tokens.T @ at_tokens)
                 of_layer.clear()
@@ -252,8 +252,12 @@ def _fisher(
 
 def _gate(value: torch.Tensor) -> torch.Tensor:
     """Return, ``rows x channels``, what a loss's slope is in gates on ``value``, ``rows x tokens x channels``."""
-    assert value.grad is not None
-    return (value.detach() * value.grad).double().sum(dim=1)
+    return (value.detach() * _slope(value)).double().sum(dim=1)
+
+
+def _slope(value: torch.Tensor) -> torch.Tensor:
+    assert value.grad is not None, "all that is looked at leads to the loss"
+    return value.grad
 
 
 def _drop_order(

@@ -7,8 +7,8 @@ Kronecker-factored Approximate Curvature", section 3. Optimal brain surgery remo
 by all others as well as can be, costs the least, and goes on from the layer that has made up for it: Kurtic et al.
 2023, "ZipLM: Inference-Aware Structured Pruning of Language Models", eq. 2-4, who leave ``S`` out.
 
-All parts go in this order, whichever number is kept. Where nothing makes up for what is removed, information about each
-part alone tells more (`prune.py`).
+All parts go in this order, whichever number is kept. Where nothing makes up for what is removed, each part is judged as
+the others stay (`prune.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 _AT_ONCE = 1 / 32
-"""Share of the neurons left that go at once: the order is hardly another one, and there are fewer updates."""
+"""Share of the neurons left that go at once, each judged as if it went alone: one by one takes many times as long."""
 _DAMPING = 0.1
 """Part of the slopes' mean square that is added to each: they are those of training rows, which the model knows."""
 
