@@ -24,6 +24,8 @@ class Figure:
     target: str
     holds: bool
     commit: str = ""
+    cpu: dict[str, object] | None = None
+    """On which it was measured, where that is not the file's."""
 
 
 @dataclass
@@ -68,16 +70,22 @@ class Figures:
         """Start from the figures that are already on file, so that a part can be measured anew."""
         if self.file.exists():
             content = json.loads(self.file.read_text(encoding="utf-8"))
-            self.figures = [Figure(**{"commit": content["commit"], **f}) for f in content["figures"]]
+            known = {"commit": content["commit"], "cpu": content["fingerprint"]["cpu"]}
+            self.figures = [Figure(**{**known, **figure}) for figure in content["figures"]]
             self.more = content.get("more", {})
 
     def write(self) -> None:
         """Write the file."""
+        fingerprint = machine.fingerprint()
+        figures = [asdict(figure) for figure in self.figures]
+        for figure in figures:
+            if figure["cpu"] in (None, fingerprint["cpu"]):
+                del figure["cpu"]
         content = {
-            "figures": [asdict(figure) for figure in self.figures],
+            "figures": figures,
             "command": self.command,
             "commit": commit(),
-            "fingerprint": machine.fingerprint(),
+            "fingerprint": fingerprint,
             **({"more": self.more} if self.more else {}),
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)

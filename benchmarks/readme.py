@@ -160,8 +160,9 @@ def cpu_words(cpu: dict[str, Any]) -> str:
 def measured_on(content: dict[str, Any]) -> str:
     """Say on what the figures of a benchmark were taken."""
     cpu, versions = content["fingerprint"]["cpu"], content["fingerprint"]["versions"]
+    others = dict.fromkeys(cpu_words(figure["cpu"]) for figure in content["figures"] if "cpu" in figure)
     return (
-        f"Measured on {cpu_words(cpu)} with OpenVINO "
+        f"Measured on {', and in part on '.join([cpu_words(cpu), *others])} with OpenVINO "
         f"{versions['openvino']}, ONNX Runtime {versions.get('onnxruntime', '-')} and torch {versions['torch']}"
     )
 
