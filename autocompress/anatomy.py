@@ -133,3 +133,8 @@ def before_drop(site: str, kept: Sequence[int]) -> str:
         return site
     _, number, kind = site.split(".")
     return f"block.{kept[int(number)]}.{kind}"
+
+
+def columns_of(heads: Sequence[int], size: int) -> list[int]:
+    """Return the channels of some attention heads of ``size`` channels each."""
+    return [head * size + channel for head in heads for channel in range(size)]

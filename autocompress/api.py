@@ -198,7 +198,7 @@ def recover(
         recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
         if pairs := run.search.confirm_pairs:  # it is compared with points that were timed at several moments
             [measured] = workshop.confirmed([(plan, recovered.score)], pairs=pairs, progress=progress)
-            recovered = study.confirm(recovered.number, measured)
+            [recovered] = study.confirm({recovered.number: measured})
         write_results(study)
     return recovered
 

@@ -39,8 +39,8 @@ from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.trained import FITTED_AT_ONCE, Progress, Trained, silent, torch_threads
 from autocompress.transforms import apply_plan
+from autocompress.transforms.importance import READING, Importance, importance
 from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
-from autocompress.transforms.prune import READING, Importance, importance
 from autocompress.transforms.quantize import Activations, observe
 from autocompress.transforms.student import begun, channel_scores
 from autocompress.transforms.vocabulary import TokenUse
@@ -92,7 +92,7 @@ class Bases(Trained):
 
     def _importance(self, base: EncoderModel) -> Importance:
         drops = self._space_file.drop_blocks.at_most if self._space_file.drop_blocks else 0
-        code = code_version(("transforms/prune.py", "transforms/vocabulary.py"))
+        code = code_version(("transforms/importance.py", "transforms/vocabulary.py"))
         key = self._key(base=base.base, drops=drops, precision=self.precision(), code=code, counted=_COUNTED_ROWS)
 
         def make(folder: Path) -> None:

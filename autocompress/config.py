@@ -116,6 +116,9 @@ class SearchConfig(Section):
         description="what a cluster's node offers that latency is measured on, by Ray's names, such as "
         "{device_pi5: 1}; default: the nodes of the workers",
     )
+    device_wait: float = Field(
+        60, ge=0, le=86_400, description="seconds in which a device that went may come back before the search ends"
+    )
     max_retries: int = Field(2, ge=0, le=10, description="new attempts after a worker died")
     latency_pairs: int = Field(
         4, ge=2, le=10_000, description="blocks of runs of the candidate and of the reference, alternating"

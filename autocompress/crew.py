@@ -174,7 +174,8 @@ class _Site:
         """Ask the first outpost for what the driver wants to know, and say what it answers."""
         answer: Any
         try:
-            answer = answer_of(getattr(self._outposts[0], method).remote(*values), self._crew.device)
+            asked = getattr(self._outposts[0], method).remote(*values)
+            answer = answer_of(asked, self._crew.device, self._crew.device_wait)
         except AutocompressError as error:
             answer = error
         except Exception as error:
@@ -268,7 +269,7 @@ class _Site:
         there: Any = ray.remote(num_cpus=0, resources=crew.device, max_restarts=-1, max_task_retries=-1)(Outpost)
         outposts = [there.remote(target) for _ in range(places)]
         try:
-            found = [answer_of(outpost.fingerprint.remote(), crew.device) for outpost in outposts]
+            found = [answer_of(outpost.fingerprint.remote(), crew.device, crew.device_wait) for outpost in outposts]
         except AutocompressError as error:
             raise _Refused(str(error)) from None
         cpus = sorted({about["cpu"]["name"] for about in found})

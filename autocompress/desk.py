@@ -30,6 +30,7 @@ class Crew:
         exclusive: whether a worker must have the machine to itself while it times.
         resources: what else each of them takes of a node, by Ray's names.
         device: what a node offers on which latency is measured; where there is nothing in it, workers do that.
+        device_wait: seconds in which such a node may be away.
         max_failures: how often one worker may die.
         driver: the machine and the versions that measured the uncompressed model.
         address: of the cluster; None for a Ray of our own.
@@ -46,6 +47,7 @@ class Crew:
     exclusive: bool
     resources: dict[str, float]
     device: dict[str, float]
+    device_wait: float
     max_failures: int
     driver: Fingerprint
     address: str | None = None

@@ -90,6 +90,7 @@ class Workers:
             exclusive=exclusive,
             resources=run.search.resources,
             device=run.search.device,
+            device_wait=run.search.device_wait,
             max_failures=(1 + run.search.max_retries) * run.search.trials,
             driver=machine.fingerprint(),
             address=None if cluster is None else cluster.address,

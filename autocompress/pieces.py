@@ -22,11 +22,12 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from autocompress import machine
+from autocompress.anatomy import columns_of
 from autocompress.decisions import Decision, LowRank, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.model import ROLES, EncoderModel
 from autocompress.transforms import HANDLERS
+from autocompress.transforms.importance import Importance
 from autocompress.transforms.moments import Moments, same_in_the_mean
-from autocompress.transforms.prune import Importance, columns_of
 from autocompress.transforms.quantize import ActivationRange, Activations, Packed, packed
 from autocompress.transforms.vocabulary import trimmed
 
@@ -59,7 +60,10 @@ Piece = tuple[Layer, ...]
 
 SOURCES = (
     "pieces.py",
-    *(f"transforms/{name}.py" for name in ("__init__", "moments", "prune", "factorize", "quantize", "vocabulary")),
+    *(
+        f"transforms/{name}.py"
+        for name in ("__init__", "moments", "importance", "prune", "factorize", "quantize", "vocabulary")
+    ),
 )
 """What pieces come of."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ QUALITIES = ("accuracy", "loss", "divergence")
 """Objectives that are taken by running rows through the artefact."""
 
 
+Z95 = 1.959963984540054
+"""The normal distribution lies to 95 % within as many standard deviations."""
 DISTURBED = 0.03
 """Share of a block's time by wall clock that its threads may wait for a core without being timed again or marked."""
 
@@ -47,6 +51,8 @@ class Measurement:
         latency_ratio: median over pairs of blocks of candidate over reference, below 1 is faster, with its 95 %
             bootstrap interval.
         latency_waited: share of the time that threads stood ready without a core while it was taken by wall clock.
+        latency_drift: standard deviation, as a share, of ratios of one artefact from one time to another beyond what
+            pairs of one time tell; the interval includes it. 0 where it is not known.
         predictions: SHA-256 of the predicted classes, in row order.
         peak_memory_bytes: what loading and running it adds to a fresh process's memory, where that is asked for.
         stages: seconds by stage (build, load, latency, accuracy, ...).
@@ -71,6 +77,7 @@ class Measurement:
     divergence: float | None = None
     peak_memory_bytes: int | None = None
     latency_waited: float = 0.0
+    latency_drift: float = 0.0
     confirmed: bool = False
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
@@ -80,6 +87,21 @@ class Measurement:
     def disturbed(self) -> bool:
         """Whether other programs took so much of the cores that the latency says more of them than of the model."""
         return self.latency_waited > DISTURBED
+
+    def drifting(self, drift: float) -> Measurement:
+        """Return self with an interval that holds from one time to another, between which ratios drift."""
+        if not drift:
+            return self
+        low, high = (
+            math.hypot(math.log(end / self.latency_ratio), Z95 * drift)
+            for end in (self.latency_ratio_low, self.latency_ratio_high)
+        )
+        return dataclasses.replace(
+            self,
+            latency_ratio_low=self.latency_ratio * math.exp(-low),
+            latency_ratio_high=self.latency_ratio * math.exp(high),
+            latency_drift=drift,
+        )
 
     def check(self) -> Measurement:
         """Return self if every number can stand on a front.
@@ -169,3 +191,26 @@ class Candidate:
         if self.measurement is None:
             raise MeasurementError(f"trial {self.number}: has no measurement ({self.failure})")
         return self.measurement
+
+
+def drift_of(before: Sequence[Measurement], after: Sequence[Measurement]) -> float:
+    """Return by how much latencies of one artefact differ from one time to another beyond their own intervals.
+
+    That is the standard deviation of a normal effect on the logarithm of each ratio, by the method of moments (Hedges
+    1983, "A Random Effects Model for Effect Sizes"): the variance of the differences between two times, less the mean
+    of what the intervals make of it, is twice that of the effect. What all artefacts differ by alike is of the ways in
+    which latencies were taken.
+
+    Args:
+        before: at one time.
+        after: of the same artefacts at another one, two at least.
+    """
+    both = list(zip(before, after, strict=True))
+    seen = statistics.variance(math.log(b.latency_ratio / a.latency_ratio) for a, b in both)
+    own = statistics.fmean(_own_variance(a) + _own_variance(b) for a, b in both)
+    return math.sqrt(max(0.0, seen - own) / 2)
+
+
+def _own_variance(measured: Measurement) -> float:
+    """Return the variance of the ratio's logarithm by its interval."""
+    return (math.log(measured.latency_ratio_high / measured.latency_ratio_low) / (2 * Z95)) ** 2

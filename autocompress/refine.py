@@ -121,8 +121,7 @@ def _confirm(study: Study, workshop: Workshop, quiet: Callable[[], None] | None,
             there = (workshop.artefacts / candidate.plan.plan_id).is_dir()
             points.append((candidate.plan, candidate.score if there else workshop.evaluate(candidate.plan)))
         confirmed = workshop.confirmed(points, pairs=pairs, quiet=quiet, progress=progress)
-        for candidate, measured in zip(waiting, confirmed, strict=True):
-            study.confirm(candidate.number, measured)
+        study.confirm({c.number: measured for c, measured in zip(waiting, confirmed, strict=True)})
         waiting = [c for c in study.front().points if not c.score.confirmed]
     if study.run.search.keep_artefacts == "front":
         kept = {c.plan.plan_id for c in study.front().points} | {"reference"}

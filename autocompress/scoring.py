@@ -19,7 +19,7 @@ import numpy as np
 from autocompress import machine, slot
 from autocompress.config import TargetConfig
 from autocompress.errors import MeasurementError
-from autocompress.records import DISTURBED
+from autocompress.records import DISTURBED, Z95
 from autocompress.runtimes.base import Session
 from autocompress.task import Batch, Split
 
@@ -34,7 +34,6 @@ WRONG_STOPS = 1e-3
 """Chance that an accuracy pass is ended for a candidate that would have reached the front."""
 LOOKS = (1 / 4, 1 / 2)
 """Shares of the rows after which that is decided in one pass."""
-_Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,15 @@ class Latency:
             "latency_ratio_low": self.ratio_low,
             "latency_ratio_high": self.ratio_high,
             "latency_waited": self.waited,
+            "latency_drift": 0.0,
         }
 
 
 def wilson(hits: int, rows: int) -> tuple[float, float]:
     """Return the 95 % score interval of a share (Wilson 1927)."""
-    share, z2 = hits / rows, _Z95**2
+    share, z2 = hits / rows, Z95**2
     centre = (share + z2 / (2 * rows)) / (1 + z2 / rows)
-    half = _Z95 / (1 + z2 / rows) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows * rows))
+    half = Z95 / (1 + z2 / rows) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows * rows))
     # Rounding must not leave a share of 0 or 1 outside its own interval.
     return 0.0 if hits == 0 else centre - half, 1.0 if hits == rows else centre + half
 

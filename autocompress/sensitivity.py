@@ -17,7 +17,7 @@ from autocompress.errors import PlanError
 from autocompress.model import Autocast, EncoderModel
 from autocompress.pieces import Piece, StandIn, stand_ins, unpacked
 from autocompress.task import Batch
-from autocompress.transforms.prune import Importance
+from autocompress.transforms.importance import Importance
 
 _HELD_BYTES = 2**30
 """What layers read and their slopes may take at once; of more rows, decisions are judged by a part after the other."""

@@ -30,7 +30,7 @@ from autocompress.pareto import Front, Unbeaten, contenders, costs
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.proposals import Proposals
-from autocompress.records import OBJECTIVES, Candidate, Measurement, Stopped
+from autocompress.records import OBJECTIVES, Candidate, Measurement, Stopped, drift_of
 from autocompress.samplers import make_sampler
 from autocompress.storage import open_records
 
@@ -39,6 +39,8 @@ _ASKS = 8
 """Proposals of the sampler that may repeat a known plan before a random new one is taken."""
 _CONFIRMED = "confirmed:"
 """Start of the study attributes that hold measurements with a latency taken anew, by trial number."""
+_TELL_DRIFT = 5
+"""Latencies that, taken twice, tell how far they drift."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -297,19 +299,30 @@ class Study:
     def _values(self, measured: Measurement) -> list[float]:
         return [float(getattr(measured, OBJECTIVES[name][0])) for name in self.told]
 
-    def confirm(self, number: int, measured: Measurement) -> Candidate:
-        """Put a latency that was taken anew in place of the one that the search saw.
+    def confirm(self, latest: Mapping[int, Measurement]) -> list[Candidate]:
+        """Put latencies that were taken anew, by trial, in place of those that the search saw.
 
-        The values that the sampler was told stay as they are: the study is a record of what happened.
+        Where there are enough of both they tell how far latencies drift from one time to another, and from then on the
+        new ones' intervals include it. The values that the sampler was told stay as they are: the study is a record of
+        what happened.
         """
-        measured.check()
-        # Beside the trials: Optuna lets nobody change one that has finished.
-        self._study.set_user_attr(f"{_CONFIRMED}{number}", dataclasses.asdict(measured))
-        known = self._candidates[number]
-        candidate = dataclasses.replace(known, measurement=measured, feasible=self._feasible(measured))
-        self._candidates[number] = candidate
+        for measured in latest.values():
+            measured.check()
+        known = [self._candidates[number] for number in latest]
+        first = [c for c in known if not c.score.confirmed]
+        if len(first) >= _TELL_DRIFT:
+            drift = drift_of([c.score for c in first], [latest[c.number] for c in first])
+        else:
+            drift = max((c.score.latency_drift for c in self.candidates() if c.measurement is not None), default=0.0)
+        found = []
+        for candidate in known:
+            measured = latest[candidate.number].drifting(drift)
+            # Beside the trials: Optuna lets nobody change one that has finished.
+            self._study.set_user_attr(f"{_CONFIRMED}{candidate.number}", dataclasses.asdict(measured))
+            found.append(dataclasses.replace(candidate, measurement=measured, feasible=self._feasible(measured)))
+            self._candidates[candidate.number] = found[-1]
         self._forget_fronts()
-        return candidate
+        return found
 
     def add(self, plan: CompressionPlan, measured: Measurement, *, origin: str) -> Candidate:
         """Record a candidate that was not asked for, such as a recovered point."""

@@ -32,7 +32,10 @@ from autocompress.transforms.moments import Moments
 from autocompress.transforms.quantize import Packed
 
 Progress = training.Progress
-_RECONSTRUCTION = ("reconstruct.py", *(f"transforms/{n}.py" for n in ("prune", "surgery", "factorize", "moments")))
+_RECONSTRUCTION = (
+    "reconstruct.py",
+    *(f"transforms/{name}.py" for name in ("importance", "prune", "surgery", "factorize", "moments")),
+)
 """What a reconstructed model comes of: its weights, and what they go on from."""
 
 FITTED_AT_ONCE = 64

@@ -40,8 +40,6 @@ _ROOM = 2**20
 """Bytes that a disk which is not full has room for."""
 LOOK_S = 10.0
 """Seconds without a result after which Ray is asked whether it lives."""
-_AWAY_S = 60.0
-"""Seconds in which a device that went may come back."""
 
 
 def words_of(resources: dict[str, float]) -> str:
@@ -50,8 +48,13 @@ def words_of(resources: dict[str, float]) -> str:
     return ", ".join(f"{name}: {amount:g}" for name, amount in named.items() if name != "object_store_memory")
 
 
-def answer_of(begun: Any, device: dict[str, float]) -> Any:
+def answer_of(begun: Any, device: dict[str, float], wait: float) -> Any:
     """Wait for what the outpost on a device was asked for, as long as there is a node that can be the device.
+
+    Args:
+        begun: what is waited for.
+        device: what such a node offers.
+        wait: seconds in which it may be away.
 
     Raises:
         DeviceError: if there is none for so long that it will not come back.
@@ -65,7 +68,7 @@ def answer_of(begun: Any, device: dict[str, float]) -> Any:
             offered = (node["Resources"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
             there = any(all(node.get(name, 0.0) >= amount for name, amount in device.items()) for node in offered)
             gone = 0.0 if there else gone + LOOK_S
-            if gone > _AWAY_S:
+            if gone > wait:
                 raise DeviceError(f"no node has {words_of(device)} any more; start the device's node again") from None
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None  # what was raised there, without where
@@ -189,7 +192,7 @@ class Worker(tune.Trainable):
     def _call(self, method: str, *values: Any) -> Callable[[], Any]:
         outpost = self._outposts[int(self.trial_id.rpartition("_")[2]) % len(self._outposts)]
         begun = getattr(outpost, method).remote(*values)
-        return lambda: answer_of(begun, self._run.search.device)
+        return lambda: answer_of(begun, self._run.search.device, self._run.search.device_wait)
 
     def _get_ready(self, workshop: Workshop) -> None:
         if not self._ready:

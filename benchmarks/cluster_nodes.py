@@ -91,12 +91,12 @@ def main() -> None:
         )
         figures.add("points on either front", len(both), "points")
         figures.add("points on both fronts", len(ids[0] & ids[1]), "points")
-        for what, count in (
-            ("accuracy and size are the same", sum(same(*pair) for pair in pairs)),
-            ("latencies agree within their intervals", gaps.count(0.0)),
+        for what, count, share in (
+            ("accuracy and size are the same", sum(same(*pair) for pair in pairs), 1.0),
+            ("latencies agree within their intervals", gaps.count(0.0), AGREEING),
         ):
-            aim = f">= {AGREEING:.0%} of them"
-            figures.add(f"points on either front whose {what}", count, "points", aim, count >= AGREEING * len(both))
+            aim = f">= {share:.0%} of them"
+            figures.add(f"points on either front whose {what}", count, "points", aim, count >= share * len(both))
         figures.add("largest gap between the intervals of a point's two latencies", max(gaps, default=0.0), "share")
     figures.write()
 

@@ -26,7 +26,7 @@ from autocompress.evaluate import Workshop
 from autocompress.model import EncoderModel
 from autocompress.plan import CompressionPlan
 from autocompress.task import Batch
-from autocompress.transforms.prune import Importance
+from autocompress.transforms.importance import Importance
 
 W8A8, W4 = Quantize(weight_bits=8, activation_bits=8), Quantize(weight_bits=4, group_size=64)
 W4A8, W3A8, W2A8 = (Quantize(weight_bits=bits, activation_bits=8, group_size=64) for bits in (4, 3, 2))

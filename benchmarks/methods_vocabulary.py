@@ -22,7 +22,7 @@ from autocompress.decisions import TrimVocabulary
 from autocompress.evaluate import Workshop
 from autocompress.model import EncoderModel
 from autocompress.plan import CompressionPlan
-from autocompress.transforms.prune import Importance
+from autocompress.transforms.importance import Importance
 from autocompress.transforms.vocabulary import TokenUse
 
 SHARES = (0.25, 0.125, 0.0625)

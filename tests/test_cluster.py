@@ -110,16 +110,16 @@ def test_a_driver_that_is_killed_leaves_the_cluster_free(
     enter(nodes, monkeypatch)
     for address in (nodes.address, nodes.client_address):
         out = workplace / f"out-{address.partition(':')[0]}"
-        search = start_search(workplace, out, "search.trials=40", options=("--address", address))
+        search = start_search(workplace, out, "search.trials=16", options=("--address", address))
         list(lines_until(search, "] trial "))
         search.kill()
         search.communicate()
         # It needs the places that the first one's workers had.
-        again = ("--out", out, "--address", address, "--set", "search.trials=40")
+        again = ("--out", out, "--address", address, "--set", "search.trials=16")
         done = command("search", "run.yaml", *again, cwd=workplace)
         assert done.code == 0, done.err
-        assert re.search(r"evaluating \d+ of 40 candidates", done.err), "the first was killed in the middle"
-        assert len(by_number(out)) == 40
+        assert re.search(r"evaluating \d+ of 16 candidates", done.err), "the first was killed in the middle"
+        assert len(by_number(out)) == 16
 
 
 def test_a_cluster_that_loses_its_head_ends_the_search(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,8 @@ def test_a_search_waits_for_its_device_to_come_back_but_not_for_ever(
 ) -> None:
     enter(nodes, monkeypatch)
     options = ("--address", nodes.address)
-    search = start_search(workplace, workplace / "out", "search.trials=100", DEVICE, options=options)
+    settings = ("search.trials=100", DEVICE, "search.device_wait=20")
+    search = start_search(workplace, workplace / "out", *settings, options=options)
     list(lines_until(search, "] trial "))
     nodes.lose(-1)
     add_device(nodes, workplace / "device")

@@ -140,7 +140,7 @@ def test_results_are_three_files(tmp_path: Path) -> None:
     known = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**known, "shared_rows": 3}), encoding="utf-8")
     busy = study.front().points[0]
-    study.confirm(busy.number, dataclasses.replace(busy.score, latency_waited=0.2))
+    study.confirm({busy.number: dataclasses.replace(busy.score, latency_waited=0.2)})
     before = {path.name for path in study.folder.iterdir()}
     assert not {"study.csv", "pareto.csv", "report.html"} & before
     write_results(study)

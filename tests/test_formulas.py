@@ -15,6 +15,7 @@ from conftest import BLOCKS, FAMILIES, HIDDEN, LABELS, make_model, make_tokenize
 from torch import nn
 
 from autocompress import task, training
+from autocompress.anatomy import columns_of
 from autocompress.config import DataConfig
 from autocompress.decisions import PruneHeads, PruneNeurons, Quantize
 from autocompress.model import understand
@@ -23,8 +24,8 @@ from autocompress.task import Split
 from autocompress.training import Example, TrainingBudget
 from autocompress.transforms import apply_plan, quantize
 from autocompress.transforms.factorize import factorized
+from autocompress.transforms.importance import importance
 from autocompress.transforms.moments import Moments
-from autocompress.transforms.prune import columns_of, importance
 from autocompress.transforms.quantize import ActivationRange, Activations, compensated, per_channel, per_group
 
 

@@ -17,8 +17,8 @@ from autocompress.model import EncoderModel, understand
 from autocompress.plan import CompressionPlan
 from autocompress.transforms import apply_plan, quantize
 from autocompress.transforms.factorize import factorized
+from autocompress.transforms.importance import Importance, importance
 from autocompress.transforms.moments import Moments, Spread, read_moments, save_moments, take_moments
-from autocompress.transforms.prune import Importance, importance
 from autocompress.transforms.quantize import compensated, per_group
 
 NARROW = [Quantize(weight_bits=bits, activation_bits=a, group_size=8) for bits in (4, 3, 2) for a in (16, 8)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -174,6 +175,13 @@ def test_one_point_may_be_recommended_for_everything(tmp_path: Path) -> None:
     text = Page(report(tmp_path, [make_candidate(0, accuracy=0.88)])).text
     assert "Fastest and smallest within 1 percentage point of accuracy, knee of the front: trial 0" in text
     assert text.count("trial 0 with") == 1
+
+
+def test_what_latencies_drift_is_said_where_it_is_known(tmp_path: Path) -> None:
+    assert "drift" not in report(tmp_path, SEARCH)
+    scored = [c for c in SEARCH if c.measurement is not None]
+    drifting = [dataclasses.replace(c, measurement=c.score.drifting(0.023)) for c in scored]
+    assert "interval; on the front it includes a drift of 2.3 % (standard deviation)" in report(tmp_path, drifting)
 
 
 def test_no_point_within_one_percentage_point_is_said(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from autocompress.model import EncoderModel, understand
 from autocompress.pieces import Factor, Piece, code_version, linear_modules, make_piece, read_piece, save_piece
 from autocompress.plan import CompressionPlan
 from autocompress.transforms import HANDLERS, apply_plan
+from autocompress.transforms.importance import Importance, importance
 from autocompress.transforms.moments import take_moments
-from autocompress.transforms.prune import Importance, importance
 from autocompress.transforms.quantize import ActivationRange, Activations, Packed, observe, packed
 
 W16 = Quantize(weight_bits=16)
@@ -308,7 +308,8 @@ class TestCodeVersion:
         code_version.cache_clear()
 
     @pytest.mark.parametrize(
-        "name", ["pieces.py", "transforms/__init__.py", "transforms/quantize.py", "transforms/prune.py"]
+        "name",
+        ["pieces.py", *(f"transforms/{name}.py" for name in ("__init__", "importance", "quantize", "prune"))],
     )
     def test_it_changes_with_the_code_that_makes_pieces(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

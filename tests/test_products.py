@@ -18,7 +18,7 @@ from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.products import Product, Sizes, products_of
 from autocompress.space import SearchSpace, shipped_spaces
 from autocompress.transforms import apply_plan
-from autocompress.transforms.prune import Importance
+from autocompress.transforms.importance import Importance
 from autocompress.transforms.student import begun
 
 W16, W4 = Quantize(weight_bits=16), Quantize(weight_bits=4, group_size=8)

@@ -35,8 +35,8 @@ from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.reconstruct import Wanted, read_sums, reconstruct, save_sums, sums_in
 from autocompress.task import Batch
 from autocompress.transforms import apply_plan
+from autocompress.transforms.importance import importance
 from autocompress.transforms.moments import take_moments
-from autocompress.transforms.prune import importance
 
 PLANS: dict[str, tuple[tuple[str, Decision], ...]] = {
     "heads": tuple((f"block.{n}.attention", PruneHeads(keep=2)) for n in range(3)),

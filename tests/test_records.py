@@ -7,12 +7,13 @@ import json
 import math
 from typing import get_args
 
+import numpy as np
 import pytest
 from helpers_records import make_candidate, make_measurement
 
 from autocompress.config import Objective, RunConfig
 from autocompress.errors import MeasurementError
-from autocompress.records import OBJECTIVES, QUALITIES, Measurement
+from autocompress.records import OBJECTIVES, QUALITIES, Z95, Measurement, drift_of
 
 ACCURACIES = ("accuracy", "accuracy_low", "accuracy_high")
 POSITIVE = (
@@ -109,3 +110,43 @@ def test_objectives_are_those_of_the_run_file_and_read_fields_of_a_score() -> No
     for field, direction in OBJECTIVES.values():
         assert field in fields
         assert direction == ("maximize" if field == "accuracy" else "minimize")
+
+
+class TestDrift:
+    """Latencies of one artefact differ from one time to another by more than their own intervals tell."""
+
+    WITHIN, DRIFT, ARTEFACTS = 0.01, 0.03, 4000
+
+    def taken(self, rng: np.random.Generator, *, drift: float, alike: float = 1.0) -> list[Measurement]:
+        found = []
+        for _ in range(self.ARTEFACTS):
+            effect, error = rng.normal(0, drift), rng.normal(0, self.WITHIN)
+            ratio = 0.3 * alike * math.exp(effect + error)
+            score = make_measurement(ratio=ratio)
+            low, high = (ratio * math.exp(sign * Z95 * self.WITHIN) for sign in (-1, 1))
+            found.append(dataclasses.replace(score, latency_ratio_low=low, latency_ratio_high=high))
+        return found
+
+    def test_it_is_found_and_what_all_have_alike_is_not_of_it(self) -> None:
+        rng = np.random.default_rng(0)
+        before, after = self.taken(rng, drift=self.DRIFT), self.taken(rng, drift=self.DRIFT, alike=1.07)
+        assert drift_of(before, after) == pytest.approx(self.DRIFT, rel=0.05)
+
+    def test_there_is_none_where_intervals_tell_all(self) -> None:
+        rng = np.random.default_rng(1)
+        assert drift_of(self.taken(rng, drift=0.0), self.taken(rng, drift=0.0)) < 0.3 * self.WITHIN
+        assert drift_of([make_measurement()] * 3, [make_measurement(ratio=0.6)] * 3) == 0.0
+
+    def test_an_interval_with_it_holds_at_another_time(self) -> None:
+        rng = np.random.default_rng(2)
+        widened = [score.drifting(self.DRIFT) for score in self.taken(rng, drift=self.DRIFT)]
+        held = [score.latency_ratio_low <= 0.3 <= score.latency_ratio_high for score in widened]
+        assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+        assert {score.latency_drift for score in widened} == {self.DRIFT}
+
+    def test_each_end_keeps_what_it_was_farther_away(self) -> None:
+        score = dataclasses.replace(make_measurement(ratio=0.5), latency_ratio_low=0.5, latency_ratio_high=0.55)
+        found = score.drifting(0.02)
+        assert found.latency_ratio_low == pytest.approx(0.5 * math.exp(-Z95 * 0.02))
+        assert found.latency_ratio_high == pytest.approx(0.5 * math.exp(math.hypot(math.log(1.1), Z95 * 0.02)))
+        assert score.drifting(0.0) is score

@@ -42,7 +42,8 @@ from autocompress.products import Sizes, products_of
 from autocompress.runtimes import RUNTIMES, Artifact, Runtime, Session, get_runtime
 from autocompress.runtimes.base import Template, products
 from autocompress.transforms import apply_plan
-from autocompress.transforms.prune import Importance, importance, keep_blocks
+from autocompress.transforms.importance import Importance, importance
+from autocompress.transforms.prune import keep_blocks
 from autocompress.transforms.quantize import ActivationRange, observe, per_channel, per_group
 from autocompress.transforms.student import begun, channel_scores
 from autocompress.transforms.vocabulary import trimmed

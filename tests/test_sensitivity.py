@@ -24,7 +24,7 @@ from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.transforms import apply_plan
-from autocompress.transforms.prune import Importance, importance
+from autocompress.transforms.importance import Importance, importance
 from autocompress.transforms.quantize import observe
 
 W16, W4 = Quantize(weight_bits=16), Quantize(weight_bits=4, group_size=8)

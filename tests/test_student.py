@@ -24,8 +24,8 @@ from autocompress.errors import ModelError
 from autocompress.model import EncoderModel, understand
 from autocompress.pieces import Piece
 from autocompress.sensitivity import Sensitivity
+from autocompress.transforms.importance import Importance, importance
 from autocompress.transforms.moments import take_moments
-from autocompress.transforms.prune import Importance, importance
 from autocompress.transforms.quantize import observe
 from autocompress.transforms.student import (
     Repeated,

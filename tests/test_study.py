@@ -34,7 +34,7 @@ from autocompress.errors import MeasurementError, NoFeasiblePointError, StudyErr
 from autocompress.identity import identity_of
 from autocompress.journal import repair_tail
 from autocompress.plan import MODEL_SITE, CompressionPlan
-from autocompress.records import Candidate, Measurement, Stopped
+from autocompress.records import Candidate, Measurement, Stopped, drift_of
 from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace
 from autocompress.study import Study, excesses
@@ -507,13 +507,13 @@ def test_a_confirmed_latency_stands_in_place_of_the_first(drive: Callable[..., S
     taken = dataclasses.replace(
         chosen.score, latency_ms=99.0, latency_ratio=1.5, latency_ratio_low=1.4, latency_ratio_high=1.6, confirmed=True
     )
-    found = study.confirm(chosen.number, taken)
+    [found] = study.confirm({chosen.number: taken})
     assert found == dataclasses.replace(chosen, measurement=taken)
     assert study.candidate(chosen.number) == found
     other = next(c for c in told if c.number != chosen.number)
     slow = dataclasses.replace(other.score, latency_ratio=2.5, latency_ratio_high=2.6, confirmed=True)
-    assert not study.confirm(other.number, slow).feasible
-    again = study.confirm(other.number, dataclasses.replace(slow, latency_ratio=1.9))
+    assert not study.confirm({other.number: slow})[0].feasible
+    [again] = study.confirm({other.number: dataclasses.replace(slow, latency_ratio=1.9)})
     assert again.feasible, "the last one counts"
     study.close()
     for read in (Study(folder, run_of(limit)), drive(limit)):
@@ -526,11 +526,37 @@ def test_a_confirmed_latency_stands_in_place_of_the_first(drive: Callable[..., S
     assert [t.values for t in rows(folder) if t.state == TrialState.COMPLETE] == values
 
 
+def test_latencies_taken_twice_tell_how_far_they_drift(drive: Callable[..., Study]) -> None:
+    study = drive()
+    told = evaluate(study)
+    assert len(told) == 6
+
+    def taken(candidate: Candidate, factor: float) -> Measurement:
+        ends = {name: factor * getattr(candidate.score, name) for name in ("latency_ratio_low", "latency_ratio_high")}
+        ratio = factor * candidate.score.latency_ratio
+        return dataclasses.replace(candidate.score, latency_ratio=ratio, **ends, confirmed=True)
+
+    few = study.confirm({told[0].number: taken(told[0], 1.2)})
+    assert [c.score.latency_drift for c in few] == [0.0], "two latencies of one artefact tell too little"
+    five = {c.number: taken(c, factor) for c, factor in zip(told[1:], (0.8, 0.9, 1.0, 1.1, 1.2), strict=True)}
+    found = study.confirm(five)
+    [drift] = {c.score.latency_drift for c in found}
+    assert drift == drift_of([c.score for c in told[1:]], list(five.values())) > 0.05
+    for candidate in found:
+        before = five[candidate.number]
+        assert candidate.score.latency_ratio == before.latency_ratio
+        assert candidate.score.latency_ratio_low < before.latency_ratio_low
+        assert candidate.score.latency_ratio_high > before.latency_ratio_high
+    # What was found holds for what is taken later.
+    [later] = study.confirm({told[0].number: taken(told[0], 1.1)})
+    assert later.score.latency_drift == drift
+
+
 def test_a_confirmed_number_that_cannot_stand_is_refused(drive: Callable[..., Study], folder: Path) -> None:
     study = drive()
     chosen = evaluate(study)[0]
     with pytest.raises(MeasurementError, match="latency_ratio: must be finite"):
-        study.confirm(chosen.number, dataclasses.replace(chosen.score, latency_ratio=math.nan))
+        study.confirm({chosen.number: dataclasses.replace(chosen.score, latency_ratio=math.nan)})
     assert study.candidate(chosen.number) == chosen
     study.close()
     assert Study(folder, run_of()).candidate(chosen.number) == chosen

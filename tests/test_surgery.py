@@ -18,7 +18,8 @@ from autocompress.model import EncoderModel, understand
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.task import Batch
 from autocompress.transforms import surgery
-from autocompress.transforms.prune import READING, importance, keep_heads, keep_neurons
+from autocompress.transforms.importance import READING, importance
+from autocompress.transforms.prune import keep_heads, keep_neurons
 from autocompress.transforms.surgery import order_of_removal
 
 

@@ -36,7 +36,8 @@ from autocompress.model import EncoderModel, understand
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.transforms import apply_plan, check_plan
 from autocompress.transforms.factorize import factorized
-from autocompress.transforms.prune import Importance, importance, keep_heads, keep_neurons
+from autocompress.transforms.importance import Importance, importance
+from autocompress.transforms.prune import keep_heads, keep_neurons
 
 SIZE = HIDDEN // HEADS
 SHAPE = ModelShape(HIDDEN, (BlockShape(HEADS, SIZE, NEURONS),) * BLOCKS, len(VOCABULARY))

@@ -16,7 +16,7 @@ from autocompress.errors import PlanError
 from autocompress.model import understand
 from autocompress.plan import CompressionPlan
 from autocompress.transforms import check_plan
-from autocompress.transforms.prune import importance
+from autocompress.transforms.importance import importance
 from autocompress.transforms.vocabulary import TokenUse, trimmed
 
 WIDTH = 8

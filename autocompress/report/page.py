@@ -122,7 +122,8 @@ def write_report(
 <p>Accuracy is the share of {front.reference.rows} search rows that the artefact classifies rightly, with its 95 %
 Wilson interval. The points were chosen by these rows, so confirm a pick on the held-out test rows. Size is the bytes
 of the artefact's model files, 1 MB = 1,000,000 bytes. Latency is the median time of one call in milliseconds; the
-ratio is the median over paired runs of candidate over reference, with its 95 % bootstrap interval.</p>
+ratio is the median over paired runs of candidate over reference, with its 95 % bootstrap
+interval{_drifting(front)}.</p>
 {_definitions(environment)}
 {f"<h2>Notes</h2><ul>{remarks}</ul>" if remarks else ""}"""
     write_aside(
@@ -161,6 +162,14 @@ _WISHES: tuple[tuple[str, Preference, float | None], ...] = (
     ("smallest", "size", 0.01),
     ("knee", "knee", None),
 )
+
+
+def _drifting(front: Front) -> str:
+    """Say what the intervals of latencies include, if it was found."""
+    drift = max((point.score.latency_drift for point in front.points), default=0.0)
+    if not drift:
+        return ""
+    return f"; on the front it includes a drift of {100 * drift:.1f} % (standard deviation) between two times"
 
 
 def _opening(front: Front) -> str:

@@ -25,7 +25,8 @@ from autocompress.errors import PlanError
 from autocompress.model import EncoderModel
 from autocompress.plan import CompressionPlan
 from autocompress.transforms.factorize import Factorization
-from autocompress.transforms.prune import HeadPruning, Importance, NeuronPruning, keep_blocks
+from autocompress.transforms.importance import Importance
+from autocompress.transforms.prune import HeadPruning, NeuronPruning, keep_blocks
 from autocompress.transforms.quantize import check_groups
 from autocompress.transforms.vocabulary import check_rows
 

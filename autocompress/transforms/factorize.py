@@ -15,8 +15,9 @@ from autocompress.anatomy import Site
 from autocompress.decisions import LowRank
 from autocompress.errors import PlanError
 from autocompress.model import ROLES, EncoderModel
+from autocompress.transforms.importance import Importance
 from autocompress.transforms.moments import Moments, same_in_the_mean
-from autocompress.transforms.prune import Importance, linear
+from autocompress.transforms.prune import linear
 
 
 class Factorization:

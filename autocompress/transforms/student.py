@@ -1,6 +1,6 @@
 """What a student begins as, before it is distilled: parts of the teacher, narrower, cheaper, or used several times.
 
-Blocks, heads and neurons are taken by importance (`prune.py`). Beyond these a student may have
+Blocks, heads and neurons are taken by importance (`importance.py`). Beyond these a student may have
 
 - a narrower hidden size: the same channels are kept wherever the stream between the blocks is written or read, those
   whose gate has the largest empirical Fisher information (Kwon et al. 2022, eq. 5-7, with one gate for all places of a
@@ -26,7 +26,8 @@ from autocompress.decisions import Student
 from autocompress.errors import ModelError
 from autocompress.model import Autocast, EncoderModel
 from autocompress.task import Batch
-from autocompress.transforms.prune import Importance, keep_blocks, keep_heads, keep_neurons, linear
+from autocompress.transforms.importance import Importance
+from autocompress.transforms.prune import keep_blocks, keep_heads, keep_neurons, linear
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU}
 

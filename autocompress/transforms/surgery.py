@@ -8,7 +8,7 @@ by all others as well as can be, costs the least, and goes on from the layer tha
 2023, "ZipLM: Inference-Aware Structured Pruning of Language Models", eq. 2-4, who leave ``S`` out.
 
 All parts go in this order, whichever number is kept. Where nothing makes up for what is removed, each part is judged as
-the others stay (`prune.py`).
+the others stay (`importance.py`).
 """
 
 from __future__ import annotations
