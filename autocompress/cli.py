@@ -1,4 +1,4 @@
-"""The command line: each command is one call of the public API. Results go to stdout, what happens to stderr."""
+"""The command line: each command is one call of the public API. What is printed, and where, `console.py` says."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import json
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from autocompress import __version__, garbage
+from autocompress import __version__, console, garbage
 from autocompress.cluster import Cluster
 from autocompress.errors import AutocompressError, ConfigError
 
@@ -26,10 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-
-
-_SECONDS_BETWEEN_LINES = 15.0
-"""Between two lines that say how far a search is, off a terminal."""
 
 
 class Prefer(StrEnum):
@@ -81,24 +74,6 @@ def _run(
     named = {"model.id": model, "data.source": data, "space": space, "target.runtime": target}
     given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
     return RunConfig.from_file(run, overrides=[*given, *(overrides or [])])
-
-
-def _progress(line: str) -> None:
-    typer.echo(f"{time.strftime('%H:%M:%S')} {line}", err=True)
-
-
-def _print(data: Any, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(data, indent=1, default=str))
-        return
-    for key, value in _flat(data):
-        typer.echo(f"{key}: {value}")
-
-
-def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(data, dict):
-        return [row for key, value in data.items() for row in _flat(value, f"{prefix}.{key}" if prefix else str(key))]
-    return [(prefix, ", ".join(map(str, data)) if isinstance(data, list) else data)]
 
 
 @app.command()
@@ -156,7 +131,7 @@ def validate(
 
     found = api.validate(config)
     found["space"] = {**found["space"], "seeds": len(found["space"]["seeds"])}
-    _print(found, as_json)
+    console.result(found, as_json)
 
 
 @app.command()
@@ -176,13 +151,13 @@ def plan(
     found = api.validate(config)["space"]
     forecast = api.forecast(config).to_dict()
     if as_json:
-        _print({**found, "forecast": forecast}, True)
+        console.result({**found, "forecast": forecast}, True)
         return
     for name, words in found["students"].items():
         typer.echo(f"student {name}: {words}")
     for number, words in enumerate(found["seeds"]):
         typer.echo(f"seed {number:>2}: {words}")
-    _print(forecast, False)
+    console.result(forecast, False)
 
 
 @app.command()
@@ -197,7 +172,7 @@ def finetune(
     config = _run(run, model, data, None, None, set_)
     from autocompress import api
 
-    folder = api.finetune(config, progress=_progress)
+    folder = api.finetune(config, progress=console.progress)
     if out is not None:
         if out.exists():
             raise ConfigError(f"finetune: {out} exists; give a new folder")
@@ -225,12 +200,12 @@ def search(
     cluster = _cluster(address, insecure)
     folder = api.results_folder(config, out)
     try:
-        with _live() as watch:
-            study = api.search(config, folder, progress=_progress, watch=watch, cluster=cluster)
+        with console.live() as watch:
+            study = api.search(config, folder, progress=console.progress, watch=watch, cluster=cluster)
     except KeyboardInterrupt:
-        _progress("interrupted; run the same command again to continue")
+        console.progress("interrupted; run the same command again to continue")
         raise
-    _show(study, as_json)
+    console.front_of(study, as_json)
     if not as_json:
         typer.echo(f"report: {folder / 'report.html'}")
         typer.echo(f"next: autocompress export {folder} --pick knee --format openvino -o OUT")
@@ -242,47 +217,12 @@ def _cluster(address: str | None, insecure: bool) -> Cluster | None:
     return None if address is None else Cluster(address, insecure)
 
 
-@contextmanager
-def _live() -> Iterator[Callable[[Any], None]]:
-    """Yield what is told how far a search is: a line that stays at the bottom of a terminal, else one now and then."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        from rich.status import Status
-
-        with Status("", console=console) as status:
-            yield lambda found: status.update(found.words())
-        return
-    said = time.perf_counter()
-
-    def say(found: Any) -> None:
-        nonlocal said
-        if time.perf_counter() - said >= _SECONDS_BETWEEN_LINES:
-            said = time.perf_counter()
-            _progress(found.words())
-
-    yield say
-
-
-def _show(study: Any, as_json: bool) -> None:
-    front = study.front()
-    if as_json:
-        typer.echo(front.to_frame().to_json(orient="records", indent=1))
-        return
-    from rich.console import Console
-
-    from autocompress.report.tables import front_table
-
-    Console().print(front_table(front))
-
-
 @app.command()
 def status(folder: Folder, as_json: Json = False) -> None:
     """Say how far a search is."""
     from autocompress import api
 
-    _print(api.status(folder), as_json)
+    console.result(api.status(folder), as_json)
 
 
 @app.command()
@@ -290,7 +230,7 @@ def report(folder: Folder, as_json: Json = False) -> None:
     """Write report.html and the CSV files anew, and print the front."""
     from autocompress import api
 
-    _show(api.report(folder), as_json)
+    console.front_of(api.report(folder), as_json)
 
 
 @app.command()
@@ -304,20 +244,9 @@ def retarget(
     """Measure the best points of a study on this machine, or for another target, into a new study."""
     from autocompress import api
 
-    _, moved = api.retarget(folder, out, overrides=set_ or [], ranks=ranks, progress=_progress)
+    _, moved = api.retarget(folder, out, overrides=set_ or [], ranks=ranks, progress=console.progress)
     if as_json:
-        told = [
-            {
-                "trial": each.number,
-                "latency_ratio": each.before.latency_ratio,
-                "was_on_front": each.was_on_front,
-                "new_trial": each.candidate and each.candidate.number,
-                "new_latency_ratio": each.candidate and each.candidate.score.latency_ratio,
-                "is_on_front": each.is_on_front,
-            }
-            for each in moved
-        ]
-        _print(told, True)
+        console.result(console.about_moves(moved), True)
         return
     for each in moved:
         typer.echo(each.words())
@@ -331,7 +260,7 @@ def salvage(folder: Folder, as_json: Json = False) -> None:
 
     found = api.salvage(folder)
     told = {"file": str(found.file), "damaged": found.damaged, "left_out": found.left_out, "again": found.again}
-    _print(told, as_json)
+    console.result(told, as_json)
     if not as_json:
         typer.echo(f"next: mv {found.file} {folder / 'study.journal'}, then search again")
 
@@ -369,20 +298,7 @@ def pick(
 ) -> None:
     """Pick a point of the front."""
     chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
-    _print(_about(chosen), as_json)
-
-
-def _about(candidate: Any) -> dict[str, Any]:
-    score = candidate.score
-    return {
-        "trial": candidate.number,
-        "plan_id": candidate.plan.plan_id,
-        "plan": candidate.plan.words(),
-        "accuracy": [score.accuracy, score.accuracy_low, score.accuracy_high],
-        "size_bytes": score.size_bytes,
-        "latency_ms": score.latency_ms,
-        "latency_ratio": [score.latency_ratio, score.latency_ratio_low, score.latency_ratio_high],
-    }
+    console.result(console.about(chosen), as_json)
 
 
 @app.command()
@@ -408,7 +324,8 @@ def recover(
         chosen = _picked(folder, prefer, None, max_accuracy_drop, max_latency_ms, max_size_mb)
     named = [] if epochs is None else [f"recovery.epochs={json.dumps(epochs)}"]
     overrides, cluster = [*(set_ or []), *named], _cluster(address, insecure)
-    _print(_about(api.recover(chosen, overrides=overrides, progress=_progress, cluster=cluster)), as_json)
+    recovered = api.recover(chosen, overrides=overrides, progress=console.progress, cluster=cluster)
+    console.result(console.about(recovered), as_json)
 
 
 @app.command()
@@ -428,23 +345,8 @@ def export(
     chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
     from autocompress import api
 
-    found = api.export(chosen, out, formats=format_ or ["openvino"], force=force, progress=_progress)
-    shown = {}
-    for name, shipped in found.items():
-        shown[name] = {
-            "folder": str(shipped.folder),
-            "trial": chosen.number,
-            "plan": chosen.plan.words(),
-            "search_accuracy": shipped.measurement.accuracy,
-            "test_accuracy": [shipped.test.value, shipped.test.low, shipped.test.high],
-            "selection_optimism": shipped.measurement.accuracy - shipped.test.value,
-            "size_bytes": shipped.measurement.size_bytes,
-            "latency_ratio": shipped.measurement.latency_ratio,
-            "latency_ratio_in_search": shipped.latency_ratio_in_search,
-            "reloaded_predictions": "identical",
-            "agreement_with_scored_candidate": shipped.agreement,
-        }
-    _print(shown, as_json)
+    found = api.export(chosen, out, formats=format_ or ["openvino"], force=force, progress=console.progress)
+    console.result(console.about_exports(chosen, found), as_json)
 
 
 @app.command()
@@ -459,7 +361,7 @@ def measure(
     """Time an exported folder on this machine against its reference."""
     from autocompress import api
 
-    _print(api.measure(folder) if pairs is None else api.measure(folder, pairs=pairs), as_json)
+    console.result(api.measure(folder) if pairs is None else api.measure(folder, pairs=pairs), as_json)
 
 
 class Listing(StrEnum):
@@ -491,7 +393,7 @@ def ls(what: Listing, as_json: Json = False) -> None:
 
         for folder in sorted(filter(holds_study, Path("results").glob("*"))):
             found[str(folder)] = api.status(folder)
-    _print(found, as_json)
+    console.result(found, as_json)
 
 
 def _runtimes() -> dict[str, str]:
@@ -514,7 +416,7 @@ def doctor(as_json: Json = False) -> None:
     from autocompress import machine
     from autocompress.bank import default_bank
 
-    _print({**machine.fingerprint(), "runtimes": _runtimes(), "bank": str(default_bank())}, as_json)
+    console.result({**machine.fingerprint(), "runtimes": _runtimes(), "bank": str(default_bank())}, as_json)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Write the measured figures into README.md and docs, and draw README's pictures, from what the benchmarks wrote.
 
-``python benchmarks/readme.py [--chromium /usr/bin/chromium]``. Pictures are screenshots of plotly's figures
-in headless Chromium; no figure in README is typed by hand.
+``python benchmarks/readme.py [--chromium /usr/bin/chromium | --tables]``. Pictures are screenshots of plotly's figures
+in headless Chromium; no figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,38 @@ METHODS = {
 LEFT_OUT = "methods-left-out"
 PLANS = "methods-plans"
 JOINT = "methods-joint"
-SEARCH = (
-    "search-cost",
-    "search-hypervolume",
-    TOOLS,
-    "search-rungs",
-    "search-engine-cost",
+COST, VOLUME = "search-cost", "search-hypervolume"
+SEARCH = (COST, VOLUME, TOOLS, "search-rungs", "search-engine-cost")
+_OVER = "{}, 200 evaluations, 5 seeds: hypervolume over {}"
+_BEST = ("{}, {}, best of {} times {}", "{}, {}, best of {} times {}: retained on test rows")
+_AIMS = (
+    ("without training", "4", "faster"),
+    ("without training", "12", "smaller"),
+    ("with students", "6", "faster, recovered"),
+    ("with students", "10", "faster, recovered"),
 )
+DATA = ("demo/movies", "demo/tweets")
+SUMMARY = {
+    DEMO: (
+        "main job, from an empty bank to report.html",
+        "evaluated candidates",
+        "fastest point of the front within 1 point of accuracy",
+        "smallest point within 1 point of accuracy",
+        "kill -9: finished candidates lost",
+    ),
+    COST: (
+        "first front of 5 points",
+        "empty bank: 200 candidates",
+        "warm bank, another seed: 200 candidates",
+        "front timed anew: within 5 % of the stored ratio",
+        "latency predictor, 50 held-out candidates: mean absolute error",
+    ),
+    VOLUME: tuple(_OVER.format(data, over) for data in DATA for over in ("random search's", "the uniform ladder's")),
+    TOOLS: tuple(f"{runtime}: our hypervolume over the best tool's" for runtime in RUNTIMES),
+    FRONTS[0]: tuple(name.format(data, *aim) for data in DATA for aim in _AIMS for name in _BEST),
+    "cluster-kills": ("kills of a worker", "kills of a driver", "finished candidates lost"),
+}
+"""What README shows of each benchmark: what was aimed at, also where it falls short."""
 
 
 class _Named(CompressionPlan):
@@ -167,11 +193,11 @@ def measured_on(content: dict[str, Any]) -> str:
     )
 
 
-def rows(content: dict[str, Any], *, with_target: bool = False) -> list[str]:
-    """Return a benchmark's figures as rows of a table; all of them, or those with a target."""
+def rows(content: dict[str, Any], *, with_target: bool = False, only: Sequence[str] | None = None) -> list[str]:
+    """Return a benchmark's figures as rows of a table; all of them, those with a target, or those of some names."""
     found = []
     for figure in content["figures"]:
-        if with_target and figure["target"] == "reported":
+        if (with_target and figure["target"] == "reported") or (only is not None and figure["name"] not in only):
             continue
         interval = f"{figure['interval'][0]:.4g} to {figure['interval'][1]:.4g}" if figure["interval"] else ""
         mark = "" if figure["target"] == "reported" else ("holds" if figure["holds"] else "**falls short**")
@@ -188,20 +214,30 @@ def contents(name: str) -> dict[str, Any]:
 def table(name: str, *, with_target: bool = False) -> str:
     """Return a benchmark's figures, or those that have a target, as Markdown, with how to reproduce them."""
     content = contents(name)
-    said = f"{measured_on(content)}; reproduce with `{content['command']}` ([as JSON](results/benchmarks/{name}.json))."
+    said = f"{measured_on(content)}; {reproduced(name)}."
     return "\n".join([said, "", *HEADER, *rows(content, with_target=with_target)])
 
 
-def search_table() -> str:
-    """Return the figures of the search that have a target, benchmark by benchmark."""
-    lines = [*HEADER]
-    for name in SEARCH:
+def reproduced(name: str) -> str:
+    """Say how a benchmark is run again, and where its figures are, for a page in docs."""
+    return f"reproduce with `{contents(name)['command']}` ([as JSON](../results/benchmarks/{name}.json))"
+
+
+def grouped(benchmarks: Mapping[str, Sequence[str] | None], *, up: str) -> str:
+    """Return figures that have a target, benchmark by benchmark.
+
+    Args:
+        benchmarks: the names of their figures that are shown, None for all.
+        up: the way from the page to the repository's root.
+    """
+    lines, first = [*HEADER], contents(next(iter(benchmarks)))
+    for name, only in benchmarks.items():
         content = contents(name)
         cpu = content["fingerprint"]["cpu"]
-        where = "" if cpu == contents(SEARCH[0])["fingerprint"]["cpu"] else f" on {cpu_words(cpu)}"
-        lines.append(f"| **`{content['command']}`**{where} ([as JSON](results/benchmarks/{name}.json)) | | | | |")
-        lines += rows(content, with_target=True)
-    return "\n".join([f"{measured_on(contents(SEARCH[0]))}.", "", *lines])
+        where = "" if cpu == first["fingerprint"]["cpu"] else f" on {cpu_words(cpu)}"
+        lines.append(f"| **`{content['command']}`**{where} ([as JSON]({up}results/benchmarks/{name}.json)) | | | | |")
+        lines += rows(content, with_target=True, only=only)
+    return "\n".join([f"{measured_on(first)}, where no other CPU is named.", "", *lines])
 
 
 def methods_table(file: str, how: str) -> str:
@@ -231,8 +267,7 @@ def methods_table(file: str, how: str) -> str:
             )
         lines.append(f"| {method} | {' | '.join(cells)} |")
     said = f"{measured_on(content)}, {how}, accuracy with paired bootstrap intervals"
-    again = f"reproduce with `{content['command']}` ([as JSON](results/benchmarks/{file}.json))"
-    return "\n".join([f"{said}; {again}.", "", *lines])
+    return "\n".join([f"{said}; {reproduced(file)}.", "", *lines])
 
 
 def joint_table() -> str:
@@ -256,40 +291,47 @@ def joint_table() -> str:
             cells[2] = f"{100 * gained['value']:+.1f} points [{low:+.1f}, {high:+.1f}] in the mean"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     said = f"{measured_on(content)}, without any training, as many candidates for each search"
-    how = f"reproduce with `{content['command']}` ([as JSON](results/benchmarks/{JOINT}.json))"
-    return "\n".join([f"{said}; {how}.", "", *lines])
+    return "\n".join([f"{said}; {reproduced(JOINT)}.", "", *lines])
 
 
-def put(text: str, name: str, part: str) -> str:
-    """Return ``text`` with ``part`` between the marks of that name."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    return f"{text.split(begin)[0]}{begin}\n{part}\n{end}{text.split(end)[1]}"
+def put(page: Path, parts: Mapping[str, str]) -> None:
+    """Write parts of a page between the marks of their names."""
+    text = page.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        text = f"{text.split(begin)[0]}{begin}\n{part}\n{end}{text.split(end)[1]}"
+    page.write_text(text, encoding="utf-8")
+
+
+def tables() -> None:
+    """Fill the tables of all pages."""
+    methods = [methods_table(file, how) for file, how in METHODS.items() if (FIGURES / f"{file}.json").exists()]
+    methods += [joint_table()] if (FIGURES / f"{JOINT}.json").exists() else []
+    put(ROOT / "README.md", {"summary": grouped(SUMMARY, up="")})
+    put(
+        ROOT / "docs" / "results.md",
+        {
+            "figures": table(DEMO),
+            "search": grouped(dict.fromkeys(SEARCH), up="../"),
+            "plans": table(PLANS),
+            "front": "\n\n".join(table(name, with_target=True) for name in FRONTS),
+            "methods": "\n\n".join(methods),
+            "left-out": methods_table(LEFT_OUT, "in torch, without any training"),
+        },
+    )
+    clusters = [table(file.stem) for file in sorted(FIGURES.glob("cluster-*.json"))]
+    put(ROOT / "docs" / "clusters.md", {"cluster": "\n\n".join(clusters)})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chromium", default="/usr/bin/chromium")
+    parser.add_argument("--tables", action="store_true", help="fill the tables only, and draw nothing")
     options = parser.parse_args()
-    picture(options.chromium)
-    tools_picture(options.chromium)
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    tables = [methods_table(file, how) for file, how in METHODS.items() if (FIGURES / f"{file}.json").exists()]
-    tables += [joint_table()] if (FIGURES / f"{JOINT}.json").exists() else []
-    parts = {
-        "figures": table(DEMO),
-        "search": search_table(),
-        "plans": table(PLANS),
-        "front": "\n\n".join(table(name, with_target=True) for name in FRONTS),
-        "methods": "\n\n".join(tables),
-        "left-out": methods_table(LEFT_OUT, "in torch, without any training"),
-    }
-    for name, part in parts.items():
-        text = put(text, name, part)
-    readme.write_text(text, encoding="utf-8")
-    guide = ROOT / "docs" / "clusters.md"
-    measured = [table(file.stem) for file in sorted(FIGURES.glob("cluster-*.json"))]
-    guide.write_text(put(guide.read_text(encoding="utf-8"), "cluster", "\n\n".join(measured)), encoding="utf-8")
+    if not options.tables:
+        picture(options.chromium)
+        tools_picture(options.chromium)
+    tables()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ COLUMNS = [
     "latency_ratio_low",
     "latency_ratio_high",
     "latency_waited",
+    "latency_drift",
     "seconds",
     "feasible",
     "origin",

@@ -38,6 +38,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Candidate], Any]]] = {
     "latency_ratio_low": ("float64", _score("latency_ratio_low")),
     "latency_ratio_high": ("float64", _score("latency_ratio_high")),
     "latency_waited": ("float64", _score("latency_waited")),
+    "latency_drift": ("float64", _score("latency_drift")),
     "seconds": ("float64", _score("seconds")),
     "feasible": ("bool", lambda c: c.feasible),
     "origin": ("object", lambda c: c.origin),

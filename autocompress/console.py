@@ -1,0 +1,125 @@
+"""What commands print: results on stdout, as lines or JSON, and what happens meanwhile on stderr."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from autocompress.delivery import Export
+    from autocompress.records import Candidate
+    from autocompress.retarget import Moved
+    from autocompress.study import Study
+
+_SECONDS_BETWEEN_LINES = 15.0
+"""Between two lines that say how far a search is, off a terminal."""
+
+
+def progress(line: str) -> None:
+    """Print what is being done, with the time of day."""
+    typer.echo(f"{time.strftime('%H:%M:%S')} {line}", err=True)
+
+
+def result(data: Any, as_json: bool) -> None:
+    """Print nested values, as JSON or a line each with dotted names."""
+    if as_json:
+        typer.echo(json.dumps(data, indent=1, default=str))
+        return
+    for key, value in _flat(data):
+        typer.echo(f"{key}: {value}")
+
+
+def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(data, dict):
+        return [row for key, value in data.items() for row in _flat(value, f"{prefix}.{key}" if prefix else str(key))]
+    return [(prefix, ", ".join(map(str, data)) if isinstance(data, list) else data)]
+
+
+def front_of(study: Study, as_json: bool) -> None:
+    """Print the points of a study's front."""
+    front = study.front()
+    if as_json:
+        typer.echo(front.to_frame().to_json(orient="records", indent=1))
+        return
+    from rich.console import Console
+
+    from autocompress.report.tables import front_table
+
+    Console().print(front_table(front))
+
+
+@contextmanager
+def live() -> Iterator[Callable[[Any], None]]:
+    """Yield what is told how far a search is: a line that stays at the bottom of a terminal, else one now and then."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        from rich.status import Status
+
+        with Status("", console=console) as status:
+            yield lambda found: status.update(found.words())
+        return
+    said = time.perf_counter()
+
+    def say(found: Any) -> None:
+        nonlocal said
+        if time.perf_counter() - said >= _SECONDS_BETWEEN_LINES:
+            said = time.perf_counter()
+            progress(found.words())
+
+    yield say
+
+
+def about(candidate: Candidate) -> dict[str, Any]:
+    """Return what is told of a picked or recovered point."""
+    score = candidate.score
+    return {
+        "trial": candidate.number,
+        "plan_id": candidate.plan.plan_id,
+        "plan": candidate.plan.words(),
+        "accuracy": [score.accuracy, score.accuracy_low, score.accuracy_high],
+        "size_bytes": score.size_bytes,
+        "latency_ms": score.latency_ms,
+        "latency_ratio": [score.latency_ratio, score.latency_ratio_low, score.latency_ratio_high],
+    }
+
+
+def about_exports(candidate: Candidate, exports: Mapping[str, Export]) -> dict[str, Any]:
+    """Return what is told of the folders that a point was exported to, by format."""
+    return {
+        name: {
+            "folder": str(shipped.folder),
+            "trial": candidate.number,
+            "plan": candidate.plan.words(),
+            "search_accuracy": shipped.measurement.accuracy,
+            "test_accuracy": [shipped.test.value, shipped.test.low, shipped.test.high],
+            "selection_optimism": shipped.measurement.accuracy - shipped.test.value,
+            "size_bytes": shipped.measurement.size_bytes,
+            "latency_ratio": shipped.measurement.latency_ratio,
+            "latency_ratio_in_search": shipped.latency_ratio_in_search,
+            "reloaded_predictions": "identical",
+            "agreement_with_scored_candidate": shipped.agreement,
+        }
+        for name, shipped in exports.items()
+    }
+
+
+def about_moves(moved: Sequence[Moved]) -> list[dict[str, Any]]:
+    """Return what is told of points that were measured elsewhere."""
+    return [
+        {
+            "trial": each.number,
+            "latency_ratio": each.before.latency_ratio,
+            "was_on_front": each.was_on_front,
+            "new_trial": each.candidate and each.candidate.number,
+            "new_latency_ratio": each.candidate and each.candidate.score.latency_ratio,
+            "is_on_front": each.is_on_front,
+        }
+        for each in moved
+    ]
