@@ -12,6 +12,9 @@ from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.records import LATENCY_PROTOCOL
 from autocompress.space import SearchSpace, StudentSpec
 
+_ROWS = ("calibration_rows", "reconstruction_rows")
+"""Numbers of rows that weights are fitted to: with others a plan makes another model."""
+
 
 def identity_of(run: RunConfig, *, model: str, data: str, space: BoundSpace) -> dict[str, Any]:
     """Return what a study is of: another model, task, space, target, guide or recovery needs another study."""
@@ -19,6 +22,7 @@ def identity_of(run: RunConfig, *, model: str, data: str, space: BoundSpace) -> 
     return {
         "model": model,
         "data": data,
+        "rows": {name: getattr(run.data, name) for name in _ROWS},
         "space": f"{space.space.name} {hashlib.sha256(choices.encode()).hexdigest()[:12]}",
         "target": run.target.model_dump(),
         "objectives": run.told,
@@ -41,8 +45,12 @@ def _choices_of(space: SearchSpace) -> str:
 
 
 def difference(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """Say in what two identities differ, or return None; their schema is not compared."""
-    names = (name for name in sorted({*stored, *found} - {"schema"}) if stored.get(name) != found.get(name))
+    """Say in what two identities differ, or return None.
+
+    Their schema is not compared, nor are numbers of rows where a study is from before they were told.
+    """
+    compared = {*stored, *found} - {"schema"} - ({"rows"} - stored.keys())
+    names = (name for name in sorted(compared) if stored.get(name) != found.get(name))
     return "; ".join(f"{name}: {_brief(stored.get(name))} became {_brief(found.get(name))}" for name in names) or None
 
 

@@ -27,6 +27,8 @@ def identity(space: str = "encoder-small", **sections: object) -> dict[str, obje
         ({"search": {"guide": "loss"}}, ["objectives"]),
         ({"recovery": {"epochs": 7}}, ["recovery"]),
         ({"space": "encoder-bits"}, ["space"]),
+        ({"data": {"calibration_rows": 512}}, ["rows"]),
+        ({"data": {"reconstruction_rows": 512}}, ["rows"]),
     ],
 )
 def test_what_belongs_to_a_study_is_told_apart(changed: dict[str, object], named: list[str]) -> None:
@@ -44,6 +46,11 @@ def test_what_may_change_is_not(changed: dict[str, object]) -> None:
 def test_latencies_that_were_taken_otherwise_make_another_study() -> None:
     before = {name: value for name, value in identity().items() if name != "latency"}
     assert difference(before, identity()) == f"latency: null became {LATENCY_PROTOCOL}"
+
+
+def test_studies_from_before_rows_were_told_go_on() -> None:
+    before = {name: value for name, value in identity().items() if name != "rows"}
+    assert difference(before, identity(data={"calibration_rows": 512})) is None
 
 
 def test_a_difference_is_said_in_short() -> None:
