@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,8 +50,9 @@ class Paper:
     def contenders(self, among: Sequence[Candidate]) -> list[Candidate]:
         return contenders(self.front().points, among, ALL)
 
-    def confirm(self, number: int, measured: Measurement) -> None:
-        self.known[number] = dataclasses.replace(self.known[number], measurement=measured)
+    def confirm(self, latest: Mapping[int, Measurement]) -> None:
+        for number, measured in latest.items():
+            self.known[number] = dataclasses.replace(self.known[number], measurement=measured)
 
     def evaluate(self, plan: CompressionPlan) -> Measurement:
         candidate = self.of_plan(plan.plan_id)
