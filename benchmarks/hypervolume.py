@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 from figures import Figures
+from held_out import DATA
 
 from autocompress import api, pareto
 from autocompress.config import RunConfig
 from autocompress.decisions import Student
 from autocompress.records import Candidate
 
-DATA = ("demo/movies", "demo/tweets")
 SEARCHES = {
     "search": [],
     "random": ["search.sampler=random", "search.seeds=false", "search.skip_behind=false"],

@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from held_out import DATA
 from plotly.subplots import make_subplots
 
 from autocompress.config import RunConfig
@@ -59,7 +60,6 @@ _AIMS = (
     ("with students", "6", "faster, recovered"),
     ("with students", "10", "faster, recovered"),
 )
-DATA = ("demo/movies", "demo/tweets")
 SUMMARY = {
     DEMO: (
         "main job, from an empty bank to report.html",
@@ -233,6 +233,8 @@ def grouped(benchmarks: Mapping[str, Sequence[str] | None], *, up: str) -> str:
     lines, first = [*HEADER], contents(next(iter(benchmarks)))
     for name, only in benchmarks.items():
         content = contents(name)
+        if lost := {*(only or ())} - {figure["name"] for figure in content["figures"]}:
+            raise SystemExit(f"{name}.json: has no figure {', '.join(sorted(lost))}")
         cpu = content["fingerprint"]["cpu"]
         where = "" if cpu == first["fingerprint"]["cpu"] else f" on {cpu_words(cpu)}"
         lines.append(f"| **`{content['command']}`**{where} ([as JSON]({up}results/benchmarks/{name}.json)) | | | | |")

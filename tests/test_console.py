@@ -1,0 +1,56 @@
+"""What commands print: results on stdout, in lines or as JSON, and what happens meanwhile on stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers_records import make_candidate
+
+from autocompress import console
+
+NESTED = {"folder": "out", "score": {"ratio": 0.25, "interval": [0.2, 0.3]}, "left": None}
+
+
+def test_nested_values_are_a_line_each_with_dotted_names(capsys: pytest.CaptureFixture[str]) -> None:
+    console.result(NESTED, as_json=False)
+    told = capsys.readouterr()
+    assert told.out.splitlines() == ["folder: out", "score.ratio: 0.25", "score.interval: 0.2, 0.3", "left: None"]
+    assert told.err == ""
+
+
+def test_as_json_they_come_back(capsys: pytest.CaptureFixture[str]) -> None:
+    console.result(NESTED, as_json=True)
+    assert json.loads(capsys.readouterr().out) == NESTED
+
+
+def test_progress_is_not_among_results(capsys: pytest.CaptureFixture[str]) -> None:
+    console.progress("distilling")
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert re.fullmatch(r"\d\d:\d\d:\d\d distilling\n", told.err)
+
+
+def test_off_a_terminal_a_search_says_now_and_then_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now)
+    with console.live() as say:
+        for number in range(40):
+            now += 1.0
+            say(SimpleNamespace(words=lambda number=number: f"{number} candidates"))
+    said = [line.partition(" ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["14 candidates", "29 candidates"], "every 15 seconds"
+
+
+def test_a_point_is_told_with_its_intervals() -> None:
+    candidate = make_candidate(7, accuracy=0.85, ratio=0.5)
+    told: dict[str, Any] = console.about(candidate)
+    assert told["trial"] == 7
+    assert told["accuracy"] == [0.85, candidate.score.accuracy_low, candidate.score.accuracy_high]
+    assert told["latency_ratio"] == [0.5, candidate.score.latency_ratio_low, candidate.score.latency_ratio_high]
+    json.dumps(told)
