@@ -197,16 +197,16 @@ def drift_of(before: Sequence[Measurement], after: Sequence[Measurement]) -> flo
     """Return by how much latencies of one artefact differ from one time to another beyond their own intervals.
 
     That is the standard deviation of a normal effect on the logarithm of each ratio, by the method of moments (Hedges
-    1983, "A Random Effects Model for Effect Sizes"): the variance of the differences between two times, less the mean
-    of what the intervals make of it, is twice that of the effect. What all artefacts differ by alike is of the ways in
-    which latencies were taken.
+    1983, "A Random Effects Model for Effect Sizes"): the mean square of the differences between two times, less the
+    mean of what the intervals make of it, is twice the effect's variance. What all artefacts differ by alike is a part
+    of it: whole machines drift, too.
 
     Args:
         before: at one time.
-        after: of the same artefacts at another one, two at least.
+        after: of the same artefacts at another one.
     """
     both = list(zip(before, after, strict=True))
-    seen = statistics.variance(math.log(b.latency_ratio / a.latency_ratio) for a, b in both)
+    seen = statistics.fmean(math.log(b.latency_ratio / a.latency_ratio) ** 2 for a, b in both)
     own = statistics.fmean(_own_variance(a) + _own_variance(b) for a, b in both)
     return math.sqrt(max(0.0, seen - own) / 2)
 
