@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 from figures import ROOT, Figures
 from ray_nodes import Nodes
@@ -62,6 +63,18 @@ def apart(one: Candidate, other: Candidate) -> float:
     return max(0.0, gap / min(a.latency_ratio, b.latency_ratio))
 
 
+def half_width(candidate: Candidate) -> float:
+    """Return half of what the interval of a latency ratio spans, as a share of it."""
+    score = candidate.score
+    return (score.latency_ratio_high - score.latency_ratio_low) / (2 * score.latency_ratio)
+
+
+def difference(one: Candidate, other: Candidate) -> float:
+    """Return by which share two latency ratios of a plan differ."""
+    first, second = one.score.latency_ratio, other.score.latency_ratio
+    return abs(first - second) / min(first, second)
+
+
 def main() -> None:
     figures = Figures("cluster-nodes", "python benchmarks/cluster_nodes.py")
     found = []
@@ -98,6 +111,10 @@ def main() -> None:
             aim = f">= {share:.0%} of them"
             figures.add(f"points on either front whose {what}", count, "points", aim, count >= share * len(both))
         figures.add("largest gap between the intervals of a point's two latencies", max(gaps, default=0.0), "share")
+        differences = [difference(*pair) for pair in pairs]
+        widths = [half_width(candidate) for pair in pairs for candidate in pair]
+        figures.add("difference of a point's two latencies, median", median(differences), "share")
+        figures.add("half of what an interval of theirs spans, median", median(widths), "share")
     figures.write()
 
 
