@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autocompress.api import export, finetune, measure, open_study, recover, search
     from autocompress.config import RunConfig
     from autocompress.errors import AutocompressError
-    from autocompress.pareto import Front
+    from autocompress.front import Front
     from autocompress.plan import CompressionPlan
     from autocompress.records import Candidate, Measurement
     from autocompress.space import SearchSpace
@@ -23,7 +23,7 @@ _HOMES = {
     "AutocompressError": "errors",
     "Candidate": "records",
     "CompressionPlan": "plan",
-    "Front": "pareto",
+    "Front": "front",
     "Measurement": "records",
     "RunConfig": "config",
     "SearchSpace": "space",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,6 @@ from autocompress.errors import ConfigError, StudyError
 from autocompress.evaluate import Workshop
 from autocompress.forecast import Forecast
 from autocompress.forecast import forecast as _forecast
-from autocompress.pareto import Front
 from autocompress.records import Candidate
 from autocompress.retarget import Moved
 from autocompress.retarget import retarget as _retarget
@@ -311,8 +310,3 @@ def status(folder: str | Path) -> dict[str, Any]:
         "artefact_bytes": sum(sizes),
         "bank": {kind: f"{used.entries} entries, {used.bytes / 1e6:.1f} MB" for kind, used in bank.usage().items()},
     }
-
-
-def pick(front: Front, limits: Mapping[str, Any], *, trial: int | None = None) -> Candidate:
-    """Return a trial of the front by number, or by `Front.pick`'s rules."""
-    return front.trial(trial) if trial is not None else front.pick(**limits)

@@ -8,13 +8,16 @@ import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from autocompress import __version__, console, garbage
 from autocompress.cluster import Cluster
 from autocompress.errors import AutocompressError, ConfigError
+
+if TYPE_CHECKING:
+    from autocompress.front import Choice
 
 app = typer.Typer(
     name="autocompress",
@@ -267,11 +270,13 @@ def salvage(folder: Folder, as_json: Json = False) -> None:
 
 def _picked(
     folder: Path, prefer: Prefer, trial: int | None, drop: str | None, ms: float | None, mb: float | None
-) -> Any:
+) -> Choice:
     from autocompress import api
+    from autocompress.front import Limits
 
-    limits = {"max_accuracy_drop": _share(drop), "max_latency_ms": ms, "max_size_mb": mb, "prefer": prefer.value}
-    return api.pick(api.open_study(folder).front(), limits, trial=trial)
+    limits = Limits(max_accuracy_drop=_share(drop), max_latency_ms=ms, max_size_mb=mb)
+    front = api.open_study(folder).front()
+    return front.choose(limits, prefer.value) if trial is None else front.chosen(trial)
 
 
 def _share(text: str | None) -> float | None:
@@ -296,9 +301,11 @@ def pick(
     max_size_mb: MaxMb = None,
     as_json: Json = False,
 ) -> None:
-    """Pick a point of the front."""
+    """Pick a point of the front: which one, why, and what its neighbours would trade for it."""
     chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
-    console.result(console.about(chosen), as_json)
+    console.result(console.about_choice(chosen), as_json)
+    if not as_json:
+        typer.echo(f"next: autocompress export {folder} --trial {chosen.point.number} --format openvino -o OUT")
 
 
 @app.command()
@@ -321,7 +328,7 @@ def recover(
     if trial is not None:  # its plan is enough: what is recovered may push the point that it came from off the front
         chosen = api.open_study(folder).candidate(trial)
     else:
-        chosen = _picked(folder, prefer, None, max_accuracy_drop, max_latency_ms, max_size_mb)
+        chosen = _picked(folder, prefer, None, max_accuracy_drop, max_latency_ms, max_size_mb).point
     named = [] if epochs is None else [f"recovery.epochs={json.dumps(epochs)}"]
     overrides, cluster = [*(set_ or []), *named], _cluster(address, insecure)
     recovered = api.recover(chosen, overrides=overrides, progress=console.progress, cluster=cluster)
@@ -342,7 +349,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Ship a point: copy its artefact, reload it in a fresh process, compare, score on the held-out test rows."""
-    chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
+    chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb).point
     from autocompress import api
 
     found = api.export(chosen, out, formats=format_ or ["openvino"], force=force, progress=console.progress)

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from autocompress.delivery import Export
+    from autocompress.front import Choice
     from autocompress.records import Candidate
     from autocompress.retarget import Moved
     from autocompress.study import Study
@@ -88,6 +89,20 @@ def about(candidate: Candidate) -> dict[str, Any]:
         "latency_ms": score.latency_ms,
         "latency_ratio": [score.latency_ratio, score.latency_ratio_low, score.latency_ratio_high],
     }
+
+
+def about_choice(choice: Choice) -> dict[str, Any]:
+    """Return what is told of a picked point, why it was picked, and what its neighbours trade."""
+    from autocompress.report.tables import BETTER, trade_words
+
+    traded = {
+        BETTER[near.better]: {
+            "trial": near.point.number,
+            "instead": trade_words(choice.point.score, near.point.score),
+        }
+        for near in choice.neighbours
+    }
+    return {**about(choice.point), "why": choice.reason, "neighbours": traded}
 
 
 def about_exports(candidate: Candidate, exports: Mapping[str, Export]) -> dict[str, Any]:

@@ -182,6 +182,11 @@ class Candidate:
     folder: Path | None = field(default=None, compare=False, repr=False)
 
     @property
+    def usable(self) -> bool:
+        """Whether it can stand on a front: complete, and within the constraints."""
+        return self.state == "COMPLETE" and self.measurement is not None and self.feasible
+
+    @property
     def score(self) -> Measurement:
         """The measurement of a complete candidate.
 

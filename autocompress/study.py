@@ -23,10 +23,11 @@ from optuna.trial import TrialState
 from autocompress.binding import BoundSpace
 from autocompress.config import ConstraintsConfig, RunConfig
 from autocompress.errors import ConfigError, MeasurementError, StudyError
+from autocompress.front import Front
 from autocompress.garbage import without_collection
 from autocompress.identity import difference
 from autocompress.journal import hold
-from autocompress.pareto import Front, Unbeaten, contenders, costs
+from autocompress.pareto import Unbeaten, contenders, costs
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.proposals import Proposals

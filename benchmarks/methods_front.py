@@ -30,7 +30,7 @@ from held_out import DATA, DRAWS, test_hits
 from autocompress import api, machine
 from autocompress.config import RunConfig
 from autocompress.evaluate import Workshop
-from autocompress.pareto import Front
+from autocompress.front import Front
 from autocompress.records import Candidate
 
 FILES = {True: "methods-front", False: "methods-front-avx2"}

@@ -23,7 +23,7 @@ from held_out import DATA, interval, space_without_students, test_hits
 from autocompress import api, pareto
 from autocompress.config import RunConfig
 from autocompress.evaluate import Workshop
-from autocompress.pareto import Front
+from autocompress.front import Front
 from autocompress.records import Candidate
 
 AXES = {"bits": "encoder-bits", "pruning": "encoder-pruning", "rank": "encoder-rank", "inputs": "encoder-inputs"}

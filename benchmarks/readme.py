@@ -21,7 +21,7 @@ from held_out import DATA
 from plotly.subplots import make_subplots
 
 from autocompress.config import RunConfig
-from autocompress.pareto import Front
+from autocompress.front import Front
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 from autocompress.report.figures import dress, front_figure

@@ -25,6 +25,7 @@ from figures import ROOT, Figures
 
 from autocompress import api, machine, pareto, training
 from autocompress.evaluate import Workshop
+from autocompress.front import Front
 from autocompress.records import Candidate
 from autocompress.study import Study
 
@@ -78,7 +79,7 @@ def first_front(study: Study, started: float) -> float:
     moment = lambda c: trials[c.number].timestamp()  # type: ignore[union-attr]  # noqa: E731
     for candidate in sorted(study.candidates(), key=moment):
         done.append(candidate)
-        if len(pareto.Front.of(done, study.reference, study.run.objectives)) >= FIRST_POINTS:
+        if len(Front.of(done, study.reference, study.run.objectives)) >= FIRST_POINTS:
             return float(moment(candidate) - started)
     return float("inf")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from autocompress.decisions import PruneNeurons, Quantize
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
@@ -87,3 +89,19 @@ def make_candidate(
         feasible=feasible,
         origin=origin,
     )
+
+
+def random_candidates(seed: int) -> list[Candidate]:
+    """Return up to 40 candidates, some failed or infeasible, on a grid so coarse that values tie."""
+    rng = np.random.default_rng(seed)
+    return [
+        make_candidate(
+            number,
+            accuracy=round(float(rng.uniform(0.6, 0.9)), 2),
+            size_bytes=int(rng.integers(10, 30)) * 1_000_000,
+            ratio=round(float(rng.uniform(0.1, 1.0)), 1),
+            state="COMPLETE" if rng.random() < 0.8 else "FAIL",
+            feasible=bool(rng.random() < 0.8),
+        )
+        for number in range(int(rng.integers(1, 40)))
+    ]

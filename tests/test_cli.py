@@ -693,6 +693,18 @@ def test_an_accuracy_drop_that_is_no_share_is_a_usage_error(
     assert line.startswith("--max-accuracy-drop: must be 0%..100% or 0..1, got ")
 
 
+def test_a_pick_says_why_and_what_its_neighbours_trade(call: Call, results: Callable[..., Path]) -> None:
+    folder = results(trials=15)
+    front = call("report", folder, "--json").json()
+    found = call("pick", folder, "--prefer", "latency", "--json").json()
+    assert found["why"] == f"the fastest of the {len(front)} points of the front"
+    assert set(found["neighbours"]) <= {"more accurate", "smaller"}, "none is faster"
+    numbers = {point["number"] for point in front} - {found["trial"]}
+    assert {near["trial"] for near in found["neighbours"].values()} <= numbers
+    said = call("pick", folder, "--prefer", "latency").out
+    assert said.rstrip().endswith(f"autocompress export {folder} --trial {found['trial']} --format openvino -o OUT")
+
+
 def test_percent_and_share_are_the_same_drop(call: Call, results: Callable[..., Path]) -> None:
     folder = results(trials=15)
     picks = [

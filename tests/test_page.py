@@ -14,7 +14,7 @@ from helpers_records import make_candidate, make_reference
 from plotly.offline import get_plotlyjs
 
 from autocompress.decisions import PruneNeurons
-from autocompress.pareto import Front
+from autocompress.front import Front
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.report.comparison import Comparison

@@ -1,18 +1,17 @@
-"""Dominance against brute force, hypervolume against slicing, and the rules by which a point is picked."""
+"""Dominance against brute force, and hypervolume against slicing."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
-from helpers_records import make_candidate, make_reference
+from helpers_records import make_candidate, make_reference, random_candidates
 
-from autocompress.errors import ConfigError, NoFeasiblePointError
-from autocompress.pareto import Front, contenders, costs, hypervolume, nondominated, volume, volume_curve
+from autocompress.errors import ConfigError
+from autocompress.pareto import contenders, costs, hypervolume, nondominated, volume, volume_curve
 from autocompress.records import Candidate
 
 ALL = ("accuracy", "size_bytes", "latency")
@@ -83,157 +82,6 @@ def test_costs_are_all_to_be_minimised() -> None:
     assert costs([candidate], ALL).tolist() == [[-0.8, 123.0, 0.25]]
     assert costs([candidate], ("latency", "accuracy")).tolist() == [[0.25, -0.8]]
     assert costs([], ALL).shape == (0, 3)
-
-
-def random_candidates(seed: int) -> list[Candidate]:
-    rng = np.random.default_rng(seed)
-    return [
-        make_candidate(
-            number,
-            accuracy=round(float(rng.uniform(0.6, 0.9)), 2),
-            size_bytes=int(rng.integers(10, 30)) * 1_000_000,
-            ratio=round(float(rng.uniform(0.1, 1.0)), 1),
-            state="COMPLETE" if rng.random() < 0.8 else "FAIL",
-            feasible=bool(rng.random() < 0.8),
-        )
-        for number in range(int(rng.integers(1, 40)))
-    ]
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_a_front_holds_the_usable_candidates_that_no_other_dominates(seed: int) -> None:
-    candidates = random_candidates(seed)
-    usable = [c for c in candidates if c.state == "COMPLETE" and c.feasible]
-    points = costs(usable, ALL)
-    wanted = {tuple(points[row]) for row in range(len(usable)) if not dominated_by_some(points, row)}
-    front = Front.of(candidates, make_reference(), ALL)
-    found = [tuple(row) for row in costs(front.points, ALL)]
-    assert set(found) == wanted
-    assert len(found) == len(wanted) == len(front)
-    accuracies = [c.score.accuracy for c in front.points]
-    assert accuracies == sorted(accuracies, reverse=True)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_the_order_of_candidates_does_not_change_the_front(seed: int) -> None:
-    candidates = random_candidates(seed)
-    shuffled = [candidates[i] for i in np.random.default_rng(seed).permutation(len(candidates))]
-    one, other = (Front.of(c, make_reference(), ALL) for c in (candidates, shuffled))
-    assert costs(one.points, ALL).tolist() == costs(other.points, ALL).tolist()
-
-
-def test_a_front_judges_by_its_objectives_only() -> None:
-    slow = make_candidate(0, accuracy=0.85, size_bytes=10_000_000, ratio=0.9)
-    fast = make_candidate(1, accuracy=0.84, size_bytes=20_000_000, ratio=0.1)
-    assert [c.number for c in Front.of([slow, fast], make_reference(), ALL).points] == [0, 1]
-    assert [c.number for c in Front.of([slow, fast], make_reference(), ("accuracy", "size_bytes")).points] == [0]
-
-
-def test_equal_candidates_stand_on_the_front_once() -> None:
-    front = Front.of([make_candidate(4), make_candidate(2), make_candidate(9)], make_reference(), ALL)
-    assert [c.number for c in front.points] == [4]
-
-
-def three_points() -> Front:
-    """Return a front of 1: accurate and large, 2: balanced, 3: tiny and fast; the reference has 88 %, 90 MB, 16 ms."""
-    return Front.of(
-        [
-            make_candidate(1, accuracy=0.88, size_bytes=30_000_000, ratio=0.6),
-            make_candidate(2, accuracy=0.87, size_bytes=17_000_000, ratio=0.3),
-            make_candidate(3, accuracy=0.80, size_bytes=15_000_000, ratio=0.2),
-        ],
-        make_reference(),
-        ALL,
-    )
-
-
-@pytest.mark.parametrize(("prefer", "number"), [("accuracy", 1), ("knee", 2), ("latency", 3), ("size", 3)])
-def test_pick_follows_the_preference(prefer: str, number: int) -> None:
-    assert three_points().pick(prefer=prefer).number == number
-
-
-@pytest.mark.parametrize(
-    ("limits", "number"),
-    [
-        ({"max_accuracy_drop": 0.05}, 2),
-        ({"max_accuracy_drop": 0.01}, 2),  # 0.88 - 0.87 is a little more than 0.01 in floating point
-        ({"max_accuracy_drop": 0.0}, 1),
-        ({"max_accuracy_drop": 0.05, "max_size_mb": 30.0}, 2),
-        ({"max_size_mb": 15.0}, 3),
-    ],
-)
-def test_pick_keeps_to_the_limits(limits: dict[str, float], number: int) -> None:
-    assert three_points().pick(prefer="latency", **limits).number == number
-
-
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize(
-    ("prefer", "key"),
-    [
-        ("latency", lambda c: c.score.latency_ratio),
-        ("size", lambda c: c.score.size_bytes),
-        ("accuracy", lambda c: -c.score.accuracy),
-    ],
-)
-def test_a_pick_is_the_best_feasible_point(seed: int, prefer: str, key: Callable[[Candidate], float]) -> None:
-    front = Front.of(random_candidates(seed), make_reference(), ALL)
-    feasible = [c for c in front.points if c.score.size_bytes <= 20_000_000 and c.score.latency_ratio <= 0.7]
-    limits = {"max_size_mb": 20, "max_latency_ratio": 0.7}
-    if feasible:
-        assert key(front.pick(prefer=prefer, **limits)) == min(key(c) for c in feasible)
-    else:
-        with pytest.raises(NoFeasiblePointError):
-            front.pick(prefer=prefer, **limits)
-
-
-def test_the_knee_does_not_depend_on_units() -> None:
-    front = three_points()
-    scaled = [
-        dataclasses.replace(c, measurement=dataclasses.replace(c.score, size_bytes=c.score.size_bytes // 1000))
-        for c in front.points
-    ]
-    assert Front.of(scaled, make_reference(), ALL).pick().number == front.pick().number
-
-
-def test_the_knee_of_a_single_point_is_that_point() -> None:
-    assert Front.of([make_candidate(5)], make_reference(), ALL).pick().number == 5
-
-
-def test_infeasible_limits_name_the_nearest_point_and_what_it_misses() -> None:
-    with pytest.raises(NoFeasiblePointError) as caught:
-        three_points().pick(max_size_mb=14)
-    assert str(caught.value) == "pick: no point is feasible; the nearest is trial 3: size in MB 15 (limit 14)"
-    assert caught.value.exit_code == 1
-    with pytest.raises(NoFeasiblePointError) as caught:
-        three_points().pick(max_latency_ms=4.6, max_accuracy_drop=0.015)
-    assert str(caught.value) == (
-        "pick: no point is feasible; the nearest is trial 2: accuracy drop 0.01 (limit 0.015); "
-        "latency in ms 4.8 (limit 4.6)"
-    )
-
-
-def test_picking_from_an_empty_front_says_so() -> None:
-    front = Front.of([make_candidate(0, state="FAIL"), make_candidate(1, feasible=False)], make_reference(), ALL)
-    assert len(front) == 0
-    with pytest.raises(NoFeasiblePointError, match="the front is empty; no candidate completed within the constraints"):
-        front.pick()
-    with pytest.raises(NoFeasiblePointError, match="trial 0: the front is empty"):
-        front.trial(0)
-
-
-def test_an_unknown_preference_is_refused() -> None:
-    with pytest.raises(ConfigError, match="prefer must be one of knee, latency, size, accuracy, got 'speed'"):
-        three_points().pick(prefer="speed")
-
-
-def test_a_trial_is_found_by_its_number() -> None:
-    assert three_points().trial(2).number == 2
-
-
-def test_an_unknown_trial_number_names_the_nearest() -> None:
-    with pytest.raises(NoFeasiblePointError) as caught:
-        three_points().trial(40)
-    assert str(caught.value) == "trial 40: not on the front; the nearest is trial 3 (the front: 1, 2, 3)"
 
 
 # A model half as good as it can be in each of the three: accuracy between 60 % and 100 %, 45 of 90 MB, half the time.

@@ -11,7 +11,8 @@ from typing import Any
 from helpers_records import make_candidate, make_reference
 
 from autocompress.decisions import MaxTokens
-from autocompress.pareto import Front, contenders
+from autocompress.front import Front
+from autocompress.pareto import contenders
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate, Measurement
 from autocompress.refine import _confirm, drop_dominated

@@ -13,7 +13,7 @@ from helpers_records import make_candidate, make_reference
 from rich.console import Console
 
 from autocompress.decisions import PruneNeurons
-from autocompress.pareto import Front
+from autocompress.front import Front
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.report.tables import candidate_line, frame, front_table, write_aside, write_csv

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autocompress.pareto import Front, nondominated
+from autocompress.front import Front
+from autocompress.pareto import nondominated
 from autocompress.records import Candidate, Measurement
 from autocompress.report.tables import accuracy_words, one_line, short, size_mb, times_faster, times_smaller
 

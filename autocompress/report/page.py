@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autocompress.errors import NoFeasiblePointError
-from autocompress.pareto import Front, Preference
+from autocompress.front import Front, Preference
 from autocompress.records import Candidate, Measurement
 from autocompress.report.comparison import (
     HEADINGS,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocompress.pareto import Front
+from autocompress.front import Front
 from autocompress.records import Candidate, Measurement
 
 if TYPE_CHECKING:
@@ -45,6 +45,18 @@ _COLUMNS: dict[str, tuple[str, Callable[[Candidate], Any]]] = {
     "plan": ("object", lambda c: c.plan.words()),
     "failure": ("object", lambda c: c.failure),
 }
+
+BETTER = {
+    "accuracy": "more accurate",
+    "loss": "of a lower loss",
+    "divergence": "closer to the full model",
+    "size_bytes": "smaller",
+    "latency": "faster",
+    "peak_memory": "with less memory",
+}
+"""What a point is that is better in an objective."""
+_SAME_POINTS, _SAME_SHARE = 0.05, 0.005
+"""Differences below these are not worth a word: what is shown would be +0.0 or 1.00."""
 
 # With one of these in front, spreadsheet programs read a text cell as a formula.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -139,6 +151,25 @@ def times_faster(score: Measurement, *, interval: bool = False) -> str:
     if not interval:
         return said
     return f"{said}, {1 / score.latency_ratio_high:.2f} to {1 / score.latency_ratio_low:.2f}"
+
+
+def trade_words(point: Measurement, other: Measurement) -> str:
+    """Say what one gets and gives by taking ``other`` instead of ``point``; both were scored on the same rows.
+
+    A difference in accuracy that is within the point's own interval is marked: so few rows do not tell them apart.
+    """
+    said = []
+    gained = 100 * (other.accuracy - point.accuracy)
+    if abs(gained) >= _SAME_POINTS:
+        within = point.accuracy_low <= other.accuracy <= point.accuracy_high
+        said.append(f"{gained:+.1f} points of accuracy{' (within the interval)' if within else ''}")
+    for ratio, less, more in (
+        (other.latency_ratio / point.latency_ratio, "faster", "slower"),
+        (other.size_bytes / point.size_bytes, "smaller", "larger"),
+    ):
+        if abs(ratio - 1) >= _SAME_SHARE:
+            said.append(f"{max(ratio, 1 / ratio):.2f}x {less if ratio < 1 else more}")
+    return ", ".join(said) or "the same"
 
 
 def candidate_line(candidate: Candidate, done: int, total: int, reference: Measurement) -> str:

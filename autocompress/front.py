@@ -1,0 +1,237 @@
+"""The front, and how a point is picked from it: within limits, by what is wanted most, and at whose expense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from autocompress.errors import ConfigError, NoFeasiblePointError
+from autocompress.pareto import costs, nondominated
+from autocompress.records import Candidate, Measurement
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Preference = Literal["knee", "latency", "size", "accuracy"]
+_ROUNDING = 1e-9
+_BEST = {"latency": "the fastest", "size": "the smallest", "accuracy": "the most accurate"}
+_NAMES = {"latency": "speed", "size_bytes": "size", "peak_memory": "memory"}
+"""What an objective is called where its reader weighs it against others."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a picked point must keep to; None is no limit.
+
+    Args:
+        max_accuracy_drop: against the reference, as a fraction (0.01 is one percentage point).
+        max_latency_ms: median latency.
+        max_latency_ratio: candidate over reference.
+        max_size_mb: megabytes of 1e6 bytes.
+    """
+
+    max_accuracy_drop: float | None = None
+    max_latency_ms: float | None = None
+    max_latency_ratio: float | None = None
+    max_size_mb: float | None = None
+
+    def of(self, score: Measurement, reference: Measurement) -> list[tuple[str, float, float]]:
+        """Return, for each limit that is set, its name, what the point has, and the limit."""
+        every = (
+            ("accuracy drop", reference.accuracy - score.accuracy, self.max_accuracy_drop),
+            ("latency in ms", score.latency_ms, self.max_latency_ms),
+            ("latency ratio", score.latency_ratio, self.max_latency_ratio),
+            ("size in MB", score.size_bytes / 1e6, self.max_size_mb),
+        )
+        return [(name, value, limit) for name, value, limit in every if limit is not None]
+
+    def excess(self, score: Measurement, reference: Measurement) -> float:
+        """Return by how much the limit that is missed most is exceeded, relative to it; not above 0 keeps to all."""
+        found = (
+            # Relative, so that milliseconds and megabytes can be compared.
+            (value - limit) / max(abs(limit), 1e-3) - _ROUNDING
+            for _, value, limit in self.of(score, reference)
+        )
+        return max(found, default=0.0)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A point of the front that one would take instead to have more of one thing.
+
+    Args:
+        better: the objective that it is better in.
+        point: the point.
+    """
+
+    better: str
+    point: Candidate
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A point that was picked.
+
+    Args:
+        point: the point.
+        reason: why this one, in words.
+        neighbours: what lies next to it, at most one for each objective.
+    """
+
+    point: Candidate
+    reason: str
+    neighbours: tuple[Neighbour, ...]
+
+
+@dataclass(frozen=True)
+class Front:
+    """The candidates that no other dominates, in order of falling accuracy, with the reference they are held against.
+
+    Args:
+        points: feasible, complete and non-dominated candidates.
+        reference: score of the uncompressed model in the same runtime.
+        objectives: names of the objectives that dominance was judged by.
+    """
+
+    points: tuple[Candidate, ...]
+    reference: Measurement
+    objectives: tuple[str, ...]
+
+    @classmethod
+    def of(cls, candidates: Iterable[Candidate], reference: Measurement, objectives: Sequence[str]) -> Front:
+        """Build the front of ``candidates``; failed and infeasible ones never stand on it."""
+        usable = [c for c in candidates if c.usable]
+        mask = nondominated(costs(usable, objectives))
+        points = [c for c, kept in zip(usable, mask, strict=True) if kept]
+        points.sort(key=lambda c: (-c.score.accuracy, c.score.latency_ratio, c.number))
+        return cls(tuple(points), reference, tuple(objectives))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def pick(
+        self,
+        *,
+        prefer: Preference = "knee",
+        max_accuracy_drop: float | None = None,
+        max_latency_ms: float | None = None,
+        max_latency_ratio: float | None = None,
+        max_size_mb: float | None = None,
+    ) -> Candidate:
+        """Return the point that keeps to all limits and is best by ``prefer``; see `choose`, which says why."""
+        return self.choose(Limits(max_accuracy_drop, max_latency_ms, max_latency_ratio, max_size_mb), prefer).point
+
+    def choose(self, limits: Limits, prefer: Preference = "knee") -> Choice:
+        """Return the point that keeps to all limits and is best by ``prefer``, why, and what its neighbours trade.
+
+        Args:
+            limits: that it must keep to.
+            prefer: ``knee`` is nearest to the best value of every objective, each scaled to the range of the points
+                that keep to the limits.
+
+        Raises:
+            ConfigError: if ``prefer`` is none of these.
+            NoFeasiblePointError: if no point keeps to the limits; names the one that misses them least.
+        """
+        if prefer not in get_args(Preference):
+            raise ConfigError(f"pick: prefer must be one of {', '.join(get_args(Preference))}, got {prefer!r}")
+        if not self.points:
+            raise NoFeasiblePointError("pick: the front is empty; no candidate completed within the constraints")
+        feasible = [c for c in self.points if limits.excess(c.score, self.reference) <= 0]
+        if not feasible:
+            nearest = min(self.points, key=lambda c: limits.excess(c.score, self.reference))
+            found = limits.of(nearest.score, self.reference)
+            missed = "; ".join(f"{name} {value:.4g} (limit {limit:g})" for name, value, limit in found)
+            raise NoFeasiblePointError(f"pick: no point is feasible; the nearest is trial {nearest.number}: {missed}")
+        point = self._best(feasible, prefer)
+        return Choice(point, self._reason(point, feasible, prefer, limits), self.neighbours(point))
+
+    def _best(self, among: Sequence[Candidate], prefer: Preference) -> Candidate:
+        if prefer == "latency":
+            return min(among, key=lambda c: (c.score.latency_ratio, -c.score.accuracy))
+        if prefer == "size":
+            return min(among, key=lambda c: (c.score.size_bytes, -c.score.accuracy))
+        if prefer == "accuracy":
+            return max(among, key=lambda c: (c.score.accuracy, -c.score.latency_ratio))
+        scaled = _scaled(costs(among, self.objectives))
+        return among[int(np.argmin(np.linalg.norm(scaled, axis=1)))]
+
+    def _reason(self, point: Candidate, among: Sequence[Candidate], prefer: Preference, limits: Limits) -> str:
+        if len(self) == 1:
+            return "the only point of the front"
+        whom = f"the {len(self)} points of the front"
+        if found := limits.of(point.score, self.reference):
+            kept = ", ".join(f"{name} {value:.3g} <= {limit:g}" for name, value, limit in found)
+            if len(among) == 1:
+                return f"the only one of {whom} within the limits ({kept})"
+            whom = f"the {len(among)} of {whom} within the limits ({kept})"
+        if prefer != "knee":
+            return f"{_BEST[prefer]} of {whom}"
+        names = [_NAMES.get(name, name) for name in self.objectives]
+        together = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+        return f"the knee of {whom}: nearest to the best {together}, each scaled to their range"
+
+    def neighbours(self, point: Candidate) -> tuple[Neighbour, ...]:
+        """Return, for each objective in which some point is better, the one that gives up least of the others for it.
+
+        What is given up is the distance in all other objectives in which it is worse, each scaled to the front's range;
+        of those that give up as much, the one that gains most.
+        """
+        others = [c for c in self.points if c.number != point.number]
+        if not others:
+            return ()
+        scaled = _scaled(costs([point, *others], self.objectives))
+        worse = scaled[1:] - scaled[0]
+        found = []
+        for column, name in enumerate(self.objectives):
+            better = np.flatnonzero(worse[:, column] < 0)
+            if len(better):
+                lost = np.linalg.norm(np.maximum(worse[better], 0), axis=1)
+                order = np.lexsort((worse[better, column], lost.round(9)))
+                found.append(Neighbour(name, others[better[order[0]]]))
+        return tuple(found)
+
+    def trial(self, number: int) -> Candidate:
+        """Return the point with this trial number.
+
+        Raises:
+            NoFeasiblePointError: if it is not on the front; names the nearest number that is.
+        """
+        for point in self.points:
+            if point.number == number:
+                return point
+        if not self.points:
+            raise NoFeasiblePointError(f"trial {number}: the front is empty")
+        nearest = min(self.points, key=lambda c: abs(c.number - number))
+        known = ", ".join(str(c.number) for c in sorted(self.points, key=lambda c: c.number))
+        raise NoFeasiblePointError(
+            f"trial {number}: not on the front; the nearest is trial {nearest.number} (the front: {known})"
+        )
+
+    def chosen(self, number: int) -> Choice:
+        """Return the point with this trial number as a choice; see `trial`."""
+        point = self.trial(number)
+        return Choice(point, "asked for by its number", self.neighbours(point))
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a point, with the columns of ``pareto.csv``."""
+        from autocompress.report.tables import frame
+
+        return frame(self.points)
+
+    def plot(self) -> go.Figure:
+        """Return the front as a plotly figure: accuracy over latency, size as marker area."""
+        from autocompress.report.figures import front_figure
+
+        return front_figure(self, ())
+
+
+def _scaled(points: np.ndarray) -> np.ndarray:
+    """Return ``points x objectives`` from 0 at the best to 1 at the worst of each."""
+    span = np.ptp(points, axis=0)
+    scaled: np.ndarray = (points - points.min(axis=0)) / np.where(span > 0, span, 1.0)
+    return scaled
