@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from autocompress.decisions import Decision, DropBlocks, PruneHeads, PruneNeurons, Student
 
@@ -67,6 +67,15 @@ class ModelShape:
     activation: str = "gelu"
     runs: int = 1
     table_width: int = 0
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ModelShape:
+        """Read what `dataclasses.asdict` makes of a shape.
+
+        Raises:
+            TypeError: if fields are missing or unknown.
+        """
+        return cls(**{**fields, "blocks": tuple(BlockShape(**block) for block in fields["blocks"])})
 
     def sites(self) -> Mapping[str, Site]:
         """Return all sites by name, in the order of the forward pass."""

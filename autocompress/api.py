@@ -14,12 +14,12 @@ from autocompress.binding import bind
 from autocompress.cluster import Cluster
 from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.distribute import Workers
-from autocompress.driver import write_results
 from autocompress.errors import ConfigError, StudyError
 from autocompress.evaluate import Workshop
 from autocompress.forecast import Forecast
 from autocompress.forecast import forecast as _forecast
 from autocompress.records import Candidate
+from autocompress.results import write_results
 from autocompress.retarget import Moved
 from autocompress.retarget import retarget as _retarget
 from autocompress.salvage import Salvaged

@@ -12,7 +12,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,9 @@ from autocompress.pareto import volume
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.refine import drop_dominated, refine
-from autocompress.report import page, tables
-from autocompress.report.comparison import Comparison
+from autocompress.report import tables
 from autocompress.report.tables import write_aside
+from autocompress.results import BASELINES, write_predictions, write_results
 from autocompress.stopwatch import Stopwatch
 from autocompress.storage import holds_study
 from autocompress.study import Study
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from autocompress.depot import Depot
 
 ENVIRONMENT_SCHEMA = 1
-BASELINES = "baselines"
-"""Folder within the results folder; each baseline is a search of its own in it."""
 _TABLE_SECONDS = 5.0
 """Least time between two writes of ``study.csv`` while candidates come in."""
 _TABLE_SHARE = 0.01
@@ -127,7 +125,7 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
             refine(study, workshop, clock, quiet=quiet, progress=progress)
             if workers is not None:
                 workers.stop()  # a baseline has a Ray of its own
-            _write_predictions(study)
+            write_predictions(study)
             with clock("baselines"):
                 for name in run.baselines:
                     _baseline(name, study, workshop, progress, cluster)
@@ -242,22 +240,6 @@ def _status(study: Study, reference: Any, majority: float, each: float) -> Searc
     )
 
 
-def _write_predictions(study: Study) -> None:
-    """Keep how far off predictions were that were made before their candidate was measured."""
-    assert study.predictor is not None
-    errors = _predictions(study)
-    for name, found in study.predictor.errors.items():
-        errors.setdefault(name, []).extend(found)
-    if errors:
-        write_aside(study.folder / "predictions.json", json.dumps(errors))
-
-
-def _predictions(study: Study) -> dict[str, list[float]]:
-    file = study.folder / "predictions.json"
-    found: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return found
-
-
 def _baseline(name: str, study: Study, workshop: Workshop, progress: Progress, cluster: Cluster | None) -> None:
     """Run a search to hold this one against, in a folder of its own, with as many evaluations."""
     folder = study.folder / BASELINES / name
@@ -310,7 +292,11 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
             raise StudyError(f"{file}: schema must be {ENVIRONMENT_SCHEMA}, got {found.get('schema')!r}")
         if holds_study(folder) or found.get("key") == key:
             # Written by an earlier version.
-            later = {"majority": workshop.majority, "shared_rows": workshop.task.shared_rows}
+            later = {
+                "majority": workshop.majority,
+                "shared_rows": workshop.task.shared_rows,
+                "shape": dataclasses.asdict(workshop.teacher.shape),
+            }
             if not later.keys() <= found.keys():
                 write_aside(file, json.dumps(later | found, indent=1))
             return
@@ -322,6 +308,7 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
         "reference": dataclasses.asdict(measured),
         "majority": workshop.majority,
         "shared_rows": workshop.task.shared_rows,
+        "shape": dataclasses.asdict(workshop.teacher.shape),
         "machine": workshop.timed_on,
         "target": target,
         "runtime_options": workshop.fingerprint["runtime_options"],
@@ -341,53 +328,3 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(file, json.dumps(environment, indent=1))
-
-
-def write_results(study: Study) -> None:
-    """Write ``study.csv``, ``pareto.csv`` and ``report.html`` from the study."""
-    folder, front = study.folder, study.front()
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    told_elsewhere = ("reference", "key", "schema", "majority", "shared_rows")
-    shown = {k: v for k, v in environment.items() if k not in told_elsewhere}
-    notes = []
-    if shared_rows := environment.get("shared_rows", 0):
-        notes.append(f"{shared_rows} texts stand in two splits; the run file accepts that.")
-    if disturbed := [c.number for c in front.points if c.score.disturbed]:
-        numbers = ", ".join(map(str, disturbed))
-        notes.append(f"Other programs kept the cores busy while the latencies of trials {numbers} were taken.")
-    tables.write_csv(study.candidates(), folder / "study.csv")
-    tables.write_csv(front.points, folder / "pareto.csv")
-    page.write_report(
-        folder / "report.html",
-        title=study.run.name,
-        front=front,
-        candidates=study.candidates(),
-        environment=shown,
-        notes=notes,
-        comparison=comparison_of(study),
-    )
-
-
-def comparison_of(study: Study) -> Comparison | None:
-    """Return what a study is held against: its own uniform plans, and a random search where there was one.
-
-    None for a study of version 0.1, which does not know the majority-class rate.
-    """
-    majority = study.majority
-    if majority is None:
-        return None
-    folder = study.folder / BASELINES / "random"
-    random: Sequence[Candidate] | None = None
-    # A baseline that was interrupted early holds no study yet.
-    if (folder / "run.yaml").exists() and holds_study(folder):
-        random = _searched(Study(folder, RunConfig.from_file(folder / "run.yaml")))
-    predictor: dict[str, float] = {}
-    for name, values in _predictions(study).items():
-        sizes = [abs(value) for value in values]
-        predictor[f"{name}: mean absolute error of {len(sizes)} predictions before measuring"] = sum(sizes) / len(sizes)
-        predictor[f"{name}: worst of them"] = max(sizes)
-    return Comparison(majority, _searched(study), random=random, predictor=predictor or None)
-
-
-def _searched(study: Study) -> Sequence[Candidate]:
-    return [c for c in study.candidates() if c.origin != "recover"]

@@ -223,11 +223,11 @@ class Front:
 
         return frame(self.points)
 
-    def plot(self) -> go.Figure:
-        """Return the front as a plotly figure: accuracy over latency, size as marker area."""
+    def plot(self, over: Literal["latency", "size"] = "latency") -> go.Figure:
+        """Return the front as a plotly figure: accuracy over latency, with size as marker area, or over size."""
         from autocompress.report.figures import front_figure
 
-        return front_figure(self, ())
+        return front_figure(self, (), over=over)
 
 
 def _scaled(points: np.ndarray) -> np.ndarray:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from autocompress import machine
 from autocompress.config import RunConfig
-from autocompress.driver import open_for_writing, write_results
+from autocompress.driver import open_for_writing
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluate import Workshop
 from autocompress.pareto import costs, nondominated_ranks
 from autocompress.records import Candidate, Measurement
 from autocompress.report.tables import write_aside
+from autocompress.results import write_results
 from autocompress.study import Study
 from autocompress.trained import Progress
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from autocompress.decisions import PruneNeurons, Quantize
+from autocompress.front import Front
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 
@@ -105,3 +106,18 @@ def random_candidates(seed: int) -> list[Candidate]:
         )
         for number in range(int(rng.integers(1, 40)))
     ]
+
+
+SEARCH = [
+    make_candidate(0, accuracy=0.875, size_bytes=40_000_000, ratio=0.8),
+    make_candidate(1, accuracy=0.872, size_bytes=30_000_000, ratio=0.9),
+    make_candidate(2, accuracy=0.83, size_bytes=15_000_000, ratio=0.25),
+    make_candidate(3, accuracy=0.80, size_bytes=45_000_000, ratio=0.95),
+    make_candidate(4, accuracy=0.86, size_bytes=12_000_000, ratio=0.2, feasible=False),
+    make_candidate(5, state="FAIL", failure="logits: not finite"),
+]
+"""A front of three, a dominated candidate, an infeasible and a failed one."""
+
+
+def front_of(candidates: list[Candidate]) -> Front:
+    return Front.of(candidates, make_reference(), ("accuracy", "size_bytes", "latency"))

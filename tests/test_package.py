@@ -93,6 +93,8 @@ def test_every_error_derives_from_ours_and_says_its_exit_code() -> None:
         "demo/LICENSE-VADER.txt",
         "demo/movies.csv.gz",
         "demo/tweets.csv.gz",
+        "report/page.css",
+        "report/page.js",
     ],
 )
 def test_the_package_carries_its_data(path: str) -> None:

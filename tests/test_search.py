@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from helpers_browser import browser, opened
 from processes import descendants
 from test_cli import Done
 from test_study import CSV_COLUMNS, plan_ids, rows, states
@@ -226,6 +227,24 @@ def exported(searched: Path, workplace: Path) -> Path:
     assert set(found) == set(FORMATS)
     assert {shipped["reloaded_predictions"] for shipped in found.values()} == {"identical"}
     return workplace / "out"
+
+
+def test_the_command_that_the_report_copies_exports_that_point(searched: Path, workplace: Path) -> None:
+    with browser() as chromium:
+        page = chromium.new_page()
+        errors = opened(page, (searched / "report.html").as_uri())
+        page.locator("table [data-trial]").last.click()
+        number = int(page.locator("#detail h3").text_content().removeprefix("Trial "))
+        assert page.locator("#detail table.plan tbody tr").count() >= 1
+        copied = page.locator("#command").input_value()
+        assert errors == []
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        copied, shell=True, cwd=workplace, env=environment() | {"PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    about = json.loads((workplace / f"tiny-trial-{number}" / "measurement.json").read_text(encoding="utf-8"))
+    assert about["trial"] == number
 
 
 def picked(searched: Path) -> Candidate:

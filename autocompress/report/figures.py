@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -62,21 +62,24 @@ def _latency_spread(score: Measurement) -> tuple[float, float]:
     return max(0.0, low), max(0.0, high)
 
 
-_LATENCY_VIEW = _View(
-    x=lambda score: score.latency_ms,
-    x_title="latency, ms (median)",
-    colour=size_mb,
-    colour_title="size, MB",
-    spread=_latency_spread,
-    area=size_mb,
-)
-_SIZE_VIEW = _View(
-    x=size_mb, x_title="size, MB", colour=lambda score: score.latency_ms, colour_title="latency, ms (median)"
-)
+Over = Literal["latency", "size"]
+_VIEWS: dict[Over, _View] = {
+    "latency": _View(
+        x=lambda score: score.latency_ms,
+        x_title="latency, ms (median)",
+        colour=size_mb,
+        colour_title="size, MB",
+        spread=_latency_spread,
+        area=size_mb,
+    ),
+    "size": _View(
+        x=size_mb, x_title="size, MB", colour=lambda score: score.latency_ms, colour_title="latency, ms (median)"
+    ),
+}
 
 
-def front_figure(front: Front, others: Sequence[Candidate]) -> go.Figure:
-    """Draw accuracy over latency; marker area and colour are the size.
+def front_figure(front: Front, others: Sequence[Candidate], *, over: Over = "latency") -> go.Figure:
+    """Draw accuracy over latency, where marker area and colour are the size, or over size.
 
     Vertical bars are the Wilson intervals. Horizontal bars are the 95 % interval of the paired ratio to the reference,
     carried over to the median latency in proportion.
@@ -84,44 +87,11 @@ def front_figure(front: Front, others: Sequence[Candidate]) -> go.Figure:
     Args:
         front: drawn in colour, its best points in these two axes joined, with its reference as a star.
         others: further candidates, drawn small and grey; failed ones and those on the front are left out.
+        over: what accuracy is drawn over.
     """
-    return _figure(front, others, _LATENCY_VIEW)
-
-
-def size_figure(front: Front, others: Sequence[Candidate]) -> go.Figure:
-    """Draw accuracy over size; the colour is the latency. Arguments as for `front_figure`."""
-    return _figure(front, others, _SIZE_VIEW)
-
-
-def dress(figure: go.Figure, *, height: int) -> None:
-    """Give a figure the look that all of a report share.
-
-    Args:
-        figure: changed in place.
-        height: in pixels.
-    """
-    figure.update_layout(
-        template="plotly_white",
-        height=height,
-        showlegend=True,
-        margin={"l": 62, "r": 24, "t": 40, "b": 24},
-        # plotly 7 offers to upload the chart to its cloud by default; a report stays where it is.
-        modebar={"remove": _REMOVED_BUTTONS},
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1.02,
-            "yanchor": "bottom",
-            "itemsizing": "constant",
-        },
-        hoverlabel={"align": "left", "bgcolor": "white", "font": {"color": "#1c2430"}},
-    )
-
-
-def _figure(front: Front, others: Sequence[Candidate], view: _View) -> go.Figure:
     import plotly.graph_objects as go
 
+    view = _VIEWS[over]
     figure = go.Figure()
     on_front = {c.number for c in front.points}
     rest = [c for c in others if c.measurement is not None and c.number not in on_front]
@@ -160,6 +130,32 @@ def _figure(front: Front, others: Sequence[Candidate], view: _View) -> go.Figure
         yaxis={"title": {"text": "accuracy, %"}},
     )
     return figure
+
+
+def dress(figure: go.Figure, *, height: int) -> None:
+    """Give a figure the look that all of a report share.
+
+    Args:
+        figure: changed in place.
+        height: in pixels.
+    """
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        showlegend=True,
+        margin={"l": 62, "r": 24, "t": 40, "b": 24},
+        # plotly 7 offers to upload the chart to its cloud by default; a report stays where it is.
+        modebar={"remove": _REMOVED_BUTTONS},
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "itemsizing": "constant",
+        },
+        hoverlabel={"align": "left", "bgcolor": "white", "font": {"color": "#1c2430"}},
+    )
 
 
 def _trace(

@@ -1,18 +1,22 @@
-"""The report: one HTML file with pictures and tables that opens anywhere, without a network.
+"""The report: one HTML file that opens anywhere, without a network.
 
-Whatever comes from outside (title, plan, failure reason, environment) is escaped; plotly escapes ``<``, ``>`` and ``/``
-in a figure's JSON but draws its texts as HTML of its own, so these are escaped as well, and the ``id`` of a figure,
-which plotly does not escape, is fixed here. A content security policy keeps the page from loading anything.
+What it says in words and tables stands in the file; pictures, limits and the panel of a point are drawn by ``page.js``
+from the data that the file holds (`data.py`). Whatever comes from outside (title, plan, failure reason, environment) is
+escaped, and a content security policy runs two scripts alone, which it knows by their hashes.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from autocompress.anatomy import ModelShape
 from autocompress.errors import NoFeasiblePointError
 from autocompress.front import Front, Preference
 from autocompress.records import Candidate, Measurement
@@ -25,7 +29,8 @@ from autocompress.report.comparison import (
     sentences,
     volume_figure,
 )
-from autocompress.report.figures import front_figure, size_figure
+from autocompress.report.data import page_data
+from autocompress.report.importance import importance_figure, importances
 from autocompress.report.tables import (
     accuracy_words,
     one_line,
@@ -39,43 +44,6 @@ from autocompress.report.tables import (
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1c2430; --soft: #5a6675; --page: #fff; --line: #d5dbe3; --head: #f1f4f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e4e9f0; --soft: #a3afbf; --page: #14181f; --line: #37414f; --head: #1f2630; }
-}
-* { box-sizing: border-box; }
-html { overflow-y: scroll; }
-body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 1rem; }
-h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-li { margin: .3rem 0; }
-.soft, figcaption { color: var(--soft); font-size: .9rem; }
-figure { margin: 1rem 0; }
-figcaption { margin-top: .5rem; }
-.picture { background: #fff; color-scheme: light; border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-tbody tr:last-child td { border-bottom: 0; }
-th { background: var(--head); white-space: nowrap; }
-td { white-space: nowrap; }
-td.words { white-space: normal; min-width: 18rem; }
-th.words { width: 50%; }
-th.number, td.number { text-align: right; }
-dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .25rem 1rem; font-size: .9rem; }
-dt { color: var(--soft); }
-dd { margin: 0; }
-@media (max-width: 600px) {
-  dl { grid-template-columns: 1fr; }
-  dd { margin-bottom: .4rem; }
-  td.words { min-width: 36rem; }
-}
-"""
-
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-
 
 def write_report(
     path: Path,
@@ -86,6 +54,8 @@ def write_report(
     environment: Mapping[str, Any],
     notes: Sequence[str] = (),
     comparison: Comparison | None = None,
+    shape: ModelShape | None = None,
+    command: Sequence[str] = ("autocompress export RESULTS --trial ", " --format openvino -o OUT"),
 ) -> None:
     """Write the report page.
 
@@ -97,61 +67,114 @@ def write_report(
         environment: how it was measured; nested mappings are shown with dotted names.
         notes: further sentences, as plain text.
         comparison: the search and what it is held against; None leaves the section out.
+        shape: of the uncompressed model; without it there are no pictures of plans.
+        command: that exports a point, in parts between which its number stands.
 
     Raises:
         OSError: if it cannot be written; what was there before is then untouched.
     """
     heading = escape(one_line(title))
-    # With more objectives than a picture has axes the front is no staircase, which looks like a fault if not said.
-    names = escape(", ".join(name.removesuffix("_bytes") for name in front.objectives))
-    together = f" The front is judged by {names} together." if len(front.objectives) > 2 else ""
-    together += " The line joins the points that are best in this picture alone."
     remarks = "".join(f"<li>{escape(one_line(note))}</li>" for note in notes)
-    body = f"""<h1>{heading}</h1>
-{_together(_opening(front))}
-<h2>Accuracy over latency</h2>
-{_picture("figure-latency", front_figure(front, candidates), bundle=True, caption=_LATENCY_CAPTION + together)}
-<h2>Accuracy over size</h2>
-{_picture("figure-size", size_figure(front, candidates), bundle=False, caption=_SIZE_CAPTION + together)}
-{_worth(comparison, front.reference) if comparison is not None else ""}
-<h2>Pareto front</h2>
-{_front_rows(front)}
-<h2>All candidates</h2>
-{_candidate_rows(candidates)}
-<h2>How it was measured</h2>
+    figures: dict[str, go.Figure] = {}
+    sections = [
+        f"<h1>{heading}</h1>",
+        _together(_opening(front)),
+        "<h2>Candidates</h2>",
+        _explorer(front),
+        _worth(comparison, front.reference, figures) if comparison is not None else "",
+        _why(candidates, front.objectives, figures),
+        "<h2>Pareto front</h2>",
+        _front_rows(front),
+        _failures(candidates),
+        "<h2>All candidates</h2>",
+        _candidate_rows(candidates),
+        f"""<h2>How it was measured</h2>
 <p>Accuracy is the share of {front.reference.rows} search rows that the artefact classifies rightly, with its 95 %
 Wilson interval. The points were chosen by these rows, so confirm a pick on the held-out test rows. Size is the bytes
 of the artefact's model files, 1 MB = 1,000,000 bytes. Latency is the median time of one call in milliseconds; the
 ratio is the median over paired runs of candidate over reference, with its 95 % bootstrap
-interval{_drifting(front)}.</p>
-{_definitions(environment)}
-{f"<h2>Notes</h2><ul>{remarks}</ul>" if remarks else ""}"""
-    write_aside(
-        path,
-        f"""<!doctype html>
+interval{_drifting(front)}.</p>""",
+        _definitions(environment),
+        f"<h2>Notes</h2><ul>{remarks}</ul>" if remarks else "",
+    ]
+    random = (comparison.random or ()) if comparison is not None else ()
+    data = page_data(front, candidates, random=random, shape=shape)
+    data |= {"command": command, "figures": {name: json.loads(figure.to_json()) for name, figure in figures.items()}}
+    write_aside(path, _document(heading, "\n".join(part for part in sections if part), data))
+
+
+def _document(heading: str, body: str, data: Mapping[str, Any]) -> str:
+    from plotly.offline import get_plotlyjs
+
+    here = resources.files("autocompress.report")
+    style = (here / "page.css").read_text(encoding="utf-8")
+    scripts = get_plotlyjs(), (here / "page.js").read_text(encoding="utf-8")
+    # Within a script element nothing but its end, or a comment, is read as markup.
+    held = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{heading}</title>
-<style>{_STYLE}</style>
+<style>
+{style}</style>
 </head>
 <body>
 <main>
 {body}
 </main>
+<script type="application/json" id="data">{held}</script>
+<script>{scripts[0]}</script>
+<script>{scripts[1]}</script>
 </body>
 </html>
-""",
+"""
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Return a policy by which a browser runs these scripts and no other, and loads nothing."""
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{found}'" for found in hashes)
+    # plotly makes the programs that draw lines on a GPU from text; what comes from outside is not among that.
+    return f"default-src 'none'; script-src {allowed} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def _explorer(front: Front) -> str:
+    """Return the picture of all candidates with what governs it; the program fills it."""
+    # With more objectives than a picture has axes the front is no staircase, which looks like a fault if not said.
+    names = escape(", ".join(name.removesuffix("_bytes").replace("_", " ") for name in front.objectives))
+    together = f" The front is judged by {names} together." if len(front.objectives) > 2 else ""
+    axes = "".join(
+        f'<label>{said} <select id="axis-{axis}"></select></label>'
+        for axis, said in (("x", "across"), ("y", "up"), ("z", "colour and depth"))
     )
+    limits = "".join(
+        f'<div><label for="limit-{name}">{said} <output id="limit-{name}-value" for="limit-{name}"></output></label>'
+        f'<input type="range" id="limit-{name}" min="0" max="0" step="1"></div>'
+        for name, said in (("drop", "accuracy drop at most"), ("latency", "latency at most"), ("size", "size at most"))
+    )
+    return f"""<div class="controls">{axes}<label><input type="checkbox" id="log"> logarithmic</label>
+<label><input type="checkbox" id="solid"> in 3-D</label></div>
+<fieldset><legend>Limits</legend>
+<div class="limits">{limits}</div>
+<div class="controls"><label><input type="checkbox" id="only"> show only what keeps to them</label>
+<button type="button" id="reset">No limits</button></div>
+<p id="count" role="status"></p>
+</fieldset>
+<div class="explore">
+<figure><div id="figure-front"></div><figcaption>{_CAPTION}{together}<span id="thinned"></span></figcaption></figure>
+<section id="detail" aria-label="Selected candidate" aria-live="polite"></section>
+</div>
+<noscript><p>The picture needs JavaScript; the tables below do not.</p></noscript>"""
 
 
-_LATENCY_CAPTION = (
-    "Up and to the left is better. Colour and marker area are the size. Vertical bars are 95 % Wilson intervals; "
-    "horizontal bars are the 95 % interval of the paired latency ratio, carried over to the median in proportion."
+_CAPTION = (
+    "Each marker is a model that was built and measured; select one to see what was done to it and how to export it. "
+    "Bars are 95 % intervals: Wilson's of accuracies, and of latencies that of the paired ratio, carried over to the "
+    "median in proportion. The line joins the points that are best in this picture alone."
 )
-_SIZE_CAPTION = "Up and to the left is better. Colour is the latency. Vertical bars are 95 % Wilson intervals."
 _VOLUME_CAPTION = "Higher is better. Failed candidates and those that break a constraint count as evaluations."
 _LADDER_CAPTION = " The plans of the uniform ladder are part of the search, so it never ends below them."
 _ONE_RUN_CAPTION = " One run of each is shown; with another seed a small difference may turn around."
@@ -191,7 +214,7 @@ def _opening(front: Front) -> str:
         chosen.setdefault(point.number, (point, []))[1].append(name)
     items = "".join(f"<li>{_recommendation(point, names, reference)}</li>" for point, names in chosen.values())
     count = "1 point" if len(front) == 1 else f"{len(front)} points"
-    return f"{first}{missed} The front has {count}; consider:</p>\n<ul>{items}</ul>"
+    return f'{first}{missed} The front has {count}; consider:</p>\n<ul class="cards">{items}</ul>'
 
 
 def _recommendation(point: Candidate, names: Sequence[str], reference: Measurement) -> str:
@@ -200,14 +223,19 @@ def _recommendation(point: Candidate, names: Sequence[str], reference: Measureme
     labels = [f"{within} within 1 percentage point of accuracy"] if within else []
     label = ", ".join(labels + ["knee of the front"] * ("knee" in names))
     return (
-        f"<strong>{label[0].upper()}{label[1:]}</strong>: trial {point.number} with {accuracy_words(score)} accuracy, "
-        f"{short(size_mb(score))} MB ({times_smaller(score, reference)}), {short(score.latency_ms)} ms "
+        f"<strong>{label[0].upper()}{label[1:]}</strong> {_link(point.number, 'trial ')} with {accuracy_words(score)} "
+        f"accuracy, {short(size_mb(score))} MB ({times_smaller(score, reference)}), {short(score.latency_ms)} ms "
         f'({times_faster(score, interval=True)}). <span class="soft">{escape(one_line(point.plan.words()))}</span>'
     )
 
 
-def _worth(comparison: Comparison, reference: Measurement) -> str:
-    """Return the section that holds the search against the ladder and a random search."""
+def _link(number: int, before: str = "") -> str:
+    """Return a button that shows a candidate."""
+    return f'<button type="button" class="link" data-trial="{number}">{before}{number}</button>'
+
+
+def _worth(comparison: Comparison, reference: Measurement, figures: dict[str, go.Figure]) -> str:
+    """Return the section that holds the search against the ladder and a random search; adds its figure."""
     heading = "<h2>Was the search worth it?</h2>"
     said = _together(f"<p>{escape(' '.join(sentences(comparison, reference)))}</p>")
     parts = [heading, said]
@@ -215,15 +243,41 @@ def _worth(comparison: Comparison, reference: Measurement) -> str:
         caption = _VOLUME_CAPTION
         caption += _LADDER_CAPTION if comparison.ladder else ""
         caption += _ONE_RUN_CAPTION if comparison.random else ""
-        figure = volume_figure(comparison, reference)
+        figures["volume"] = volume_figure(comparison, reference)
         parts += [
             _table("Search and baselines", HEADINGS, comparison_rows(comparison, reference)),
             _together(f'<p class="soft">{escape(reference_words(comparison, reference))}</p>'),
-            _picture("figure-volume", figure, bundle=False, caption=caption),
+            _place("volume", caption),
         ]
     if errors := predictor_words(comparison):
         parts.append(f"<p>How far off the search's own predictors were:</p>\n{_definitions(errors)}")
     return "\n".join(parts)
+
+
+def _why(candidates: Sequence[Candidate], objectives: Sequence[str], figures: dict[str, go.Figure]) -> str:
+    """Return what made candidates good or bad: their plans on the whole, and parameters; adds a figure."""
+    parts = []
+    if sum(c.usable for c in candidates) > 1:
+        parts += ["<h2>Plans at a glance</h2>", _place("parallel", _PARALLEL_CAPTION)]
+    if found := importances(candidates, objectives):
+        figures["importance"] = importance_figure(found)
+        parts += ["<h2>Which parameters mattered</h2>", _place("importance", _IMPORTANCE_CAPTION)]
+    return "\n".join(parts)
+
+
+def _place(name: str, caption: str) -> str:
+    return f'<figure><div id="figure-{name}"></div><figcaption>{caption}</figcaption></figure>'
+
+
+_PARALLEL_CAPTION = (
+    "A line for each candidate, coloured by its accuracy. Drag along an axis to keep a range of it, and again beside "
+    "the range to let go."
+)
+_IMPORTANCE_CAPTION = (
+    "Share of the variance that a parameter explains by itself, among the candidates that have it (omega squared of a "
+    "one-way analysis of variance; sizes and latencies by their logarithm). The search did not draw candidates evenly, "
+    "so it tells what made a difference among these."
+)
 
 
 def _together(html: str) -> str:
@@ -231,20 +285,6 @@ def _together(html: str) -> str:
     for unit in ("%", "MB", "ms"):
         html = html.replace(f" {unit}", f"&nbsp;{unit}")
     return html
-
-
-def _picture(
-    name: Literal["figure-latency", "figure-size", "figure-volume"], figure: go.Figure, *, bundle: bool, caption: str
-) -> str:
-    html = figure.to_html(
-        full_html=False,
-        include_plotlyjs=bundle,
-        div_id=name,
-        default_width="100%",
-        default_height=f"{figure.layout.height}px",
-        config={"responsive": True, "displaylogo": False, "showSendToCloud": False, "plotlyServerURL": ""},
-    )
-    return f'<figure><div class="picture">{html}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _front_rows(front: Front) -> str:
@@ -255,7 +295,7 @@ def _front_rows(front: Front) -> str:
         low, high = 1 / score.latency_ratio_high, 1 / score.latency_ratio_low
         rows.append(
             (
-                str(candidate.number),
+                candidate.number,
                 accuracy_words(score).replace(" %", ""),
                 short(size_mb(score)),
                 f"{front.reference.size_bytes / score.size_bytes:.1f}",
@@ -268,38 +308,62 @@ def _front_rows(front: Front) -> str:
     return _table("Pareto front", headings, rows) if rows else "<p>The front is empty.</p>"
 
 
-def _candidate_rows(candidates: Sequence[Candidate]) -> str:
-    headings = ("trial", "state", "accuracy, %", "size, MB", "latency ratio", "seconds", "plan or reason of failure")
-    rows = []
+def _failures(candidates: Sequence[Candidate]) -> str:
+    """Return what went wrong, the most frequent reason first."""
+    numbers: dict[str, list[int]] = {}
     for candidate in candidates:
-        score = candidate.measurement
-        state = candidate.state if candidate.feasible or score is None else f"{candidate.state}, infeasible"
-        numbers = ("", "", "", "")
-        if score is not None:
-            size, ratio = short(size_mb(score)), f"{score.latency_ratio:.3f}"
-            numbers = (f"{100 * score.accuracy:.1f}", size, ratio, f"{score.seconds:.1f}")
-        words = candidate.failure if candidate.failure else candidate.plan.words()
-        rows.append((str(candidate.number), state, *numbers, words))
-    return _table("All candidates", headings, rows) if rows else "<p>No candidate was tried.</p>"
+        if candidate.state == "FAIL":
+            numbers.setdefault(one_line(candidate.failure or "no reason given"), []).append(candidate.number)
+    if not numbers:
+        return ""
+    ordered = sorted(numbers.items(), key=lambda item: (-len(item[1]), item[1]))
+    rows = [(str(len(found)), ", ".join(map(str, found[:_EXAMPLES])), reason) for reason, found in ordered]
+    return f"<h2>What failed, and why</h2>\n{_table('Failures', ('candidates', 'trials', 'reason'), rows)}"
 
 
-_KINDS = {"plan": "words", "plan or reason of failure": "words", "state": "state", "tried": "state"}
+_EXAMPLES = 5
+
+
+def _candidate_rows(candidates: Sequence[Candidate]) -> str:
+    """Return the head of the table that the program fills."""
+    if not candidates:
+        return "<p>No candidate was tried.</p>"
+    headings = ("trial", "state", "accuracy, %", "size, MB", "latency ratio", "seconds", "plan or reason of failure")
+    table = _table("All candidates", headings, ()).replace("<tbody>", '<tbody id="candidates">')
+    return table.replace('class="scroll"', 'class="scroll tall"') + '\n<button type="button" id="more" hidden></button>'
+
+
+_KINDS = {
+    "plan": "words",
+    "plan or reason of failure": "words",
+    "reason": "words",
+    "state": "state",
+    "tried": "state",
+    "trials": "state",
+}
 """Class of a column by its heading, where it does not hold numbers."""
 
 
-def _table(label: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table whose columns of plans and reasons hold words that may break; most others hold numbers."""
+def _table(label: str, headings: Sequence[str], rows: Iterable[Sequence[str | int]]) -> str:
+    """Return a table whose columns of plans and reasons hold words that may break; most others hold numbers.
+
+    A cell that is an integer is the number of a candidate, which is shown when it is pressed.
+    """
     kinds = [_KINDS.get(heading, "number") for heading in headings]
     head = "".join(f'<th scope="col" class="{k}">{escape(h)}</th>' for k, h in zip(kinds, headings, strict=True))
     lines = []
     for row in rows:
         cells = zip(kinds, row, strict=True)
-        lines.append("".join(f'<td class="{kind}">{escape(one_line(cell))}</td>' for kind, cell in cells))
+        lines.append("".join(f'<td class="{kind}">{_cell(cell)}</td>' for kind, cell in cells))
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"><table>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
+
+
+def _cell(cell: str | int) -> str:
+    return _link(cell) if isinstance(cell, int) else escape(one_line(cell))
 
 
 def _definitions(environment: Mapping[str, Any]) -> str:

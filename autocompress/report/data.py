@@ -1,0 +1,109 @@
+"""What the page's program reads: every candidate by columns, in as few characters as it takes.
+
+Ten thousand candidates must fit a page that a browser opens at once, so numbers have five digits and what many
+candidates share - a block, as it is compressed - is written once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from autocompress.anatomy import ModelShape
+from autocompress.front import Front
+from autocompress.records import Candidate, Measurement
+from autocompress.report.blocks import Picture
+from autocompress.report.tables import BETTER, one_line, size_mb, trade_words
+
+_DIGITS = 5
+_NUMBERS: dict[str, Callable[[Measurement], float | None]] = {
+    "accuracy": lambda score: 100 * score.accuracy,
+    "accuracy_low": lambda score: 100 * score.accuracy_low,
+    "accuracy_high": lambda score: 100 * score.accuracy_high,
+    "size": size_mb,
+    "ms": lambda score: score.latency_ms,
+    "p90": lambda score: score.latency_p90_ms,
+    "ratio": lambda score: score.latency_ratio,
+    "ratio_low": lambda score: score.latency_ratio_low,
+    "ratio_high": lambda score: score.latency_ratio_high,
+    "memory": lambda score: score.peak_memory_bytes and score.peak_memory_bytes / 1e6,
+    "seconds": lambda score: score.seconds,
+}
+"""Columns of a score: accuracies in percent, sizes in MB of 1e6 bytes, latencies in ms."""
+
+
+def page_data(
+    front: Front, candidates: Sequence[Candidate], *, random: Sequence[Candidate] = (), shape: ModelShape | None = None
+) -> dict[str, Any]:
+    """Return everything that the page draws, as JSON takes it.
+
+    Args:
+        front: with its reference.
+        candidates: all of the study.
+        random: those of the random baseline.
+        shape: of the uncompressed model; without it there are no pictures of plans.
+    """
+    on_front = {point.number for point in front.points}
+    blocks: dict[tuple[Any, ...], int] = {}
+    pictures: list[Any] = []
+    for candidate in candidates:
+        pictures.append(None if shape is None else _picture(candidate, shape, blocks))
+    return {
+        "reference": _columns([front.reference]),
+        "candidates": {
+            "number": [c.number for c in candidates],
+            "state": [one_line(c.state) for c in candidates],
+            "origin": [one_line(c.origin) for c in candidates],
+            "feasible": [int(c.feasible) for c in candidates],
+            "front": [int(c.number in on_front) for c in candidates],
+            "plan": [one_line(c.plan.words()) for c in candidates],
+            "failure": {n: one_line(c.failure) for n, c in enumerate(candidates) if c.failure},
+            **_columns([c.measurement for c in candidates]),
+        },
+        "random": _columns([c.measurement for c in random if c.usable]),
+        "neighbours": {point.number: _neighbours(front, point) for point in front.points},
+        "shape": None if shape is None else _sizes(shape),
+        "blocks": list(blocks),
+        "pictures": pictures,
+    }
+
+
+def _columns(scores: Sequence[Measurement | None]) -> dict[str, list[float | None]]:
+    return {name: [None if s is None else _short(read(s)) for s in scores] for name, read in _NUMBERS.items()}
+
+
+def _short(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    found = float(f"{value:.{_DIGITS}g}")
+    return int(found) if found.is_integer() else found
+
+
+def _neighbours(front: Front, point: Candidate) -> list[tuple[str, int, str]]:
+    return [
+        (BETTER[near.better], near.point.number, trade_words(point.score, near.point.score))
+        for near in front.neighbours(point)
+    ]
+
+
+def _picture(candidate: Candidate, shape: ModelShape, blocks: dict[tuple[Any, ...], int]) -> list[Any] | None:
+    """Return a candidate's picture with the numbers of its blocks in ``blocks``, which new ones are added to."""
+    try:
+        found = Picture.of(candidate.plan, shape)
+    except (IndexError, ValueError):  # of a plan that does not fit the model, which is why it failed
+        return None
+    numbers = [blocks.setdefault(tuple(vars(block).values()), len(blocks)) for block in found.blocks]
+    return [found.hidden, found.rows, found.embedding_bits, found.head_bits, found.tokens, found.runs, numbers]
+
+
+def _sizes(shape: ModelShape) -> dict[str, int]:
+    first = shape.blocks[0]
+    return {
+        "blocks": len(shape.blocks),
+        "heads": max(block.heads for block in shape.blocks),
+        "head_size": first.head_size,
+        "neurons": max(block.neurons for block in shape.blocks),
+        "hidden": shape.hidden,
+        "rows": shape.vocabulary,
+    }

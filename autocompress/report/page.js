@@ -1,0 +1,552 @@
+// Draws the report from the data that stands in the page. Whatever comes from outside is put in as text, never as
+// markup; plotly draws a figure's texts as markup of its own, so these are escaped.
+"use strict";
+
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const all = data.candidates;
+  const reference = data.reference;
+  const count = all.number.length;
+  const byId = (id) => document.getElementById(id);
+  const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "" };
+  const buttons = ["sendChartToCloud", "select2d", "lasso2d", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d"];
+  const MOST_DRAWN = { columns: 120, rows: 80 };
+  const FIRST_ROWS = 100;
+
+  // What can be an axis. Bars are 95 % intervals; that of a latency is the paired ratio's, carried over in proportion.
+  const AXES = {
+    accuracy: {
+      title: "accuracy, %",
+      of: (s, i) => s.accuracy[i],
+      span: (s, i) => [s.accuracy_low[i], s.accuracy_high[i]],
+    },
+    latency: {
+      title: "latency, ms (median)",
+      of: (s, i) => s.ms[i],
+      span: (s, i) => [(s.ms[i] * s.ratio_low[i]) / s.ratio[i], (s.ms[i] * s.ratio_high[i]) / s.ratio[i]],
+    },
+    speed: {
+      title: "times faster",
+      of: (s, i) => 1 / s.ratio[i],
+      span: (s, i) => [1 / s.ratio_high[i], 1 / s.ratio_low[i]],
+    },
+    size: { title: "size, MB", of: (s, i) => s.size[i] },
+    smaller: { title: "times smaller", of: (s, i) => reference.size[0] / s.size[i] },
+    memory: { title: "memory, MB", of: (s, i) => s.memory[i] },
+  };
+  const LIMITS = {
+    drop: { of: (i) => reference.accuracy[0] - all.accuracy[i], words: (v) => `${v.toFixed(1)} points` },
+    latency: { of: (i) => all.ms[i], words: (v) => `${short(v)} ms` },
+    size: { of: (i) => all.size[i], words: (v) => `${short(v)} MB` },
+  };
+
+  const measured = range(count).filter((i) => all.accuracy[i] !== null);
+  const front = measured.filter((i) => all.front[i]);
+  const view = { x: "latency", y: "accuracy", z: "size", log: false, solid: false, only: false, limits: {}, selected: null };
+
+  function range(n) {
+    return Array.from({ length: n }, (_, i) => i);
+  }
+  function short(value) {
+    return value >= 1 ? value.toFixed(1) : String(Number(value.toPrecision(2)));
+  }
+  function escaped(text) {
+    return text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  }
+  function make(tag, properties = {}, ...children) {
+    const element = Object.assign(document.createElement(tag), properties);
+    element.append(...children);
+    return element;
+  }
+  function colour(name) {
+    return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  }
+  function folded(text, width) {
+    const lines = [""];
+    for (const word of text.split(" ")) {
+      const last = lines[lines.length - 1];
+      if (last && last.length + word.length >= width) lines.push(word);
+      else lines[lines.length - 1] = last ? `${last} ${word}` : word;
+    }
+    return lines;
+  }
+
+  // Words about a point.
+  function faster(s, i) {
+    const said = s.ratio[i] <= 1 ? "faster" : "as fast";
+    return `${(1 / s.ratio[i]).toFixed(2)}x ${said} (${(1 / s.ratio_high[i]).toFixed(2)} to ${(1 / s.ratio_low[i]).toFixed(2)})`;
+  }
+  function smaller(s, i) {
+    const factor = reference.size[0] / s.size[i];
+    return factor >= 1 ? `${factor.toFixed(1)}x smaller` : `${(1 / factor).toFixed(1)}x larger`;
+  }
+  function percent(s, i) {
+    return `${s.accuracy[i].toFixed(1)} % (${s.accuracy_low[i].toFixed(1)} to ${s.accuracy_high[i].toFixed(1)})`;
+  }
+  function hover(s, i, name) {
+    const lines = [`<b>${escaped(name)}</b>`];
+    if (s === all) lines.push(...folded(all.plan[i], 44).map(escaped));
+    if (s === all && !all.feasible[i]) lines.push("breaks a constraint");
+    lines.push(`accuracy ${percent(s, i)}`);
+    lines.push(s === reference ? `${short(s.size[i])} MB` : `${short(s.size[i])} MB (${smaller(s, i)})`);
+    lines.push(s === reference ? `${short(s.ms[i])} ms` : `${short(s.ms[i])} ms, ${faster(s, i)}`);
+    return lines.join("<br>");
+  }
+
+  // Limits.
+  function keeps(i) {
+    return Object.entries(view.limits).every(([name, limit]) => LIMITS[name].of(i) <= limit + 1e-9);
+  }
+  function limited() {
+    return Object.keys(view.limits).length > 0;
+  }
+  function prepareLimits() {
+    for (const [name, limit] of Object.entries(LIMITS)) {
+      const values = [...new Set(front.map(limit.of))].sort((a, b) => a - b);
+      const slider = byId(`limit-${name}`);
+      const said = byId(`limit-${name}-value`);
+      // One step further than the largest value: no limit.
+      slider.max = values.length;
+      slider.value = values.length;
+      slider.disabled = values.length === 0;
+      const changed = () => {
+        const at = Number(slider.value);
+        if (at < values.length) view.limits[name] = values[at];
+        else delete view.limits[name];
+        const words = at < values.length ? limit.words(values[at]) : "any";
+        said.textContent = words;
+        slider.setAttribute("aria-valuetext", words);
+        draw();
+      };
+      slider.addEventListener("input", changed);
+      said.textContent = "any";
+      slider.setAttribute("aria-valuetext", "any");
+    }
+    byId("only").addEventListener("change", (event) => {
+      view.only = event.target.checked;
+      draw();
+    });
+    byId("reset").addEventListener("click", () => {
+      for (const name of Object.keys(LIMITS)) {
+        const slider = byId(`limit-${name}`);
+        slider.value = slider.max;
+        slider.dispatchEvent(new Event("input"));
+      }
+    });
+  }
+  function sayCount() {
+    const kept = front.filter(keeps);
+    const others = measured.filter((i) => keeps(i) && all.feasible[i]);
+    const place = byId("count");
+    place.replaceChildren(
+      `${kept.length} of ${front.length} points of the front and ${others.length} of ${measured.length} candidates ` +
+        (limited() ? "keep to the limits." : "are shown."),
+    );
+    if (!kept.length) return;
+    const best = { fastest: (i) => all.ratio[i], smallest: (i) => all.size[i], "most accurate": (i) => -all.accuracy[i] };
+    for (const [name, cost] of Object.entries(best)) {
+      const found = kept.reduce((a, b) => (cost(b) < cost(a) ? b : a));
+      const button = make("button", { type: "button", className: "link", textContent: `${name}: trial ${all.number[found]}` });
+      button.addEventListener("click", () => select(found, true));
+      place.append(" ", button);
+    }
+  }
+
+  // The picture.
+  function thinned(indices) {
+    const x = AXES[view.x], y = AXES[view.y];
+    const scaled = view.log ? Math.log : (value) => value;
+    const usable = indices.filter((i) => x.of(all, i) !== null && y.of(all, i) !== null);
+    if (usable.length < 1000) return usable;
+    const xs = usable.map((i) => scaled(x.of(all, i))), ys = usable.map((i) => y.of(all, i));
+    const [left, right, low, high] = [Math.min, Math.max].flatMap((f) => [xs.reduce((a, b) => f(a, b))])
+      .concat([Math.min, Math.max].map((f) => ys.reduce((a, b) => f(a, b))));
+    const cells = new Map();
+    usable.forEach((i, n) => {
+      const column = Math.floor((MOST_DRAWN.columns * (xs[n] - left)) / (right - left || 1));
+      const row = Math.floor((MOST_DRAWN.rows * (ys[n] - low)) / (high - low || 1));
+      const key = column * 1000 + row;
+      if (!cells.has(key)) cells.set(key, i);
+    });
+    return [...cells.values()];
+  }
+  function trace(name, s, indices, extra) {
+    const x = AXES[view.x], y = AXES[view.y], z = AXES[view.z];
+    const found = {
+      name,
+      mode: "markers",
+      x: indices.map((i) => x.of(s, i)),
+      y: indices.map((i) => y.of(s, i)),
+      customdata: s === all ? indices : indices.map(() => null),
+      hovertext: indices.map((i) => hover(s, i, s === all ? `trial ${all.number[i]}` : name)),
+      hoverinfo: "text",
+      type: view.solid ? "scatter3d" : "scatter",
+      ...extra,
+    };
+    if (view.solid) found.z = indices.map((i) => z.of(s, i));
+    return found;
+  }
+  function bars(axis, indices) {
+    const of = AXES[axis];
+    if (!of.span) return undefined;
+    const spans = indices.map((i) => of.span(all, i)), values = indices.map((i) => of.of(all, i));
+    return {
+      type: "data",
+      symmetric: false,
+      thickness: 1,
+      width: 3,
+      color: colour("bars"),
+      array: spans.map(([, high], n) => Math.max(0, high - values[n])),
+      arrayminus: spans.map(([low], n) => Math.max(0, values[n] - low)),
+    };
+  }
+  function frontTrace(indices) {
+    const z = AXES[view.z];
+    const values = indices.map((i) => z.of(all, i));
+    const every = front.map((i) => z.of(all, i));
+    const [low, high] = [Math.min(...every), Math.max(...every)];
+    const pad = low === high ? 0.5 : 0; // without a span of its own a colour bar has no ticks
+    return trace("Pareto front", all, indices, {
+      marker: {
+        color: values,
+        cmin: low - pad,
+        cmax: high + pad,
+        colorscale: "Viridis",
+        size: view.solid ? 6 : indices.map((i) => 6 + 14 * Math.sqrt((z.of(all, i) - low) / (high - low || 1))),
+        opacity: view.solid ? 1 : indices.map((i) => (keeps(i) ? 0.95 : 0.2)),
+        line: { width: 1, color: colour("text") },
+        colorbar: {
+          title: { text: z.title, side: "top" },
+          orientation: "h",
+          y: -0.22,
+          yanchor: "top",
+          thickness: 12,
+          outlinewidth: 0,
+        },
+      },
+      error_x: view.solid ? undefined : bars(view.x, indices),
+      error_y: view.solid ? undefined : bars(view.y, indices),
+    });
+  }
+  function edge(indices) {
+    // The points that are best in this picture's two axes alone; the others are on the front by a third.
+    const sign = { accuracy: -1, speed: -1, smaller: -1 };
+    const x = (i) => (sign[view.x] || 1) * AXES[view.x].of(all, i), y = (i) => (sign[view.y] || 1) * AXES[view.y].of(all, i);
+    const best = indices
+      .filter((i) => !indices.some((j) => x(j) <= x(i) && y(j) <= y(i) && (x(j) < x(i) || y(j) < y(i))))
+      .sort((a, b) => x(a) - x(b));
+    return {
+      name: "edge",
+      type: "scatter",
+      mode: "lines",
+      x: best.map((i) => AXES[view.x].of(all, i)),
+      y: best.map((i) => AXES[view.y].of(all, i)),
+      line: { width: 1.5, color: colour("soft") },
+      hoverinfo: "skip",
+      showlegend: false,
+      zorder: -1,
+    };
+  }
+  function traces() {
+    const shown = view.only ? measured.filter(keeps) : measured;
+    const rest = shown.filter((i) => !all.front[i]);
+    const ladder = rest.filter((i) => all.origin[i] === "uniform" && all.feasible[i]);
+    const others = rest.filter((i) => all.origin[i] !== "uniform" && all.feasible[i]);
+    const broken = rest.filter((i) => !all.feasible[i]);
+    const drawn = thinned(others);
+    const found = [];
+    const plain = { size: 6, color: colour("faint"), line: { width: 1, color: colour("faint") } };
+    if (drawn.length) found.push(trace("other candidates", all, drawn, { marker: plain }));
+    if (broken.length) {
+      const cross = { size: 6, symbol: view.solid ? "x" : "x-thin", color: colour("faint"), line: { width: 1.5, color: colour("faint") } };
+      found.push(trace("breaks a constraint", all, thinned(broken), { marker: cross }));
+    }
+    if (data.random.accuracy.length) {
+      const diamond = { size: 7, symbol: "diamond-open", color: colour("random"), line: { width: 1.5, color: colour("random") } };
+      found.push(trace("random search", data.random, range(data.random.accuracy.length), { marker: diamond }));
+    }
+    if (ladder.length) {
+      const square = { size: 8, symbol: "square-open", color: colour("ladder"), line: { width: 1.5, color: colour("ladder") } };
+      found.push(trace("uniform ladder", all, ladder, { marker: square }));
+    }
+    const kept = view.only ? front.filter(keeps) : front;
+    if (kept.length) found.push(frontTrace(kept));
+    const star = { symbol: view.solid ? "diamond" : "star", size: view.solid ? 7 : 15, color: "#d1495b", line: { width: 1, color: colour("text") } };
+    found.push(trace("uncompressed reference", reference, [0], { marker: star }));
+    if (kept.length && !view.solid) found.push(edge(kept));
+    if (view.selected !== null && all.accuracy[view.selected] !== null) {
+      const ring = { symbol: "circle-open", size: view.solid ? 12 : 24, color: colour("mark"), line: { width: 3, color: colour("mark") } };
+      found.push({ ...trace("selected", all, [view.selected], { marker: ring }), hoverinfo: "skip", showlegend: false });
+    }
+    return { found, left: others.length - drawn.length };
+  }
+  function dressed(layout) {
+    const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true };
+    const both = { ...layout, template: "none", paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
+    both.font = { color: colour("text"), family: "system-ui, sans-serif", size: 13 };
+    both.xaxis = { ...axis, ...layout.xaxis };
+    both.yaxis = { ...axis, ...layout.yaxis };
+    both.hoverlabel = { align: "left", bgcolor: colour("page"), bordercolor: colour("line"), font: { color: colour("text") } };
+    both.modebar = { remove: buttons, color: colour("soft"), bgcolor: "rgba(0,0,0,0)" };
+    both.legend = { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", itemsizing: "constant", ...layout.legend };
+    both.margin = { l: 56, r: 16, t: 40, b: 24 };
+    return both;
+  }
+  function draw() {
+    const { found, left } = traces();
+    const titled = (name) => ({ title: { text: AXES[name].title }, gridcolor: colour("line"), color: colour("text") });
+    const type = view.log ? "log" : "linear";
+    const layout = dressed({
+      height: 560,
+      uirevision: `${view.x} ${view.y} ${view.z} ${view.log} ${view.solid}`,
+      xaxis: { title: { text: AXES[view.x].title }, type, rangemode: view.x === "accuracy" ? "normal" : "tozero" },
+      yaxis: { title: { text: AXES[view.y].title }, rangemode: "normal" },
+      scene: { xaxis: { ...titled(view.x), type }, yaxis: titled(view.y), zaxis: titled(view.z) },
+    });
+    byId("thinned").textContent = left
+      ? ` ${left} candidates that no longer count lie under others that are drawn, and are left out.`
+      : "";
+    const plot = byId("figure-front");
+    Plotly.react(plot, found, layout, config);
+    if (!plot.dataset.ready) {
+      plot.dataset.ready = "1";
+      plot.on("plotly_click", (event) => {
+        const index = event.points[0] && event.points[0].customdata;
+        if (Number.isInteger(index)) select(index);
+      });
+    }
+    sayCount();
+  }
+  function prepareAxes() {
+    const known = Object.keys(AXES).filter((name) => name !== "memory" || measured.some((i) => all.memory[i] !== null));
+    for (const axis of ["x", "y", "z"]) {
+      const choice = byId(`axis-${axis}`);
+      for (const name of known) choice.append(new Option(AXES[name].title, name, name === view[axis], name === view[axis]));
+      choice.addEventListener("change", () => {
+        view[axis] = choice.value;
+        draw();
+      });
+    }
+    // Where the front spans as much, a plain axis leaves most of its points at one end.
+    const ends = front.map((i) => AXES[view.x].of(all, i));
+    byId("log").checked = view.log = Math.max(...ends) > 8 * Math.min(...ends);
+    byId("log").addEventListener("change", (event) => {
+      view.log = event.target.checked;
+      draw();
+    });
+    byId("solid").addEventListener("change", (event) => {
+      view.solid = event.target.checked;
+      draw();
+    });
+  }
+
+  // One point.
+  function select(index, scroll = false) {
+    view.selected = index;
+    const link = `#trial-${all.number[index]}`;
+    if (location.hash !== link) history.replaceState(null, "", link);
+    describe(index);
+    draw();
+    const narrow = byId("detail").getBoundingClientRect().top > window.innerHeight || scroll;
+    if (narrow) byId("detail").scrollIntoView({ block: "nearest" });
+  }
+  function describe(i) {
+    const place = byId("detail");
+    const kind = all.front[i] ? "on the front" : all.accuracy[i] === null ? all.state[i] : all.feasible[i] ? "not on the front" : "breaks a constraint";
+    const parts = [
+      make("h3", { textContent: `Trial ${all.number[i]}` }),
+      make("p", { className: "soft", textContent: `${kind}; proposed by: ${all.origin[i]}` }),
+      make("p", { textContent: all.plan[i] }),
+    ];
+    if (all.failure[i]) parts.push(make("p", { className: "failure", textContent: all.failure[i] }));
+    if (all.accuracy[i] !== null) parts.push(numbers(i));
+    const picture = data.pictures[i];
+    if (picture) parts.push(drawnPlan(picture));
+    for (const [better, number, words] of data.neighbours[all.number[i]] || []) {
+      const button = make("button", { type: "button", className: "link", textContent: `trial ${number}` });
+      button.addEventListener("click", () => select(all.number.indexOf(number)));
+      parts.push(make("p", { className: "near" }, `${better}: `, button, ` ${words}`));
+    }
+    if (all.front[i]) parts.push(command(i));
+    place.replaceChildren(...parts);
+  }
+  function numbers(i) {
+    const rows = [
+      ["accuracy", percent(all, i)],
+      ["size", `${short(all.size[i])} MB, ${smaller(all, i)}`],
+      ["latency", `${short(all.ms[i])} ms median, ${short(all.p90[i])} ms 90th percentile`],
+      ["against the reference", faster(all, i)],
+      ["scored in", `${short(all.seconds[i])} s`],
+    ];
+    if (all.memory[i] !== null) rows.splice(3, 0, ["memory", `${short(all.memory[i])} MB`]);
+    return make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]));
+  }
+  function bitsOf(words) {
+    return Number(words.slice(1).split("a")[0]);
+  }
+  function heat(text, share) {
+    const cell = make("td", { textContent: text });
+    cell.style.setProperty("--share", `${Math.round(100 * Math.min(1, Math.max(0, share)))}%`);
+    cell.className = share > 0.6 ? "heat full" : "heat";
+    return cell;
+  }
+  function drawnPlan([hidden, rows, embedding, head, tokens, runs, blocks]) {
+    const full = data.shape;
+    const ranked = (rank, outer) => (rank ? (rank * (outer + hidden)) / (outer * hidden) : 1);
+    const ofBits = (words) => Math.log2(bitsOf(words)) / 5;
+    const lines = blocks.map((number, place) => {
+      const [heads, neurons, attentionRank, ffnRank, attentionBits, ffnBits] = data.blocks[number];
+      return make(
+        "tr",
+        {},
+        make("th", { scope: "row", textContent: String(place) }),
+        heat(String(heads), heads / full.heads),
+        heat(attentionRank ? String(attentionRank) : "full", ranked(attentionRank, heads * full.head_size)),
+        heat(attentionBits, ofBits(attentionBits)),
+        heat(String(neurons), neurons / full.neurons),
+        heat(ffnRank ? String(ffnRank) : "full", ranked(ffnRank, neurons)),
+        heat(ffnBits, ofBits(ffnBits)),
+      );
+    });
+    const names = ["block", "heads", "rank", "bits", "neurons", "rank", "bits"];
+    const groups = make("tr", {}, make("td"), make("th", { colSpan: 3, textContent: "attention" }), make("th", { colSpan: 3, textContent: "FFN" }));
+    const heading = make("tr", {}, ...names.map((name) => make("th", { scope: "col", textContent: name })));
+    const said = [
+      `${blocks.length * runs} of ${full.blocks} blocks` + (runs > 1 ? `, each stored one run ${runs} times` : ""),
+      `width ${hidden} of ${full.hidden}`,
+      `embeddings ${embedding}` + (rows < full.rows ? `, ${rows} of ${full.rows} rows` : ""),
+      `head ${head}`,
+    ];
+    if (tokens) said.push(`first ${tokens} tokens`);
+    const table = make("table", { className: "plan" }, make("thead", {}, groups, heading), make("tbody", {}, ...lines));
+    table.setAttribute("aria-label", "What is kept of each block");
+    return make("div", {}, make("div", { className: "scroll" }, table), make("p", { className: "soft", textContent: `${said.join("; ")}. Darker is more of the uncompressed model.` }));
+  }
+  function command(i) {
+    const text = data.command.join(all.number[i]);
+    const field = make("input", { readOnly: true, value: text, id: "command" });
+    field.setAttribute("aria-label", "Command that exports this point");
+    const button = make("button", { type: "button", textContent: "Copy" });
+    button.addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText(text);
+      } catch {
+        field.select();
+        document.execCommand("copy");
+      }
+      button.textContent = "Copied";
+    });
+    return make("div", { className: "command" }, field, button);
+  }
+
+  // Candidates by what their plans are on the whole.
+  function drawParallel() {
+    const place = byId("figure-parallel");
+    const usable = measured.filter((i) => all.feasible[i]);
+    if (!place || usable.length < 2) return;
+    if (!document.createElement("canvas").getContext("webgl")) {
+      place.textContent = "This picture needs WebGL, which this browser does not offer.";
+      return;
+    }
+    const rest = usable.filter((i) => !all.front[i]);
+    const every = Math.max(1, Math.ceil(rest.length / 1500));
+    const drawn = rest.filter((_, n) => n % every === 0).concat(front);
+    const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+    const blocksOf = (i) => data.pictures[i] && data.pictures[i][6].map((n) => data.blocks[n]);
+    const columns = [];
+    if (data.shape && drawn.every(blocksOf)) {
+      columns.push(["blocks", (i) => blocksOf(i).length * data.pictures[i][5]]);
+      columns.push(["heads a block", (i) => mean(blocksOf(i).map((b) => b[0]))]);
+      columns.push(["neurons a block", (i) => mean(blocksOf(i).map((b) => b[1]))]);
+      columns.push(["bits a weight", (i) => mean(blocksOf(i).flatMap((b) => [bitsOf(b[4]), bitsOf(b[5])]))]);
+      columns.push(["bits of embeddings", (i) => bitsOf(data.pictures[i][2])]);
+    }
+    columns.push(["size, MB", (i) => all.size[i]], ["latency, ms", (i) => all.ms[i]], ["accuracy, %", (i) => all.accuracy[i]]);
+    const shown = columns.filter(([, of]) => new Set(drawn.map(of)).size > 1);
+    const accuracies = drawn.map((i) => all.accuracy[i]);
+    const found = {
+      type: "parcoords",
+      line: { color: accuracies, colorscale: "Viridis", cmin: Math.min(...accuracies), cmax: Math.max(...accuracies) },
+      dimensions: shown.map(([label, of]) => ({ label, values: drawn.map(of).map((value) => Number(value.toPrecision(3))) })),
+      labelfont: { color: colour("text"), size: 12 },
+      tickfont: { color: colour("text"), size: 11 },
+      rangefont: { color: colour("soft"), size: 10 },
+      unselected: { line: { color: colour("faint"), opacity: 0.1 } },
+    };
+    const layout = dressed({ height: 420 });
+    layout.margin = { l: 60, r: 40, t: 60, b: 24 };
+    Plotly.react(place, [found], layout, config);
+  }
+  function drawGiven(name) {
+    const figure = data.figures[name];
+    Plotly.react(byId(`figure-${name}`), figure.data, dressed({ ...figure.layout, template: undefined }), config);
+  }
+
+  // Tables.
+  function row(i) {
+    const score = all.accuracy[i] !== null;
+    const state = all.feasible[i] || !score ? all.state[i] : `${all.state[i]}, infeasible`;
+    const button = make("button", { type: "button", className: "link", textContent: String(all.number[i]) });
+    button.addEventListener("click", () => select(i, true));
+    const cells = score
+      ? [all.accuracy[i].toFixed(1), short(all.size[i]), all.ratio[i].toFixed(3), short(all.seconds[i])]
+      : ["", "", "", ""];
+    return make(
+      "tr",
+      {},
+      make("td", { className: "number" }, button),
+      make("td", { textContent: state }),
+      ...cells.map((textContent) => make("td", { className: "number", textContent })),
+      make("td", { className: "words", textContent: all.failure[i] || all.plan[i] }),
+    );
+  }
+  function fillTable() {
+    const body = byId("candidates");
+    const more = byId("more");
+    if (!body) return;
+    const fill = (most) => body.replaceChildren(...range(Math.min(most, count)).map(row));
+    fill(FIRST_ROWS);
+    if (count <= FIRST_ROWS) return;
+    more.hidden = false;
+    more.textContent = `Show all ${count}`;
+    more.addEventListener("click", () => {
+      more.hidden = true;
+      fill(count);
+    });
+  }
+
+  // Pictures further down are drawn when they are first seen: the page is there earlier.
+  const drawn = [draw];
+  function whenSeen(name, drawing) {
+    const place = byId(`figure-${name}`);
+    if (!place) return;
+    const watch = new IntersectionObserver(
+      (entries) => {
+        if (!entries.some((entry) => entry.isIntersecting)) return;
+        watch.disconnect();
+        drawn.push(drawing);
+        drawing();
+      },
+      { rootMargin: "400px" },
+    );
+    watch.observe(place);
+  }
+  for (const button of document.querySelectorAll("[data-trial]")) {
+    const index = all.number.indexOf(Number(button.dataset.trial));
+    button.addEventListener("click", () => select(index, true));
+  }
+  const linked = all.number.indexOf(Number(location.hash.replace("#trial-", "") || NaN));
+  const first = document.querySelector("[data-trial]");
+  if (linked >= 0) view.selected = linked;
+  else if (first) view.selected = all.number.indexOf(Number(first.dataset.trial));
+  prepareAxes();
+  prepareLimits();
+  fillTable();
+  if (view.selected !== null) describe(view.selected);
+  draw();
+  whenSeen("parallel", drawParallel);
+  for (const name of Object.keys(data.figures)) whenSeen(name, () => drawGiven(name));
+  const scheme = window.matchMedia("(prefers-color-scheme: dark)");
+  scheme.addEventListener("change", () => drawn.forEach((drawing) => drawing()));
+  document.documentElement.dataset.ready = "1";
+})();

@@ -1,0 +1,96 @@
+"""What stands in a results folder for people to read: the tables, the report, and what a search is held against."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+
+from autocompress.anatomy import ModelShape
+from autocompress.config import RunConfig
+from autocompress.delivery import FORMATS
+from autocompress.records import Candidate
+from autocompress.report import page, tables
+from autocompress.report.comparison import Comparison
+from autocompress.report.tables import write_aside
+from autocompress.storage import holds_study
+from autocompress.study import Study
+
+BASELINES = "baselines"
+"""Folder within the results folder; each baseline is a search of its own in it."""
+
+
+def write_results(study: Study) -> None:
+    """Write ``study.csv``, ``pareto.csv`` and ``report.html`` from the study."""
+    folder, front = study.folder, study.front()
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    told_elsewhere = ("reference", "key", "schema", "majority", "shared_rows", "shape")
+    shown = {k: v for k, v in environment.items() if k not in told_elsewhere}
+    notes = []
+    if shared_rows := environment.get("shared_rows", 0):
+        notes.append(f"{shared_rows} texts stand in two splits; the run file accepts that.")
+    if disturbed := [c.number for c in front.points if c.score.disturbed]:
+        numbers = ", ".join(map(str, disturbed))
+        notes.append(f"Other programs kept the cores busy while the latencies of trials {numbers} were taken.")
+    tables.write_csv(study.candidates(), folder / "study.csv")
+    tables.write_csv(front.points, folder / "pareto.csv")
+    page.write_report(
+        folder / "report.html",
+        title=study.run.name,
+        front=front,
+        candidates=study.candidates(),
+        environment=shown,
+        notes=notes,
+        comparison=comparison_of(study),
+        # Not known of a study of version 0.1 that was not continued since.
+        shape=ModelShape.from_dict(environment["shape"]) if "shape" in environment else None,
+        command=_export_command(study),
+    )
+
+
+def _export_command(study: Study) -> list[str]:
+    """Return the command that exports a point, in parts between which its trial's number stands."""
+    named = next(name for name, runtime in FORMATS.items() if runtime == study.run.target.runtime)
+    folder = shlex.quote(str(study.folder))
+    return [f"autocompress export {folder} --trial ", f" --format {named} -o {study.run.name}-trial-", ""]
+
+
+def comparison_of(study: Study) -> Comparison | None:
+    """Return what a study is held against: its own uniform plans, and a random search where there was one.
+
+    None for a study of version 0.1, which does not know the majority-class rate.
+    """
+    majority = study.majority
+    if majority is None:
+        return None
+    folder = study.folder / BASELINES / "random"
+    random: Sequence[Candidate] | None = None
+    # A baseline that was interrupted early holds no study yet.
+    if (folder / "run.yaml").exists() and holds_study(folder):
+        random = _searched(Study(folder, RunConfig.from_file(folder / "run.yaml")))
+    predictor: dict[str, float] = {}
+    for name, values in _predictions(study).items():
+        sizes = [abs(value) for value in values]
+        predictor[f"{name}: mean absolute error of {len(sizes)} predictions before measuring"] = sum(sizes) / len(sizes)
+        predictor[f"{name}: worst of them"] = max(sizes)
+    return Comparison(majority, _searched(study), random=random, predictor=predictor or None)
+
+
+def _searched(study: Study) -> Sequence[Candidate]:
+    return [c for c in study.candidates() if c.origin != "recover"]
+
+
+def write_predictions(study: Study) -> None:
+    """Keep how far off predictions were that were made before their candidate was measured."""
+    assert study.predictor is not None
+    errors = _predictions(study)
+    for name, found in study.predictor.errors.items():
+        errors.setdefault(name, []).extend(found)
+    if errors:
+        write_aside(study.folder / "predictions.json", json.dumps(errors))
+
+
+def _predictions(study: Study) -> dict[str, list[float]]:
+    file = study.folder / "predictions.json"
+    found: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found

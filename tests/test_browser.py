@@ -1,0 +1,250 @@
+"""The report as people use it: in a browser, with mouse and keyboard."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_browser import browser, opened
+from helpers_records import SEARCH, front_of, make_candidate
+
+from autocompress.anatomy import BlockShape, ModelShape
+from autocompress.decisions import LowRank, PruneHeads, PruneNeurons, Quantize
+from autocompress.plan import CompressionPlan
+from autocompress.records import Candidate
+from autocompress.report.comparison import Comparison
+from autocompress.report.page import write_report
+
+pytestmark = pytest.mark.slow
+
+MINILM = ModelShape(hidden=384, blocks=(BlockShape(heads=12, head_size=32, neurons=1536),) * 2, vocabulary=30_522)
+PLAN = CompressionPlan(
+    (
+        ("block.0.attention", PruneHeads(keep=6)),
+        ("block.0.attention", Quantize(weight_bits=8, activation_bits=8)),
+        ("block.1.ffn", PruneNeurons(keep=768)),
+        ("block.1.ffn", LowRank(rank=96)),
+    )
+)
+POINTS = [dataclasses.replace(SEARCH[0], plan=PLAN), *SEARCH[1:]]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture
+def page(chromium: Any) -> Iterator[Any]:
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    yield context.new_page()
+    context.close()
+
+
+def write(folder: Path, candidates: list[Candidate], title: str = "a search", **more: Any) -> str:
+    """Write a report and return its address."""
+    path = folder / "report.html"
+    write_report(
+        path,
+        title=title,
+        front=front_of(candidates),
+        candidates=candidates,
+        environment=more.pop("environment", {}),
+        shape=MINILM,
+        command=("autocompress export results/a --trial ", " -o a-trial-", ""),
+        **more,
+    )
+    return path.as_uri()
+
+
+def drawn(page: Any) -> dict[str, int]:
+    """Return how many markers each part of the picture has."""
+    found: dict[str, int] = page.evaluate(
+        "Object.fromEntries(document.getElementById('figure-front').data.map(t => [t.name, t.x.length]))"
+    )
+    return found
+
+
+def slide(page: Any, name: str, step: int) -> None:
+    page.locator(f"#limit-{name}").evaluate(
+        "(slider, step) => { slider.value = step; slider.dispatchEvent(new Event('input')); }", step
+    )
+
+
+def test_limits_filter_the_front_and_count_it(page: Any, tmp_path: Path) -> None:
+    errors = opened(page, write(tmp_path, POINTS))
+    count = page.locator("#count")
+    assert "3 of 3 points of the front and 4 of 5 candidates are shown." in count.text_content()
+    assert drawn(page)["Pareto front"] == 3
+    slide(page, "latency", 1)  # the second fastest of 4.0, 12.8 and 14.4 ms
+    assert page.locator("#limit-latency-value").text_content() == "12.8 ms"
+    assert "2 of 3 points of the front and 2 of 5 candidates keep to the limits." in count.text_content()
+    assert drawn(page)["Pareto front"] == 3, "those beyond are only faint"
+    page.locator("#only").check()
+    assert drawn(page)["Pareto front"] == 2
+    assert "other candidates" not in drawn(page)
+    slide(page, "drop", 0)
+    assert "1 of 3 points" in count.text_content()
+    assert "fastest: trial 0" in count.text_content()
+    page.locator("#reset").click()
+    assert "3 of 3 points" in count.text_content()
+    assert page.locator("#limit-latency-value").text_content() == "any"
+    assert errors == []
+
+
+def test_a_click_on_a_marker_shows_the_point(page: Any, tmp_path: Path) -> None:
+    errors = opened(page, write(tmp_path, POINTS))
+    assert page.locator("#detail h3").text_content() == "Trial 0", "the first that is recommended"
+    x, y = page.evaluate(
+        """() => {
+          const plot = document.getElementById("figure-front"), box = plot.getBoundingClientRect();
+          const trace = plot.data.find(t => t.name === "Pareto front"), n = trace.customdata.indexOf(2);
+          const {xaxis, yaxis} = plot._fullLayout;
+          const across = xaxis.type === "log" ? Math.log10(trace.x[n]) : trace.x[n];
+          return [box.left + xaxis._offset + xaxis.c2p(xaxis.type === "log" ? trace.x[n] : across),
+                  box.top + yaxis._offset + yaxis.c2p(trace.y[n])];
+        }"""
+    )
+    page.mouse.move(x, y)
+    page.wait_for_selector("#figure-front .hoverlayer .hovertext")
+    page.mouse.click(x, y)
+    page.wait_for_function("document.querySelector('#detail h3').textContent === 'Trial 2'")
+    said = page.locator("#detail").text_content()
+    assert "83.0 % (80.5 to 85.2)" in said
+    assert "6.0x smaller" in said
+    assert "more accurate: trial 1" in said
+    assert page.locator("#command").input_value() == "autocompress export results/a --trial 2 -o a-trial-2"
+    assert page.url.endswith("#trial-2")
+    assert drawn(page)["selected"] == 1
+    assert errors == []
+
+
+def test_a_point_is_reached_by_keyboard_and_by_address(page: Any, tmp_path: Path) -> None:
+    address = write(tmp_path, POINTS)
+    opened(page, address)
+    page.locator("table [data-trial='1']").focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#detail h3").text_content() == "Trial 1"
+    page.locator("#limit-size").focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#limit-size-value").text_content() == "40.0 MB"
+    opened(page, f"{address}#trial-2")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.locator("#detail h3").text_content() == "Trial 2"
+
+
+def test_a_plan_is_drawn_block_by_block(page: Any, tmp_path: Path) -> None:
+    opened(page, write(tmp_path, POINTS))
+    rows = page.locator("#detail table.plan tbody tr").all()
+    cells = [[cell.text_content() for cell in row.locator("td").all()] for row in rows]
+    assert cells == [
+        ["6", "full", "w8a8", "1536", "full", "w32"],
+        ["12", "full", "w32", "768", "96", "w32"],
+    ]
+    shares = [cell.evaluate("cell => cell.style.getPropertyValue('--share')") for cell in rows[0].locator("td").all()]
+    assert shares == ["50%", "100%", "60%", "100%", "100%", "100%"]
+    failed = page.locator("#candidates tr", has_text="logits: not finite").locator("button")
+    failed.click()
+    assert "logits: not finite" in page.locator("#detail .failure").text_content()
+    assert page.locator("#command").count() == 0, "there is nothing to export"
+
+
+def test_axes_can_be_chosen_and_there_are_three_dimensions(page: Any, tmp_path: Path) -> None:
+    errors = opened(page, write(tmp_path, POINTS))
+    title = "document.getElementById('figure-front').layout"
+    page.locator("#axis-x").select_option("smaller")
+    assert page.evaluate(f"{title}.xaxis.title.text") == "times smaller"
+    front = "document.getElementById('figure-front').data.find(t => t.name === 'Pareto front')"
+    assert sorted(page.evaluate(f"{front}.x")) == pytest.approx([2.25, 3, 6])
+    assert page.evaluate(f"{front}.error_x") is None, "a size has no interval"
+    page.locator("#solid").check()
+    assert page.evaluate(f"{front}.type") == "scatter3d"
+    assert page.evaluate(f"{title}.scene.zaxis.title.text") == "size, MB"
+    page.locator("#solid").uncheck()
+    page.locator("#log").check()
+    assert page.evaluate(f"{title}.xaxis.type") == "log"
+    assert errors == []
+
+
+def test_every_picture_is_drawn_when_it_is_seen(page: Any, tmp_path: Path) -> None:
+    many = [
+        make_candidate(n, accuracy=0.7 + 0.004 * n, ratio=0.2 + 0.02 * n, params={"ffn.bits.0": 8 if n % 2 else 4})
+        for n in range(30)
+    ]
+    comparison = Comparison(0.5, many, random=many[:10])
+    errors = opened(page, write(tmp_path, many, comparison=comparison))
+    assert "random search" in drawn(page)
+    for name in ("volume", "parallel", "importance"):
+        page.locator(f"#figure-{name}").scroll_into_view_if_needed()
+        page.wait_for_selector(f"#figure-{name} .plot-container")
+    assert errors == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), itertools.product((1280, 400), ("light", "dark")))
+def test_it_fits_any_screen_in_light_and_dark(chromium: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    try:
+        errors = opened(page, write(tmp_path, POINTS, comparison=Comparison(0.5, POINTS)))
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 31)")
+        text = page.evaluate("document.getElementById('figure-front').layout.font.color")
+        assert text == ("#1c2430" if scheme == "light" else "#e4e9f0")
+        assert errors == []
+    finally:
+        page.close()
+
+
+def test_nothing_from_outside_strikes(page: Any, tmp_path: Path) -> None:
+    strike = """</script></style></title><img src=x onerror="document.body.dataset.struck=1">"""
+    (tmp_path / "bare.html").write_text(f"<!doctype html><title>a</title><body>{strike}", encoding="utf-8")
+    page.goto((tmp_path / "bare.html").as_uri())
+    page.wait_for_function("document.body.dataset.struck === '1'", timeout=5000)  # it does where nothing is done
+    plan = CompressionPlan(((strike, PruneNeurons(keep=2)),))
+    candidates = [
+        make_candidate(0, plan=plan, params={strike: strike}, origin=strike),
+        make_candidate(1, plan=plan, ratio=0.7),
+        make_candidate(2, state=strike, failure=strike, plan=plan),
+        make_candidate(3, state="FAIL", failure=strike, plan=plan),
+        *(make_candidate(4 + n, plan=plan, ratio=0.8 + 0.001 * n, params={strike: n % 2}) for n in range(30)),
+    ]
+    opened(
+        page,
+        write(
+            tmp_path,
+            candidates,
+            strike,
+            environment={strike: {strike: [strike]}},
+            notes=[strike],
+            comparison=Comparison(0.5, candidates, predictor={strike: 0.5}),
+        ),
+    )
+    for button in page.locator("#candidates button").all()[:4]:
+        button.click()
+    for name in ("volume", "parallel", "importance"):
+        page.locator(f"#figure-{name}").scroll_into_view_if_needed()
+        page.wait_for_selector(f"#figure-{name} .plot-container")
+    assert strike in page.locator("#detail").text_content()
+    assert page.evaluate("document.body.dataset.struck") is None
+    assert page.locator("img").count() == 0
+
+
+def test_thousands_of_candidates_are_thinned_and_listed_on_demand(page: Any, tmp_path: Path) -> None:
+    many = [
+        make_candidate(n, accuracy=0.6 + 0.25 * (n % 7) / 7, size_bytes=20_000_000 + 5000 * n, ratio=0.2 + 0.0001 * n)
+        for n in range(3000)
+    ]
+    path = tmp_path / "report.html"
+    opened(page, write(tmp_path, many))
+    assert path.stat().st_size < 10e6
+    assert drawn(page)["other candidates"] < 3000
+    assert "lie under others that are drawn" in page.locator("#thinned").text_content()
+    assert page.locator("#candidates tr").count() == 100
+    page.locator("#more").click()
+    assert page.locator("#candidates tr").count() == 3000
