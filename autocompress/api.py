@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from autocompress.errors import ConfigError, StudyError
 from autocompress.evaluate import Workshop
 from autocompress.forecast import Forecast
 from autocompress.forecast import forecast as _forecast
+from autocompress.live import HOST, Live, server_of
 from autocompress.records import Candidate
 from autocompress.results import write_results
 from autocompress.retarget import Moved
@@ -291,6 +293,31 @@ def validate(run: RunConfig) -> dict[str, Any]:
 def forecast(run: RunConfig) -> Forecast:
     """Say what a search will take on this machine, from counts and a few measured moments."""
     return _forecast(run)
+
+
+@contextmanager
+def serve(folder: str | Path, *, port: int = 0) -> Iterator[str]:
+    """Serve the report of a study on loopback for as long as the context lasts; it follows a search that goes on.
+
+    Args:
+        folder: results folder of the search.
+        port: 0 for one that is free.
+
+    Yields:
+        The address of the page.
+
+    Raises:
+        ConfigError: if the port cannot be had.
+    """
+    server = server_of(Live(Path(folder), open_study), port)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://{HOST}:{server.server_address[1]}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def status(folder: str | Path) -> dict[str, Any]:

@@ -221,11 +221,20 @@ def _cluster(address: str | None, insecure: bool) -> Cluster | None:
 
 
 @app.command()
-def status(folder: Folder, as_json: Json = False) -> None:
+def status(
+    folder: Folder,
+    serve: Annotated[bool, typer.Option("--serve", help="Show the report in a browser, and let it follow.")] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the page; 0 takes a free one.")] = 8770,
+    as_json: Json = False,
+) -> None:
     """Say how far a search is."""
     from autocompress import api
 
     console.result(api.status(folder), as_json)
+    if serve:
+        with api.serve(folder, port=port) as address:
+            console.progress(f"the report is at {address} until this command ends (Ctrl-C)")
+            console.wait()
 
 
 @app.command()

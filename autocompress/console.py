@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -24,6 +25,12 @@ _SECONDS_BETWEEN_LINES = 15.0
 def progress(line: str) -> None:
     """Print what is being done, with the time of day."""
     typer.echo(f"{time.strftime('%H:%M:%S')} {line}", err=True)
+
+
+def wait() -> None:
+    """Return when the user interrupts."""
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
 
 
 def result(data: Any, as_json: bool) -> None:

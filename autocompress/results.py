@@ -10,8 +10,9 @@ from autocompress.anatomy import ModelShape
 from autocompress.config import RunConfig
 from autocompress.delivery import FORMATS
 from autocompress.records import Candidate
-from autocompress.report import page, tables
+from autocompress.report import tables
 from autocompress.report.comparison import Comparison
+from autocompress.report.page import Report
 from autocompress.report.tables import write_aside
 from autocompress.storage import holds_study
 from autocompress.study import Study
@@ -22,24 +23,31 @@ BASELINES = "baselines"
 
 def write_results(study: Study) -> None:
     """Write ``study.csv``, ``pareto.csv`` and ``report.html`` from the study."""
-    folder, front = study.folder, study.front()
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    tables.write_csv(study.candidates(), study.folder / "study.csv")
+    tables.write_csv(study.front().points, study.folder / "pareto.csv")
+    report_of(study).write(study.folder / "report.html")
+
+
+def report_of(study: Study) -> Report:
+    """Return the report of a study as it stands.
+
+    Raises:
+        StudyError: if it does not know its reference yet.
+    """
+    front = study.front()
+    environment = study.environment
     told_elsewhere = ("reference", "key", "schema", "majority", "shared_rows", "shape")
-    shown = {k: v for k, v in environment.items() if k not in told_elsewhere}
     notes = []
     if shared_rows := environment.get("shared_rows", 0):
         notes.append(f"{shared_rows} texts stand in two splits; the run file accepts that.")
     if disturbed := [c.number for c in front.points if c.score.disturbed]:
         numbers = ", ".join(map(str, disturbed))
         notes.append(f"Other programs kept the cores busy while the latencies of trials {numbers} were taken.")
-    tables.write_csv(study.candidates(), folder / "study.csv")
-    tables.write_csv(front.points, folder / "pareto.csv")
-    page.write_report(
-        folder / "report.html",
+    return Report(
         title=study.run.name,
         front=front,
         candidates=study.candidates(),
-        environment=shown,
+        environment={k: v for k, v in environment.items() if k not in told_elsewhere},
         notes=notes,
         comparison=comparison_of(study),
         # Not known of a study of version 0.1 that was not continued since.

@@ -385,7 +385,7 @@ class Study:
         """The score of the uncompressed model, from ``environment.json``."""
         if self._reference is None:
             try:
-                self._reference = Measurement(**self._environment()["reference"])
+                self._reference = Measurement(**self.environment["reference"])
             except (KeyError, TypeError) as error:
                 raise StudyError(f"{self.folder / 'environment.json'}: cannot be read ({error})") from None
         return self._reference
@@ -393,10 +393,16 @@ class Study:
     @property
     def majority(self) -> float | None:
         """Accuracy of always guessing the most frequent class; None in a study of version 0.1."""
-        found: float | None = self._environment().get("majority")
+        found: float | None = self.environment.get("majority")
         return found
 
-    def _environment(self) -> dict[str, Any]:
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What ``environment.json`` holds: the reference, and how and where it was measured.
+
+        Raises:
+            StudyError: if it cannot be read.
+        """
         file = self.folder / "environment.json"
         try:
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from autocompress.decisions import LowRank, PruneHeads, PruneNeurons, Quantize
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.report.comparison import Comparison
-from autocompress.report.page import write_report
+from autocompress.report.page import Report
 
 pytestmark = pytest.mark.slow
 
@@ -49,8 +49,7 @@ def page(chromium: Any) -> Iterator[Any]:
 def write(folder: Path, candidates: list[Candidate], title: str = "a search", **more: Any) -> str:
     """Write a report and return its address."""
     path = folder / "report.html"
-    write_report(
-        path,
+    Report(
         title=title,
         front=front_of(candidates),
         candidates=candidates,
@@ -58,7 +57,7 @@ def write(folder: Path, candidates: list[Candidate], title: str = "a search", **
         shape=MINILM,
         command=("autocompress export results/a --trial ", " -o a-trial-", ""),
         **more,
-    )
+    ).write(path)
     return path.as_uri()
 
 

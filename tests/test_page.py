@@ -18,7 +18,7 @@ from autocompress.decisions import PruneNeurons
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.report.comparison import Comparison
-from autocompress.report.page import write_report
+from autocompress.report.page import Report
 
 MINILM = ModelShape(hidden=384, blocks=(BlockShape(heads=12, head_size=32, neurons=1536),) * 6, vocabulary=30_522)
 ATTACK = "</script><img src=x onerror=alert(1)>"
@@ -72,8 +72,7 @@ def report(
 ) -> str:
     """Write a report and return it without plotly's own script."""
     path = folder / "report.html"
-    write_report(
-        path,
+    Report(
         title=title,
         front=front_of(candidates),
         candidates=candidates,
@@ -82,7 +81,7 @@ def report(
         comparison=comparison,
         shape=shape,
         command=("autocompress export results/a --trial ", " --format openvino -o a-trial-", ""),
-    )
+    ).write(path)
     html = path.read_text(encoding="utf-8")
     bundle = get_plotlyjs()
     assert html.count(bundle) == 1

@@ -12,6 +12,7 @@
   const buttons = ["sendChartToCloud", "select2d", "lasso2d", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d"];
   const MOST_DRAWN = { columns: 120, rows: 80 };
   const FIRST_ROWS = 100;
+  const FOLLOW_MS = 3000;
 
   // What can be an axis. Bars are 95 % intervals; that of a latency is the paired ratio's, carried over in proportion.
   const AXES = {
@@ -515,6 +516,45 @@
     });
   }
 
+  // A page that is served follows the search: where there is something new it loads itself anew, as it was left.
+  const KEPT = `report ${location.pathname}`;
+  function restore() {
+    const kept = data.version ? JSON.parse(sessionStorage.getItem(KEPT) || "null") : null;
+    if (!kept) return;
+    sessionStorage.removeItem(KEPT);
+    for (const [id, value] of Object.entries(kept.fields)) {
+      const field = byId(id);
+      if (field.type === "checkbox") field.checked = value;
+      else field.value = value;
+      field.dispatchEvent(new Event(field.type === "range" ? "input" : "change"));
+    }
+    for (const [name, limit] of Object.entries(kept.limits)) {
+      // Its value, as what the slider's steps stand for has changed.
+      const values = [...new Set(front.map(LIMITS[name].of))].sort((a, b) => a - b);
+      const slider = byId(`limit-${name}`);
+      slider.value = values.filter((value) => value <= limit + 1e-9).length - 1;
+      slider.dispatchEvent(new Event("input"));
+    }
+    window.scrollTo(0, kept.scroll);
+  }
+  function follow() {
+    if (!data.version) return;
+    setInterval(async () => {
+      if (document.hidden) return;
+      try {
+        const answer = await fetch("version", { cache: "no-store" });
+        if (!answer.ok || (await answer.text()) === data.version) return;
+      } catch {
+        return; // nobody serves it at the moment
+      }
+      const fields = {};
+      for (const id of ["axis-x", "axis-y", "axis-z"]) fields[id] = byId(id).value;
+      for (const id of ["log", "solid", "only"]) fields[id] = byId(id).checked;
+      sessionStorage.setItem(KEPT, JSON.stringify({ fields, limits: view.limits, scroll: window.scrollY }));
+      location.reload();
+    }, FOLLOW_MS);
+  }
+
   // Pictures further down are drawn when they are first seen: the page is there earlier.
   const drawn = [draw];
   function whenSeen(name, drawing) {
@@ -544,9 +584,11 @@
   fillTable();
   if (view.selected !== null) describe(view.selected);
   draw();
+  restore();
   whenSeen("parallel", drawParallel);
   for (const name of Object.keys(data.figures)) whenSeen(name, () => drawGiven(name));
   const scheme = window.matchMedia("(prefers-color-scheme: dark)");
   scheme.addEventListener("change", () => drawn.forEach((drawing) => drawing()));
+  follow();
   document.documentElement.dataset.ready = "1";
 })();

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -45,22 +46,11 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    front: Front,
-    candidates: Sequence[Candidate],
-    environment: Mapping[str, Any],
-    notes: Sequence[str] = (),
-    comparison: Comparison | None = None,
-    shape: ModelShape | None = None,
-    command: Sequence[str] = ("autocompress export RESULTS --trial ", " --format openvino -o OUT"),
-) -> None:
-    """Write the report page.
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A report of one study.
 
     Args:
-        path: file to write or replace, in a folder that exists.
         title: heading of the page, as plain text.
         front: the front with its reference.
         candidates: all of the study, failed and infeasible ones too.
@@ -69,38 +59,56 @@ def write_report(
         comparison: the search and what it is held against; None leaves the section out.
         shape: of the uncompressed model; without it there are no pictures of plans.
         command: that exports a point, in parts between which its number stands.
-
-    Raises:
-        OSError: if it cannot be written; what was there before is then untouched.
+        standing: how far the search is, as plain text, where it goes on.
+        version: of what is shown; a page that is served asks for it, and loads itself anew when it has changed.
     """
-    heading = escape(one_line(title))
-    remarks = "".join(f"<li>{escape(one_line(note))}</li>" for note in notes)
-    figures: dict[str, go.Figure] = {}
-    sections = [
-        f"<h1>{heading}</h1>",
-        _together(_opening(front)),
-        "<h2>Candidates</h2>",
-        _explorer(front),
-        _worth(comparison, front.reference, figures) if comparison is not None else "",
-        _why(candidates, front.objectives, figures),
-        "<h2>Pareto front</h2>",
-        _front_rows(front),
-        _failures(candidates),
-        "<h2>All candidates</h2>",
-        _candidate_rows(candidates),
-        f"""<h2>How it was measured</h2>
-<p>Accuracy is the share of {front.reference.rows} search rows that the artefact classifies rightly, with its 95 %
-Wilson interval. The points were chosen by these rows, so confirm a pick on the held-out test rows. Size is the bytes
-of the artefact's model files, 1 MB = 1,000,000 bytes. Latency is the median time of one call in milliseconds; the
-ratio is the median over paired runs of candidate over reference, with its 95 % bootstrap
-interval{_drifting(front)}.</p>""",
-        _definitions(environment),
-        f"<h2>Notes</h2><ul>{remarks}</ul>" if remarks else "",
-    ]
-    random = (comparison.random or ()) if comparison is not None else ()
-    data = page_data(front, candidates, random=random, shape=shape)
-    data |= {"command": command, "figures": {name: json.loads(figure.to_json()) for name, figure in figures.items()}}
-    write_aside(path, _document(heading, "\n".join(part for part in sections if part), data))
+
+    title: str
+    front: Front
+    candidates: Sequence[Candidate]
+    environment: Mapping[str, Any]
+    notes: Sequence[str] = ()
+    comparison: Comparison | None = None
+    shape: ModelShape | None = None
+    command: Sequence[str] = ("autocompress export RESULTS --trial ", " --format openvino -o OUT")
+    standing: str = ""
+    version: str = ""
+
+    def write(self, path: Path) -> None:
+        """Write or replace the page at ``path``, in a folder that exists.
+
+        Raises:
+            OSError: if it cannot be written; what was there before is then untouched.
+        """
+        write_aside(path, self.html())
+
+    def html(self) -> str:
+        """Return the page."""
+        heading = escape(one_line(self.title))
+        figures: dict[str, go.Figure] = {}
+        sections = [
+            f"<h1>{heading}</h1>",
+            f'<p class="standing">{escape(one_line(self.standing))}</p>' if self.standing else "",
+            _together(_opening(self.front)),
+            "<h2>Candidates</h2>",
+            _explorer(self.front),
+            _worth(self.comparison, self.front.reference, figures) if self.comparison is not None else "",
+            _why(self.candidates, self.front.objectives, figures),
+            "<h2>Pareto front</h2>",
+            _front_rows(self.front),
+            _failures(self.candidates),
+            "<h2>All candidates</h2>",
+            _candidate_rows(self.candidates),
+            "<h2>How it was measured</h2>",
+            _measured(self.front),
+            _definitions(self.environment),
+            _remarks(self.notes),
+        ]
+        random = (self.comparison.random or ()) if self.comparison is not None else ()
+        data = page_data(self.front, self.candidates, random=random, shape=self.shape)
+        drawn = {name: json.loads(figure.to_json()) for name, figure in figures.items()}
+        data |= {"command": self.command, "figures": drawn, "version": self.version}
+        return _document(heading, "\n".join(part for part in sections if part), data)
 
 
 def _document(heading: str, body: str, data: Mapping[str, Any]) -> str:
@@ -137,8 +145,10 @@ def _policy(scripts: Sequence[str]) -> str:
     """Return a policy by which a browser runs these scripts and no other, and loads nothing."""
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{found}'" for found in hashes)
-    # plotly makes the programs that draw lines on a GPU from text; what comes from outside is not among that.
-    return f"default-src 'none'; script-src {allowed} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
+    # plotly makes the programs that draw lines on a GPU from text; what comes from outside is not among that. A page
+    # that is served asks where it comes from for its version; one that was opened as a file has nobody to ask.
+    allowed += " 'unsafe-eval'; connect-src 'self'"
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 def _explorer(front: Front) -> str:
@@ -185,6 +195,19 @@ _WISHES: tuple[tuple[str, Preference, float | None], ...] = (
     ("smallest", "size", 0.01),
     ("knee", "knee", None),
 )
+
+
+def _measured(front: Front) -> str:
+    return f"""<p>Accuracy is the share of {front.reference.rows} search rows that the artefact classifies rightly, with
+its 95 % Wilson interval. The points were chosen by these rows, so confirm a pick on the held-out test rows. Size is the
+bytes of the artefact's model files, 1 MB = 1,000,000 bytes. Latency is the median time of one call in milliseconds; the
+ratio is the median over paired runs of candidate over reference, with its 95 % bootstrap
+interval{_drifting(front)}.</p>"""
+
+
+def _remarks(notes: Sequence[str]) -> str:
+    said = "".join(f"<li>{escape(one_line(note))}</li>" for note in notes)
+    return f"<h2>Notes</h2><ul>{said}</ul>" if said else ""
 
 
 def _drifting(front: Front) -> str:
