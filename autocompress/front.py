@@ -223,6 +223,11 @@ class Front:
 
         return frame(self.points)
 
+    def _repr_html_(self) -> str:
+        from autocompress.report.notebook import front_html
+
+        return front_html(self)
+
     def plot(self, over: Literal["latency", "size"] = "latency") -> go.Figure:
         """Return the front as a plotly figure: accuracy over latency, with size as marker area, or over size."""
         from autocompress.report.figures import front_figure

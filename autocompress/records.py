@@ -181,6 +181,11 @@ class Candidate:
     origin: str = "sampler"
     folder: Path | None = field(default=None, compare=False, repr=False)
 
+    def _repr_html_(self) -> str:
+        from autocompress.report.notebook import candidate_html
+
+        return candidate_html(self)
+
     @property
     def usable(self) -> bool:
         """Whether it can stand on a front: complete, and within the constraints."""

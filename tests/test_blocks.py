@@ -42,6 +42,7 @@ def test_each_part_is_told_as_it_becomes() -> None:
         )
     )
     found = Picture.of(plan, SHAPE)
+    assert found is not None
     assert found.blocks == (BlockPicture(6, 1536, 64, 0, "w32", "w32"), BlockPicture(12, 768, 0, 0, "w32", "w4a8"))
     assert (found.rows, found.embedding_bits, found.head_bits, found.tokens) == (4096, "w4", "w16", 48)
 
@@ -49,8 +50,14 @@ def test_each_part_is_told_as_it_becomes() -> None:
 def test_a_student_has_its_own_blocks() -> None:
     plan = CompressionPlan((("model", Student(blocks=(0, 2), heads=3, neurons=384, epochs=1, hidden=192, share=2)),))
     found = Picture.of(plan, SHAPE)
+    assert found is not None
     assert found.blocks == (BlockPicture(3, 384, 0, 0, "w32", "w32"),) * 2
     assert (found.hidden, found.runs) == (192, 2)
+
+
+def test_a_plan_that_does_not_fit_has_no_picture() -> None:
+    assert Picture.of(CompressionPlan((("block.9.ffn", PruneNeurons(keep=2)),)), SHAPE) is None
+    assert Picture.of(CompressionPlan((("elsewhere", PruneNeurons(keep=2)),)), SHAPE) is None
 
 
 def test_a_shape_is_read_back_from_what_it_is_written_as() -> None:

@@ -56,8 +56,15 @@ class Picture:
     runs: int
 
     @classmethod
-    def of(cls, plan: CompressionPlan, shape: ModelShape) -> Picture:
-        """Draw what ``plan`` makes of a model of ``shape``, which it must fit."""
+    def of(cls, plan: CompressionPlan, shape: ModelShape) -> Picture | None:
+        """Return what ``plan`` makes of a model of ``shape``; None where it does not fit, which is why it failed."""
+        try:
+            return cls._of(plan, shape)
+        except (IndexError, ValueError):
+            return None
+
+    @classmethod
+    def _of(cls, plan: CompressionPlan, shape: ModelShape) -> Picture:
         after, bits, ranks = shape.after(plan), plan.of_type(Quantize), plan.of_type(LowRank)
 
         def said(site: str) -> str:

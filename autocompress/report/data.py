@@ -89,9 +89,8 @@ def _neighbours(front: Front, point: Candidate) -> list[tuple[str, int, str]]:
 
 def _picture(candidate: Candidate, shape: ModelShape, blocks: dict[tuple[Any, ...], int]) -> list[Any] | None:
     """Return a candidate's picture with the numbers of its blocks in ``blocks``, which new ones are added to."""
-    try:
-        found = Picture.of(candidate.plan, shape)
-    except (IndexError, ValueError):  # of a plan that does not fit the model, which is why it failed
+    found = Picture.of(candidate.plan, shape)
+    if found is None:
         return None
     numbers = [blocks.setdefault(tuple(vars(block).values()), len(blocks)) for block in found.blocks]
     return [found.hidden, found.rows, found.embedding_bits, found.head_bits, found.tokens, found.runs, numbers]

@@ -33,7 +33,9 @@ from autocompress.report.comparison import (
 from autocompress.report.data import page_data
 from autocompress.report.importance import importance_figure, importances
 from autocompress.report.tables import (
+    FRONT_HEADINGS,
     accuracy_words,
+    front_rows,
     one_line,
     short,
     size_mb,
@@ -311,24 +313,8 @@ def _together(html: str) -> str:
 
 
 def _front_rows(front: Front) -> str:
-    headings = ("trial", "accuracy, %", "size, MB", "times smaller", "latency, ms", "p90, ms", "times faster", "plan")
-    rows = []
-    for candidate in front.points:
-        score = candidate.score
-        low, high = 1 / score.latency_ratio_high, 1 / score.latency_ratio_low
-        rows.append(
-            (
-                candidate.number,
-                accuracy_words(score).replace(" %", ""),
-                short(size_mb(score)),
-                f"{front.reference.size_bytes / score.size_bytes:.1f}",
-                short(score.latency_ms),
-                short(score.latency_p90_ms),
-                f"{1 / score.latency_ratio:.2f} ({low:.2f} to {high:.2f})",
-                candidate.plan.words(),
-            )
-        )
-    return _table("Pareto front", headings, rows) if rows else "<p>The front is empty.</p>"
+    rows: list[tuple[str | int, ...]] = [(int(row[0]), *row[1:]) for row in front_rows(front)]
+    return _table("Pareto front", FRONT_HEADINGS, rows) if rows else "<p>The front is empty.</p>"
 
 
 def _failures(candidates: Sequence[Candidate]) -> str:

@@ -201,6 +201,39 @@ def candidate_line(candidate: Candidate, done: int, total: int, reference: Measu
     return "  ".join(parts)
 
 
+FRONT_HEADINGS = (
+    "trial",
+    "accuracy, %",
+    "size, MB",
+    "times smaller",
+    "latency, ms",
+    "p90, ms",
+    "times faster",
+    "plan",
+)
+
+
+def front_rows(front: Front) -> list[tuple[str, ...]]:
+    """Return a row of words for each point of a front, under `FRONT_HEADINGS`."""
+    rows: list[tuple[str, ...]] = []
+    for candidate in front.points:
+        score = candidate.score
+        low, high = 1 / score.latency_ratio_high, 1 / score.latency_ratio_low
+        rows.append(
+            (
+                str(candidate.number),
+                accuracy_words(score).replace(" %", ""),
+                short(size_mb(score)),
+                f"{front.reference.size_bytes / score.size_bytes:.1f}",
+                short(score.latency_ms),
+                short(score.latency_p90_ms),
+                f"{1 / score.latency_ratio:.2f} ({low:.2f} to {high:.2f})",
+                candidate.plan.words(),
+            )
+        )
+    return rows
+
+
 def front_table(front: Front) -> Table:
     """Return the front as a table for the terminal, in the front's order."""
     from rich import box
