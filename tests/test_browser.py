@@ -178,7 +178,7 @@ def test_every_picture_is_drawn_when_it_is_seen(page: Any, tmp_path: Path) -> No
     ]
     comparison = Comparison(0.5, many, random=many[:10])
     errors = opened(page, write(tmp_path, many, comparison=comparison))
-    assert "random search" in drawn(page)
+    assert "random search's front" in drawn(page)
     for name in ("volume", "parallel", "importance"):
         page.locator(f"#figure-{name}").scroll_into_view_if_needed()
         page.wait_for_selector(f"#figure-{name} .plot-container")

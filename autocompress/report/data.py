@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from autocompress.anatomy import ModelShape
 from autocompress.front import Front
@@ -17,6 +17,9 @@ from autocompress.report.blocks import Picture
 from autocompress.report.tables import BETTER, one_line, size_mb, trade_words
 
 _DIGITS = 5
+_BETWEEN = "; "
+"""Between the parts of a plan's words."""
+K = TypeVar("K")
 _NUMBERS: dict[str, Callable[[Measurement], float | None]] = {
     "accuracy": lambda score: 100 * score.accuracy,
     "accuracy_low": lambda score: 100 * score.accuracy_low,
@@ -41,14 +44,13 @@ def page_data(
     Args:
         front: with its reference.
         candidates: all of the study.
-        random: those of the random baseline.
+        random: those of the random baseline, of which the front is shown.
         shape: of the uncompressed model; without it there are no pictures of plans.
     """
     on_front = {point.number for point in front.points}
     blocks: dict[tuple[Any, ...], int] = {}
-    pictures: list[Any] = []
-    for candidate in candidates:
-        pictures.append(None if shape is None else _picture(candidate, shape, blocks))
+    parts: dict[str, int] = {}
+    pictures = [None if shape is None else _picture(c, shape, blocks) for c in candidates]
     return {
         "reference": _columns([front.reference]),
         "candidates": {
@@ -57,14 +59,15 @@ def page_data(
             "origin": [one_line(c.origin) for c in candidates],
             "feasible": [int(c.feasible) for c in candidates],
             "front": [int(c.number in on_front) for c in candidates],
-            "plan": [one_line(c.plan.words()) for c in candidates],
+            "plan": [[_numbered(part, parts) for part in c.plan.words().split(_BETWEEN)] for c in candidates],
             "failure": {n: one_line(c.failure) for n, c in enumerate(candidates) if c.failure},
             **_columns([c.measurement for c in candidates]),
         },
-        "random": _columns([c.measurement for c in random if c.usable]),
+        "random": _columns([c.score for c in Front.of(random, front.reference, front.objectives).points]),
         "neighbours": {point.number: _neighbours(front, point) for point in front.points},
         "shape": None if shape is None else _sizes(shape),
         "blocks": list(blocks),
+        "parts": [one_line(part) for part in parts],
         "pictures": pictures,
     }
 
@@ -92,8 +95,13 @@ def _picture(candidate: Candidate, shape: ModelShape, blocks: dict[tuple[Any, ..
     found = Picture.of(candidate.plan, shape)
     if found is None:
         return None
-    numbers = [blocks.setdefault(tuple(vars(block).values()), len(blocks)) for block in found.blocks]
+    numbers = [_numbered(tuple(vars(block).values()), blocks) for block in found.blocks]
     return [found.hidden, found.rows, found.embedding_bits, found.head_bits, found.tokens, found.runs, numbers]
+
+
+def _numbered(what: K, known: dict[K, int]) -> int:
+    """Return the number of ``what`` among all that are known, to which it is added."""
+    return known.setdefault(what, len(known))
 
 
 def _sizes(shape: ModelShape) -> dict[str, int]:

@@ -62,6 +62,9 @@
   function colour(name) {
     return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   }
+  function planOf(i) {
+    return all.plan[i].map((n) => data.parts[n]).join("; ");
+  }
   function folded(text, width) {
     const lines = [""];
     for (const word of text.split(" ")) {
@@ -86,7 +89,7 @@
   }
   function hover(s, i, name) {
     const lines = [`<b>${escaped(name)}</b>`];
-    if (s === all) lines.push(...folded(all.plan[i], 44).map(escaped));
+    if (s === all) lines.push(...folded(planOf(i), 44).map(escaped));
     if (s === all && !all.feasible[i]) lines.push("breaks a constraint");
     lines.push(`accuracy ${percent(s, i)}`);
     lines.push(s === reference ? `${short(s.size[i])} MB` : `${short(s.size[i])} MB (${smaller(s, i)})`);
@@ -264,7 +267,7 @@
     }
     if (data.random.accuracy.length) {
       const diamond = { size: 7, symbol: "diamond-open", color: colour("random"), line: { width: 1.5, color: colour("random") } };
-      found.push(trace("random search", data.random, range(data.random.accuracy.length), { marker: diamond }));
+      found.push(trace("random search's front", data.random, range(data.random.accuracy.length), { marker: diamond }));
     }
     if (ladder.length) {
       const square = { size: 8, symbol: "square-open", color: colour("ladder"), line: { width: 1.5, color: colour("ladder") } };
@@ -300,7 +303,7 @@
     const layout = dressed({
       height: 560,
       uirevision: `${view.x} ${view.y} ${view.z} ${view.log} ${view.solid}`,
-      xaxis: { title: { text: AXES[view.x].title }, type, rangemode: view.x === "accuracy" ? "normal" : "tozero" },
+      xaxis: { title: { text: AXES[view.x].title }, type, dtick: view.log ? "D2" : undefined, rangemode: view.x === "accuracy" ? "normal" : "tozero" },
       yaxis: { title: { text: AXES[view.y].title }, rangemode: "normal" },
       scene: { xaxis: { ...titled(view.x), type }, yaxis: titled(view.y), zaxis: titled(view.z) },
     });
@@ -357,7 +360,7 @@
     const parts = [
       make("h3", { textContent: `Trial ${all.number[i]}` }),
       make("p", { className: "soft", textContent: `${kind}; proposed by: ${all.origin[i]}` }),
-      make("p", { textContent: all.plan[i] }),
+      make("p", { textContent: planOf(i) }),
     ];
     if (all.failure[i]) parts.push(make("p", { className: "failure", textContent: all.failure[i] }));
     if (all.accuracy[i] !== null) parts.push(numbers(i));
@@ -498,7 +501,7 @@
       make("td", { className: "number" }, button),
       make("td", { textContent: state }),
       ...cells.map((textContent) => make("td", { className: "number", textContent })),
-      make("td", { className: "words", textContent: all.failure[i] || all.plan[i] }),
+      make("td", { className: "words", textContent: all.failure[i] || planOf(i) }),
     );
   }
   function fillTable() {
@@ -590,5 +593,5 @@
   const scheme = window.matchMedia("(prefers-color-scheme: dark)");
   scheme.addEventListener("change", () => drawn.forEach((drawing) => drawing()));
   follow();
-  document.documentElement.dataset.ready = "1";
+  document.documentElement.dataset.ready = String(Math.round(performance.now())); // ms since it was asked for
 })();
