@@ -85,11 +85,14 @@ def init(
     demo: Annotated[bool, typer.Option("--demo", help="Write the demo's run file.")] = False,
     model: Model = None,
     data: Data = None,
+    text: Annotated[str | None, typer.Option("--text", help="Column of the text, by default text.")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="Column of the class, by default label.")] = None,
+    target: Target = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of run files instead.")] = False,
 ) -> None:
-    """Write a commented run file to edit."""
+    """Write a commented run file to edit; on a terminal it asks for what was not given."""
     from autocompress.config import RunConfig, demo_run_text
 
     if schema:
@@ -97,19 +100,53 @@ def init(
         return
     if out.exists() and not force:
         raise ConfigError(f"init: {out} exists; give another --out or --force")
-    if not demo and (model is None or data is None):
+    asks = sys.stdin.isatty() and not demo
+    if not demo and not asks and (model is None or data is None):
         raise ConfigError("init: give --demo, or --model and --data")
-    text = demo_run_text()
+    if asks:
+        model = model or typer.prompt("model: demo/minilm, a local folder or a hub id", default="demo/minilm")
+        data = data or typer.prompt("data: demo/movies, a file or a datasets id", default="demo/movies")
+    columns = None if data is None else _columns_of(data)
+    text, label = (
+        _column(wanted, given, columns, str(data), asks) for wanted, given in (("text", text), ("label", label))
+    )
+    if asks and target is None:
+        target = typer.prompt("runtime: openvino or onnxruntime", default="openvino")
+    content = demo_run_text()
     for key, default, value in (
         ("name", "demo", name),
         ("  id", "demo/minilm", None if demo else model),
         ("  source", "demo/movies", None if demo else data),
+        ("  text", "text", text),
+        ("  label", "label", label),
+        ("  runtime", "openvino", target),
     ):
         if value is not None:
-            text = text.replace(f"{key}: {default}", f"{key}: {json.dumps(value, ensure_ascii=False)}", 1)
-    RunConfig.from_mapping(_parsed(text, out.name), source=out.name)
-    out.write_text(text, encoding="utf-8")
+            content = content.replace(f"{key}: {default}", f"{key}: {json.dumps(value, ensure_ascii=False)}", 1)
+    RunConfig.from_mapping(_parsed(content, out.name), source=out.name)
+    out.write_text(content, encoding="utf-8")
     typer.echo(f"wrote {out}; next: autocompress search {out}")
+
+
+def _columns_of(data: str) -> list[str] | None:
+    """Return the columns of a local file; None of what is no such file, whose columns are known once it is read."""
+    if not Path(data).expanduser().is_file():
+        return None
+    from autocompress import task
+    from autocompress.config import DataConfig
+
+    return task.columns(DataConfig(source=data))
+
+
+def _column(wanted: str, given: str | None, columns: list[str] | None, data: str, asks: bool) -> str | None:
+    """Return the column for ``wanted``; None where the data have one of that name, or it cannot be known yet."""
+    if columns is None or (given or wanted) in columns:
+        return given
+    there = ", ".join(columns)
+    if asks and given is None:
+        found: str = typer.prompt(f"column of the {wanted}: {there}", default=columns[0])
+        return _column(wanted, found, columns, data, asks)
+    raise ConfigError(f"init: {data}: has no column {given or wanted}; it has {there}; give --text and --label")
 
 
 def _parsed(text: str, source: str) -> Any:
@@ -402,7 +439,9 @@ def ls(what: Listing, as_json: Json = False) -> None:
 
         found = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in DECISIONS.items()}
     elif what is Listing.runtimes:
-        found = _runtimes()
+        from autocompress import doctor as examination
+
+        found = dict(examination.runtimes())
     else:
         from autocompress import api
         from autocompress.storage import holds_study
@@ -412,27 +451,12 @@ def ls(what: Listing, as_json: Json = False) -> None:
     console.result(found, as_json)
 
 
-def _runtimes() -> dict[str, str]:
-    from autocompress.errors import RuntimeBuildError
-    from autocompress.runtimes import RUNTIMES, get_runtime
-
-    found = {}
-    for name in RUNTIMES:
-        try:
-            get_runtime(name)
-            found[name] = "ready"
-        except RuntimeBuildError as error:
-            found[name] = str(error)
-    return found
-
-
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what is installed, what the CPU can do, and which runtimes are ready."""
-    from autocompress import machine
-    from autocompress.bank import default_bank
+    """Say what is installed, what the CPU can do, which runtimes are ready, and what adds what is missing."""
+    from autocompress import doctor as examination
 
-    console.result({**machine.fingerprint(), "runtimes": _runtimes(), "bank": str(default_bank())}, as_json)
+    console.result(examination.examine(), as_json)
 
 
 def main() -> None:

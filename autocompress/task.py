@@ -254,6 +254,15 @@ def _read(config: DataConfig) -> pd.DataFrame:
     return _read_hub(config)
 
 
+def columns(config: DataConfig) -> list[str]:
+    """Return the names of the columns of the data.
+
+    Raises:
+        DataError: if they cannot be read.
+    """
+    return [str(name) for name in _read(config).columns]
+
+
 @contextmanager
 def _hub_switched_off() -> Iterator[None]:
     """Let `datasets` look into its cache only; asked for local files, it still tries the network, for half a minute."""

@@ -145,7 +145,7 @@ class Trained:
 
     def precision(self) -> str:
         wanted = self.run.recovery.precision
-        return ("bfloat16" if training.has_bfloat16() else "float32") if wanted == "auto" else wanted
+        return ("bfloat16" if machine.has_bfloat16() else "float32") if wanted == "auto" else wanted
 
     def _key(self, **more: Any) -> dict[str, Any]:
         return {

@@ -340,10 +340,5 @@ def _linear(step: int, steps: int) -> float:
 
 def autocast(precision: str) -> torch.autocast:
     """Return the context in which a model computes in ``precision``; its weights stay as they are."""
-    enabled = precision == "bfloat16" or (precision == "auto" and has_bfloat16())
+    enabled = precision == "bfloat16" or (precision == "auto" and machine.has_bfloat16())
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
-
-
-def has_bfloat16() -> bool:
-    """Say whether this CPU multiplies bfloat16 natively, where it is faster than float32."""
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(machine.cpu()["features"])

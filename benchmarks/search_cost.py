@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from figures import ROOT, Figures
 
-from autocompress import api, machine, pareto, training
+from autocompress import api, machine, pareto
 from autocompress.evaluate import Workshop
 from autocompress.front import Front
 from autocompress.records import Candidate
@@ -225,7 +225,7 @@ def main() -> None:
         yardstick = finetuned(cache, model)
         figures.add("three epochs of fine-tuning", yardstick, "seconds")
         # Ours uses bfloat16 where the CPU multiplies it.
-        single = finetuned(cache, place / "model-float32", "float32") if training.has_bfloat16() else yardstick
+        single = finetuned(cache, place / "model-float32", "float32") if machine.has_bfloat16() else yardstick
         figures.add("three epochs of fine-tuning in float32", single, "seconds")
         shutil.rmtree(cache)
         settings = ["--model", str(model), "--set", f"search.trials={options.trials}"]

@@ -479,6 +479,50 @@ def test_init_refuses(call: Call, tmp_path: Path, args: list[str], expected: str
     assert (tmp_path / "old.yaml").read_text(encoding="utf-8") == "mine"
 
 
+def test_init_takes_columns_and_a_target(call: Call, tmp_path: Path) -> None:
+    write(tmp_path / "mine.csv", "review,mood\nfine,good\n")
+    asked = ("--model", "m", "--data", "mine.csv", "--text", "review", "--label", "mood", "--target", "onnxruntime")
+    assert call("init", *asked).code == 0
+    written = RunConfig.from_file(tmp_path / "run.yaml")
+    assert (written.data.text, written.data.label, written.target.runtime) == ("review", "mood", "onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing"),
+    [((), "text"), (("--text", "review"), "label"), (("--text", "revue", "--label", "mood"), "revue")],
+)
+def test_init_names_the_columns_where_one_is_not_there(
+    call: Call, tmp_path: Path, asked: tuple[str, ...], missing: str
+) -> None:
+    write(tmp_path / "mine.csv", "review,mood\nfine,good\n")
+    line = call("init", "--model", "m", "--data", "mine.csv", *asked).line(2)
+    assert line == f"init: mine.csv: has no column {missing}; it has review, mood; give --text and --label"
+    assert tree(tmp_path) == {"mine.csv"}
+
+
+@pytest.mark.slow
+def test_init_asks_on_a_terminal(tmp_path: Path) -> None:
+    write(tmp_path / "mine.csv", "review,mood\nfine,good\n")
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "autocompress.cli", "init", "--name", "asked"]
+    asking = subprocess.Popen(
+        command, cwd=tmp_path, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    os.close(theirs)
+    try:
+        os.write(ours, b"./model\nmine.csv\nreview\nmood\n\n")
+        said, _ = asking.communicate(timeout=120)
+    finally:
+        os.close(ours)
+        asking.kill()
+        asking.wait()
+    assert asking.returncode == 0, said
+    assert "column of the label: review, mood" in said
+    written = RunConfig.from_file(tmp_path / "run.yaml")
+    assert (written.name, written.model.id, written.data.source) == ("asked", "./model", "mine.csv")
+    assert (written.data.text, written.data.label, written.target.runtime) == ("review", "mood", "openvino")
+
+
 def test_an_error_of_the_system_is_one_line_too(call: Call, tmp_path: Path) -> None:
     line = call("init", "--demo", "-o", "no/such/folder.yaml").line(1)
     assert line == "autocompress: no/such/folder.yaml: No such file or directory"
@@ -567,7 +611,16 @@ def test_doctor_says_what_is_here(call: Call, caches: Path) -> None:
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["runtimes"]["openvino"] == "ready"
     assert found["bank"] == str(caches / "autocompress" / "bank")
+    assert set(found["good at"]) == {"8-bit integers", "bfloat16"}
+    assert found["parts"]["demo model"] == "ready"
+    assert re.fullmatch(r"\d+\.\d GB of disk", found["free"]["results"])
     assert re.fullmatch("[0-9a-f]{12}", found["id"])
+
+
+def test_doctor_says_what_adds_what_is_missing(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    parts = call("doctor", "--json").json()["parts"]
+    assert parts["studies in PostgreSQL"] == 'missing; run: pip install "autocompress[postgresql]"'
 
 
 # --- results folders (rows 25 and 26)
