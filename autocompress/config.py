@@ -156,7 +156,7 @@ class RecoveryConfig(Section):
         "a picked point is fine-tuned, and no teacher is run",
     )
     hidden: float = Field(
-        0.0, ge=0, le=1e6, description="weight of what differs from the teacher between the blocks of a picked point"
+        30.0, ge=0, le=1e6, description="weight of what differs from the teacher between the blocks of a picked point"
     )
     relations: float = Field(
         0.0,

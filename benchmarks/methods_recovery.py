@@ -1,9 +1,9 @@
 """Hold ways of recovering a structure against each other: ``results/benchmarks/methods-recovery.json``.
 
 ``python benchmarks/methods_recovery.py`` prunes the fine-tuned demo model to small structures and trains each of them
-for the same passes in several ways: on the labels alone, from the model's logits, which is the default, and with one
-more ingredient each on top of that; and one of them with weights of few bits, rounded after the training (where GPTQ
-fits them) or in the course of it. Figures are those of `methods_ablation.py`. Two seeds
+for the same passes in several ways: on the labels alone, from the model's logits, with its blocks as examples, which
+is the default, and with one more ingredient each on top of that; and one of them with weights of few bits, rounded
+after the training (where GPTQ fits them) or in the course of it. Figures are those of `methods_ablation.py`. Two seeds
 that are averaged take twice the time, and a training that may end early leaves out a tenth of its rows. Each way is
 trained once: intervals tell what other rows would have said, not what other seeds would.
 
@@ -30,9 +30,9 @@ from autocompress.plan import MODEL_SITE, CompressionPlan
 
 EPOCHS = 3.0
 RECIPES: dict[str, tuple[str, ...]] = {
-    "labels": ("alpha=0",),
-    "logits": (),
-    "blocks": ("hidden=30",),
+    "labels": ("alpha=0", "hidden=0"),
+    "logits": ("hidden=0",),
+    "blocks": (),
     "relations": ("relations=1",),
     "soup": ("seeds=2",),
     "early": ("patience=0.5",),
@@ -43,13 +43,13 @@ RECIPES: dict[str, tuple[str, ...]] = {
 COMPARISONS = {
     "logits over labels alone": ("logits", "labels"),
     "blocks and logits over logits alone": ("blocks", "logits"),
-    "relations added": ("relations", "logits"),
-    "two seeds averaged": ("soup", "logits"),
-    "best state on held rows": ("early", "logits"),
-    "reconstructed before": ("reconstructed", "logits"),
+    "relations added": ("relations", "blocks"),
+    "two seeds averaged": ("soup", "blocks"),
+    "best state on held rows": ("early", "blocks"),
+    "reconstructed before": ("reconstructed", "blocks"),
 }
 """A recipe and its counterpart, by what the difference is called."""
-OF_FEW_BITS = {"rounded in training over afterwards": ("rounded", "logits")}
+OF_FEW_BITS = {"rounded in training over afterwards": ("rounded", "blocks")}
 """The same for structures of few bits."""
 
 
@@ -102,11 +102,11 @@ def compare(figures: Figures, data: str, scratch: Path, *, epochs: float, rows: 
 
     def known(name: str, plan: CompressionPlan, split: str) -> np.ndarray:
         """Return what a plan that is the same for all recipes predicts, and note its accuracy."""
-        found = logits("logits", plan, split)
-        figures.more[f"{data}, {name}, {split} rows"] = float(hits(shop("logits"), found, split).mean())
+        found = logits("blocks", plan, split)
+        figures.more[f"{data}, {name}, {split} rows"] = float(hits(shop("blocks"), found, split).mean())
         return found
 
-    for structure, (plan, comparisons) in structures(shop("logits")).items():
+    for structure, (plan, comparisons) in structures(shop("blocks")).items():
         for what, recipes in comparisons.items():
             for split in ("search", "test"):
                 name = f"{data}, {structure}: {what}, {split} rows"
@@ -115,7 +115,7 @@ def compare(figures: Figures, data: str, scratch: Path, *, epochs: float, rows: 
                 full = known("uncompressed", CompressionPlan(), split)
                 known(f"{structure} as it is", plan, split)
                 found = [logits(recipe, shop(recipe).recovering(plan), split) for recipe in recipes]
-                add_comparison(figures, shop("logits"), f"{data}, {structure}: {what}", split, found, full)
+                add_comparison(figures, shop("blocks"), f"{data}, {structure}: {what}", split, found, full)
                 figures.write()
 
 

@@ -213,5 +213,5 @@ def test_epochs_of_recovery_are_a_number_or_counted(text: str, epochs: object) -
 
 def test_options_of_recovery_are_off_by_default() -> None:
     found = RunConfig().recovery
-    assert (found.epochs, found.hidden, found.seeds) == (1.0, 0.0, 1)
+    assert (found.epochs, found.hidden, found.seeds) == (1.0, 30.0, 1)
     assert (found.relations, found.l1, found.l2, found.patience, found.quantized) == (0, 0, 0, 0, False)

@@ -207,7 +207,7 @@ class TestAskedFor:
         found = bases(*(f"recovery.{option}" for option in asked)).recovering(PRUNED)
         wanted = Recover(epochs=2, hidden=3, relations=4, l1=0.1, l2=0.2, patience=0.5, seeds=6)
         assert found == PRUNED.with_decision(MODEL_SITE, wanted)
-        assert bases().recovering(PRUNED) == PRUNED.with_decision(MODEL_SITE, Recover(epochs=1))
+        assert bases().recovering(PRUNED) == PRUNED.with_decision(MODEL_SITE, Recover(epochs=1, hidden=30))
 
     def test_epochs_are_counted_from_a_fine_tuning(self, bases: Callable[..., Bases], bert_folder: Path) -> None:
         """Of the run file's passes where the model came without a head, else of 3; labels alone run no teacher."""
