@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from autocompress.hf import hook
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ _HOMES = {
     "recover": "api",
     "search": "api",
 }
+
+# Folders of format hf are read by transformers' Auto classes once this package is imported.
+hook.install()
 
 __all__ = [
     "AutocompressError",

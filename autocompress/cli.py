@@ -385,7 +385,9 @@ def recover(
 def export(
     folder: Folder,
     out: Annotated[Path, typer.Option("-o", "--out", help="An empty or new folder.")],
-    format_: Annotated[list[str] | None, typer.Option("--format", help="openvino or onnx. Repeatable.")] = None,
+    format_: Annotated[
+        list[str] | None, typer.Option("--format", help="openvino, onnx or hf (for transformers). Repeatable.")
+    ] = None,
     prefer: Annotated[Prefer, typer.Option("--prefer", "--pick", help="What to optimise.")] = Prefer.knee,
     trial: Trial = None,
     max_accuracy_drop: MaxDrop = None,

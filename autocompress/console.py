@@ -123,12 +123,20 @@ def about_exports(candidate: Candidate, exports: Mapping[str, Export]) -> dict[s
             "test_accuracy": [shipped.test.value, shipped.test.low, shipped.test.high],
             "selection_optimism": shipped.measurement.accuracy - shipped.test.value,
             "size_bytes": shipped.measurement.size_bytes,
-            "latency_ratio": shipped.measurement.latency_ratio,
-            "latency_ratio_in_search": shipped.latency_ratio_in_search,
-            "reloaded_predictions": "identical",
+            **_times_of(shipped),
             "agreement_with_scored_candidate": shipped.agreement,
         }
         for name, shipped in exports.items()
+    }
+
+
+def _times_of(shipped: Export) -> dict[str, Any]:
+    if not shipped.timed:
+        return {"latency_ratio": "not timed: transformers unpacks the weights and computes in floats"}
+    return {
+        "latency_ratio": shipped.measurement.latency_ratio,
+        "latency_ratio_in_search": shipped.latency_ratio_in_search,
+        "reloaded_predictions": "identical",
     }
 
 

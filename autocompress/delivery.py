@@ -23,17 +23,27 @@ import numpy as np
 from autocompress import machine, scoring
 from autocompress.config import RunConfig, TargetConfig
 from autocompress.errors import ExportError
-from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
+from autocompress.evaluate import Workshop, kept_logits
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 from autocompress.report.card import model_card
-from autocompress.report.script import predict_script
+from autocompress.report.script import TRANSFORMERS, predict_script
+from autocompress.rows import read_logits, write_rows
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.trained import Progress
+from autocompress.transforms.prune import keep_blocks
 
 MEASUREMENT_SCHEMA = 2
 FORMATS = {"openvino": "openvino", "onnx": "onnxruntime"}
 """Export format to the runtime that builds and runs it."""
+HF = "hf"
+"""Export format that transformers reads."""
+LEAST_AGREEMENT = 0.98
+"""Share of rows on which a folder of format hf must predict as the artefact that was scored.
+
+The grids are the same. Where floats are added in another order, though, some come to lie on the other side of a step of
+8 bits, and from layer to layer that grows.
+"""
 RELOAD_SECONDS = 300
 _LOADS = 4
 CONFIRMING_PAIRS = 20
@@ -50,6 +60,7 @@ class Export:
         test: accuracy on the held-out test split, with its 95 % Wilson interval.
         agreement: share of search rows on which it predicts as the candidate that the study scored.
         latency_ratio_in_search: the ratio that it was chosen by, from fewer pairs beside other candidates.
+        timed: whether the latency is that of these files; transformers runs them, but not as what was scored.
     """
 
     folder: Path
@@ -57,6 +68,7 @@ class Export:
     test: scoring.Accuracy
     agreement: float
     latency_ratio_in_search: float
+    timed: bool = True
 
 
 def export(
@@ -64,9 +76,10 @@ def export(
 ) -> dict[str, Export]:
     """Export ``candidate`` in each format; see `autocompress.export`."""
     for name in formats:
-        if name not in FORMATS:
-            raise ExportError(f"export: format must be one of {', '.join(FORMATS)}, got {name!r}")
-        get_runtime(FORMATS[name])
+        if name not in (*FORMATS, HF):
+            raise ExportError(f"export: format must be one of {', '.join((*FORMATS, HF))}, got {name!r}")
+        if name != HF:
+            get_runtime(FORMATS[name])
     if candidate.measurement is None or candidate.folder is None:
         raise ExportError(f"export: trial {candidate.number} failed ({candidate.failure}); pick another")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
@@ -82,7 +95,10 @@ def export(
     for name in formats:
         target = out if len(formats) == 1 else out / name
         with tempfile.TemporaryDirectory(prefix="autocompress-export-") as scratch:
-            found[name] = _export(candidate, run, FORMATS[name], scored, target, Path(scratch), progress)
+            if name == HF:
+                found[name] = _export_hf(candidate, run, scored, target, Path(scratch), progress)
+            else:
+                found[name] = _export(candidate, run, FORMATS[name], scored, target, Path(scratch), progress)
     return found
 
 
@@ -161,6 +177,72 @@ def _export(
     return Export(out, confirmed, test, agreement, measured.latency_ratio)
 
 
+def _export_hf(
+    candidate: Candidate, run: RunConfig, scored: Artifact, out: Path, scratch: Path, progress: Progress
+) -> Export:
+    """Write a folder for transformers: from the same pieces as the artefact, with its arithmetic."""
+    from autocompress.hf import modeling
+
+    workshop = Workshop(run, scored.folder.parent, progress)
+    aside = scratch / "export"
+    aside.mkdir()
+    progress("writing what transformers reads")
+    base, kept, pieces = workshop.parted(candidate.plan)
+    model = base.clone()
+    if len(kept) < len(model.shape.blocks):
+        keep_blocks(model, kept)
+    size = modeling.write_folder(model, pieces, candidate.plan, workshop.teacher_folder, run.target.runtime, aside)
+    workshop.tokenizer.save_pretrained(aside)
+    progress("reloading in a fresh process")
+    expected = kept_logits(scored.folder)
+    found = _run_hf(aside, workshop, "search", scratch)
+    agreement = float((found.argmax(1) == expected.argmax(1)).mean())
+    if agreement < LEAST_AGREEMENT:
+        raise ExportError(
+            f"export: trial {candidate.number}: the folder predicts as its score on {agreement:.1%} of the search rows "
+            f"alone, and has to on {LEAST_AGREEMENT:.0%}; the artefact no longer matches what is in the bank"
+        )
+    progress("scoring on the held-out test split")
+    own = scoring.accuracy(found, workshop.splits["search"])
+    test = scoring.accuracy(_run_hf(aside, workshop, "test", scratch), workshop.splits["test"])
+    measured = dataclasses.replace(
+        candidate.score,
+        accuracy=own.value,
+        accuracy_low=own.low,
+        accuracy_high=own.high,
+        loss=own.loss,
+        divergence=None,
+        predictions=own.predictions,
+        size_bytes=size,
+    )
+    about = {
+        "schema": MEASUREMENT_SCHEMA,
+        "trial": candidate.number,
+        "plan_id": candidate.plan.plan_id,
+        "runtime": TRANSFORMERS,
+        "scored_with": run.target.runtime,
+        "labels": list(workshop.task.labels),
+        "max_tokens": run.data.max_tokens,
+        "search": dataclasses.asdict(own),
+        "test": dataclasses.asdict(test),
+        "size_bytes": size,
+        "agreement_with_scored_candidate": agreement,
+    }
+    (aside / "measurement.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (aside / "predict.py").write_text(predict_script(TRANSFORMERS), encoding="utf-8")
+    card = model_card(candidate, run, TRANSFORMERS, measured, test, agreement, timed=False)
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    _put(aside, out)
+    return Export(out, measured, test, agreement, candidate.score.latency_ratio, timed=False)
+
+
+def _run_hf(folder: Path, workshop: Workshop, split: str, scratch: Path) -> np.ndarray:
+    """Return the logits of a split from a process that reads the folder as its users do."""
+    write_rows(scratch, workshop.batches(split))
+    _elsewhere("autocompress.hf.reload", str(folder), str(scratch))
+    return read_logits(scratch)
+
+
 def _put(made: Path, out: Path) -> None:
     """Bring what is in ``made`` to ``out``, which may be on another disk: all of it, or an error and nothing."""
     out = out.resolve()  # aside and in place are then on one disk
@@ -185,17 +267,24 @@ def _reload(folder: Path, workshop: Workshop, scratch: Path) -> tuple[np.ndarray
 
     The latency is taken as `measure` takes it later: in a process that holds nothing else, against the stand-in.
     """
-    batches: dict[str, np.ndarray] = {}
-    for number, batch in enumerate(workshop.batches("search")):
-        batches |= {f"{number}/{name}": array for name, array in batch.arrays().items()}
-        batches[f"{number}/rows"] = batch.rows.numpy()
-    np.savez(scratch / "rows.npz", **batches)  # type: ignore[arg-type]
+    write_rows(scratch, workshop.batches("search"))
     about = {
         "target": workshop.run.target.model_dump(),
         "vocabulary": workshop.vocabulary,
         "pairs": CONFIRMING_PAIRS,
     }
-    command = [sys.executable, "-m", "autocompress.reload", str(folder), str(scratch), json.dumps(about)]
+    _elsewhere("autocompress.reload", str(folder), str(scratch), json.dumps(about))
+    timed = scoring.Latency(**json.loads((scratch / "latency.json").read_text(encoding="utf-8")))
+    return read_logits(scratch), timed
+
+
+def _elsewhere(module: str, *arguments: str) -> None:
+    """Run a module in a fresh process.
+
+    Raises:
+        ExportError: with the last line that it said, if it fails or takes too long.
+    """
+    command = [sys.executable, "-m", module, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=RELOAD_SECONDS, check=False)  # noqa: S603
     except subprocess.TimeoutExpired:
@@ -203,9 +292,6 @@ def _reload(folder: Path, workshop: Workshop, scratch: Path) -> tuple[np.ndarray
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ExportError(f"the copy cannot be reloaded ({last[0]})")
-    found: np.ndarray = np.load(scratch / LOGITS_FILE, allow_pickle=False)
-    timed = scoring.Latency(**json.loads((scratch / "latency.json").read_text(encoding="utf-8")))
-    return found, timed
 
 
 def measure(folder: Path, *, pairs: int) -> dict[str, Any]:

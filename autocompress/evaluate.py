@@ -29,6 +29,7 @@ from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.products import Sizes
 from autocompress.records import QUALITIES, Measurement, Stopped
+from autocompress.rows import LOGITS_FILE, read_logits
 from autocompress.runtimes import Artifact, Runtime, Template, get_runtime
 from autocompress.stand import Call, Device, Stand
 from autocompress.stopwatch import Stopwatch
@@ -39,7 +40,6 @@ from autocompress.transforms.prune import keep_blocks
 from autocompress.transforms.vocabulary import check_needed
 from autocompress.trial import CannotReachFront, Rivals, Trial
 
-LOGITS_FILE = "logits.npy"
 _ACCURACY_BATCH, _ACCURACY_STEP = 16, 4
 """Rows per call and multiple of tokens where a runtime's logits depend on neither: little padding and few shapes."""
 
@@ -90,6 +90,14 @@ class Workshop(Bases):
 
     def stitched(self, plan: CompressionPlan) -> tuple[Template, dict[str, Piece]]:
         """Return the template that ``plan`` starts from and a piece for each site that it decides."""
+        base, kept, pieces = self.parted(plan)
+        return self._template(base, kept), pieces
+
+    def parted(self, plan: CompressionPlan) -> tuple[EncoderModel, tuple[int, ...], dict[str, Piece]]:
+        """Return the model that ``plan`` starts from, which of its blocks stay, and a piece for each decided site.
+
+        The model is shared, not to be changed. It may be one that a recovery led to, which has all its blocks.
+        """
         by_site: dict[str, Sequence[Decision]] = {}
         for site, decision in plan:
             if site != MODEL_SITE:
@@ -97,12 +105,12 @@ class Workshop(Bases):
         base, scores = self.base(plan.of_type(Student).get(MODEL_SITE))
         drop = plan.of_type(DropBlocks).get(MODEL_SITE)
         kept = tuple(n for n in range(len(base.shape.blocks)) if drop is None or n not in drop.blocks)
-        template, pieces = None, dict[str, Piece]()
+        start, of_start, pieces = base, kept, dict[str, Piece]()
         if plan.of_type(Recover):
             recovered = self.structured(plan)
             of_recovered, sites = self.scores_of_recovered(recovered, plan), recovered.shape.sites()
             if plan.trained:  # every weight was moved
-                template = self._template(recovered, tuple(range(len(recovered.shape.blocks))))
+                start, of_start = recovered, tuple(range(len(recovered.shape.blocks)))
                 fitted = []
             else:
                 first = recovery.first_other(plan, len(base.shape.blocks))
@@ -114,7 +122,7 @@ class Workshop(Bases):
                     pieces[site] = self.piece(recovered, site, left, of_recovered)
         for site, decisions in by_site.items():
             pieces[site] = self.piece(base, before_drop(site, kept), decisions, scores)
-        return template or self._template(base, kept), pieces
+        return start, of_start, pieces
 
     def _template(self, base: EncoderModel, kept: tuple[int, ...]) -> Template:
         key = (base.base, kept)
@@ -372,5 +380,4 @@ class Workshop(Bases):
 
 def kept_logits(folder: Path) -> np.ndarray:
     """Return the logits that the artefact in ``folder`` was scored with, ``rows x classes``."""
-    found: np.ndarray = np.load(folder / LOGITS_FILE, allow_pickle=False)
-    return found
+    return read_logits(folder)

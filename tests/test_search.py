@@ -23,8 +23,9 @@ from processes import descendants
 from test_cli import Done
 from test_study import CSV_COLUMNS, plan_ids, rows, states
 
-from autocompress import api, task
+from autocompress import api, delivery, task
 from autocompress.config import RunConfig, TargetConfig
+from autocompress.errors import ExportError
 from autocompress.records import Candidate
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.scoring import logits_of
@@ -245,6 +246,49 @@ def test_the_command_that_the_report_copies_exports_that_point(searched: Path, w
     assert done.returncode == 0, done.stderr
     about = json.loads((workplace / f"tiny-trial-{number}" / "measurement.json").read_text(encoding="utf-8"))
     assert about["trial"] == number
+
+
+def test_a_folder_for_transformers_predicts_as_its_score(searched: Path, workplace: Path) -> None:
+    done = command("export", searched, "--pick", "size", "--format", "hf", "-o", "shelf", "--json", cwd=workplace)
+    assert done.code == 0, done.err
+    told, folder = json.loads(done.out)["hf"], workplace / "shelf"
+    assert told["agreement_with_scored_candidate"] >= 0.98
+    assert "not timed" in told["latency_ratio"]
+    names = {file.name for file in folder.iterdir()}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "predict.py",
+        "measurement.json",
+    }
+    assert told["size_bytes"] == (folder / "model.safetensors").stat().st_size
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Held-out" in card or "held-out" in card
+    assert "Latency" not in card
+    said = subprocess.run(
+        [sys.executable, str(folder / "predict.py"), "fine", "bad"], capture_output=True, text=True, env=environment()
+    )
+    assert said.returncode == 0, said.stderr
+    about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+    assert [line.split("\t")[0] in about["labels"] for line in said.stdout.splitlines()] == [True, True]
+    refused = command("measure", folder, cwd=workplace)
+    assert refused.code == 1
+    assert "holds no artefact.json" in refused.err
+
+
+def test_an_export_whose_bank_holds_another_model_is_refused(
+    searched: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = np.zeros((60, 2), dtype=np.float32)
+    monkeypatch.setattr(delivery, "_run_hf", lambda *_: other)
+    chosen = api.open_study(searched).front().pick(prefer="size")
+    with pytest.raises(
+        ExportError, match=r"predicts as its score on \d+\.\d% of the search rows alone, and has to on 98%"
+    ):
+        api.export(chosen, workplace / "never", formats=["hf"])
+    assert not (workplace / "never").exists()
 
 
 def picked(searched: Path) -> Candidate:

@@ -10,16 +10,31 @@ import yaml
 from autocompress import machine
 from autocompress.config import RunConfig
 from autocompress.records import Candidate, Measurement
+from autocompress.report.script import needs_of
 from autocompress.report.tables import one_line
 
 if TYPE_CHECKING:
     from autocompress.scoring import Accuracy
 
 
+_LATENCY, _RATIO, _AS = "Latency", "Latency over the uncompressed model's", "Measured as"
+_OF_TIMES = (_LATENCY, _RATIO, _AS)
+
+
 def model_card(
-    candidate: Candidate, run: RunConfig, runtime: str, measured: Measurement, test: Accuracy, agreement: float
+    candidate: Candidate,
+    run: RunConfig,
+    runtime: str,
+    measured: Measurement,
+    test: Accuracy,
+    agreement: float,
+    *,
+    timed: bool = True,
 ) -> str:
-    """Return Markdown with YAML front matter; every number comes from the arguments."""
+    """Return Markdown with YAML front matter; every number comes from the arguments.
+
+    Without ``timed`` the latency is another file's, and is left out.
+    """
     front_matter = yaml.safe_dump(
         {"library_name": "autocompress", "base_model": run.model.id, "pipeline_tag": "text-classification"},
         sort_keys=False,
@@ -33,12 +48,12 @@ def model_card(
         ("Accuracy, held-out test split", _percent(test.value, test.low, test.high) + f", {test.rows} rows"),
         ("Selection optimism", f"{(measured.accuracy - test.value) * 100:+.2f} points (search split minus test split)"),
         ("Size", f"{measured.size_bytes / 1e6:.2f} MB"),
-        ("Latency", f"{measured.latency_ms:.2f} ms median, {measured.latency_p90_ms:.2f} ms 90th percentile"),
+        (_LATENCY, f"{measured.latency_ms:.2f} ms median, {measured.latency_p90_ms:.2f} ms 90th percentile"),
         (
-            "Latency over the uncompressed model's",
+            _RATIO,
             f"{measured.latency_ratio:.3f} [{measured.latency_ratio_low:.3f}, {measured.latency_ratio_high:.3f}]",
         ),
-        ("Measured as", f"{runtime}, {target.threads} thread(s), {target.batch_size} x {target.tokens} tokens"),
+        (_AS, f"{runtime}, {target.threads} thread(s), {target.batch_size} x {target.tokens} tokens"),
         ("Measured on", cpu),
         ("Versions", said),
         ("Same predictions as the study's candidate", f"{agreement * 100:.1f} % of the search rows"),
@@ -48,12 +63,14 @@ def model_card(
     ]
     if candidate.plan.integer_arithmetic and not machine.adds_in_16_bits(measured.fingerprint):
         rows.append(("Not for", "x86 CPUs without VNNI, where sums of 8-bit products overflow and predictions change"))
+    if not timed:
+        rows = [row for row in rows if row[0] not in _OF_TIMES]
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     plan = json.dumps(json.loads(candidate.plan.to_json()), indent=1)
     return (
         f"---\n{front_matter}---\n\n# {_cell(run.name)}: {_cell(candidate.plan.words())}\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
-        f'`python predict.py "a text"` runs it, with numpy, tokenizers and {runtime} alone.\n\n'
+        f'`python predict.py "a text"` runs it, with {needs_of(runtime)} alone.\n\n'
         f"## Plan\n\n```json\n{plan}\n```\n"
     )
 

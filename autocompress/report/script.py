@@ -50,8 +50,47 @@ _LINES = {
 }
 
 
+TRANSFORMERS = "transformers"
+"""What runs a folder of format hf."""
+_OF_TRANSFORMERS = '''"""Say which class texts belong to, with transformers and autocompress.
+
+    python predict.py "one text" "another"
+    python predict.py < texts.txt
+
+A line each; where the model compares two texts, there is a tab between them. Prints class, probability and text.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import autocompress
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+HERE = Path(__file__).resolve().parent
+about = json.loads((HERE / "measurement.json").read_text(encoding="utf-8"))
+tokenizer = AutoTokenizer.from_pretrained(HERE)
+model = AutoModelForSequenceClassification.from_pretrained(HERE).eval()
+
+for text in sys.argv[1:] or sys.stdin.read().splitlines():
+    read = tokenizer(*text.split("\\t", 1), truncation=True, max_length=about["max_tokens"], return_tensors="pt")
+    with torch.no_grad():
+        shares = model(**read).logits[0].softmax(0)
+    best = int(shares.argmax())
+    print(about["labels"][best], f"{shares[best]:.4f}", text, sep="\\t")
+'''
+
+
+def needs_of(runtime: str) -> str:
+    """Say the packages that the program for a runtime needs."""
+    return "transformers and autocompress" if runtime == TRANSFORMERS else f"numpy, tokenizers and {runtime}"
+
+
 def predict_script(runtime: str) -> str:
     """Return the program for a runtime's artefacts; it is the same for all of them."""
+    if runtime == TRANSFORMERS:
+        return _OF_TRANSFORMERS
     text = _SCRIPT
     for mark, line in _LINES[runtime].items():
         text = text.replace(mark, line)

@@ -1,0 +1,1 @@
+"""Compressed models as Hugging Face folders: transformers reloads them once ``autocompress`` is imported."""

@@ -1,0 +1,182 @@
+"""Layers of PyTorch that hold weights as they are stored, and compute as the runtimes do.
+
+Weights of 4, 3 and 2 bits lie in the file as planes: one bit of each of eight neighbours to a byte, the lowest plane
+first, so that any number of bits leaves none between. They are put together again when a layer is first run. Inputs
+that the runtimes multiply as 8-bit integers are rounded to the same grid here, and multiplied as floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from autocompress.pieces import Factor
+from autocompress.transforms.quantize import Packed
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a matrix looks like in the file.
+
+    Args:
+        bits: of a value: 32, 16, 8, 4, 3 or 2.
+        rows: of the matrix: outputs of a layer, rows of a table.
+        columns: of the matrix.
+        group: values that share a step, below 8 bits; else 0.
+        multiples: whether steps of groups are whole multiples of a unit of their row.
+        bias: whether there is one.
+        rounded: whether what is multiplied is rounded to 8 bits first.
+        tokens: of a table that was trimmed, how many tokens there are; else 0.
+        half: whether rows of a table are unpacked in half precision, as OpenVINO does at 8 bits.
+    """
+
+    bits: int
+    rows: int
+    columns: int
+    group: int = 0
+    multiples: bool = False
+    bias: bool = False
+    rounded: bool = False
+    tokens: int = 0
+    half: bool = False
+
+    @classmethod
+    def of(cls, factor: Factor, *, half: bool = False) -> Stored:
+        """Describe a factor of a piece."""
+        weight, (rows, columns) = factor.weight, factor.weight.shape
+        return cls(
+            bits=weight.bits,
+            rows=rows,
+            columns=columns,
+            group=weight.values.shape[2] if weight.bits < 8 else 0,
+            multiples=weight.multiples is not None,
+            bias=factor.bias is not None,
+            rounded=factor.span is not None,
+            tokens=0 if factor.index is None else len(factor.index),
+            half=half and weight.bits == 8,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and type of each tensor in the file, by name."""
+        rows, columns, groups = self.rows, self.columns, self.columns // self.group if self.group else 0
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if self.bits >= 16:
+            found["values"] = (rows, columns), torch.float16 if self.bits == 16 else torch.float32
+        elif self.bits == 8:
+            found["values"], found["scales"] = ((rows, columns), torch.int8), ((rows, 1), torch.float32)
+        else:
+            found["values"] = (self.bits, -(-rows * columns // 8)), torch.uint8
+            found["scales"] = (rows, 1 if self.multiples else groups, 1), torch.float32
+        if self.multiples:
+            found["multiples"] = (rows, groups, 1), torch.int8
+        if self.bias:
+            found["bias"] = (rows,), torch.float32
+        if self.rounded:
+            found["span"] = (2,), torch.float32
+        if self.tokens:
+            found["index"] = (self.tokens,), torch.int32
+        return found
+
+
+class _Holder(nn.Module):
+    """Holds a matrix as it is stored.
+
+    Args:
+        stored: what it looks like.
+    """
+
+    def __init__(self, stored: Stored) -> None:
+        super().__init__()
+        self.stored = stored
+        for name, (shape, dtype) in stored.shapes().items():
+            # No parameters: integers have no gradients, and there is nothing here to be trained.
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        self._restored: torch.Tensor | None = None
+
+    def fill(self, factor: Factor) -> None:
+        """Take over the numbers of a factor."""
+        parts: dict[str, np.ndarray | None] = {
+            "values": _in_planes(factor.weight) if self.stored.bits < 8 else factor.weight.values
+        }
+        parts |= {"scales": factor.weight.scales, "multiples": factor.weight.multiples, "bias": factor.bias}
+        if factor.span is not None:
+            parts["span"] = np.array([factor.span.low, factor.span.high], dtype=np.float32)
+        if factor.index is not None:
+            parts["index"] = factor.index.astype(np.int32)
+        for name, (shape, dtype) in self.stored.shapes().items():
+            part = parts[name]
+            assert part is not None, f"{name} is not there"
+            tensor = torch.from_numpy(np.ascontiguousarray(part)).to(dtype)
+            assert tensor.shape == shape, f"{name} has shape {tuple(tensor.shape)}, expected {shape}"
+            setattr(self, name, tensor)
+
+    def unpacked(self) -> torch.Tensor:
+        """Return the values as numbers, in the shape that scales belong to."""
+        stored, values = self.stored, self.get_buffer("values")
+        if stored.bits >= 8:
+            return values
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=values.device)
+        bits = (values.unsqueeze(-1) >> shifts) & 1
+        weights = 2 ** torch.arange(stored.bits, dtype=torch.int32, device=values.device)
+        numbers: torch.Tensor = (bits.flatten(1).to(torch.int32) * weights[:, None]).sum(dim=0)[
+            : stored.rows * stored.columns
+        ]
+        from_zero: torch.Tensor = numbers - 2 ** (stored.bits - 1)
+        return from_zero.reshape(stored.rows, -1, stored.group)
+
+    def restored(self) -> torch.Tensor:
+        """Return the matrix that the numbers stand for, ``rows x columns``."""
+        stored, found = self.stored, self.unpacked()
+        if stored.multiples:
+            found = found * self.get_buffer("multiples")
+        if stored.bits < 16:
+            found = found * self.get_buffer("scales")
+        return found.reshape(stored.rows, stored.columns).float()
+
+    def matrix(self) -> torch.Tensor:
+        """Return `restored`, made once; where a program is recorded, it is a part of that."""
+        if torch.compiler.is_compiling():
+            return self.restored()
+        if self._restored is None or self._restored.device != self.get_buffer("values").device:
+            self._restored = self.restored()
+        return self._restored
+
+
+class PackedLinear(_Holder):
+    """A linear layer over a stored matrix."""
+
+    def forward(self, read: torch.Tensor) -> torch.Tensor:
+        """Return ``... x rows`` for ``... x columns``."""
+        if self.stored.rounded:
+            low, high = self.get_buffer("span")
+            # As OpenVINO's FakeQuantize with 256 levels: to the nearest, ties to even.
+            steps = torch.round((read.clamp(low, high) - low) / (high - low) * 255)
+            read = steps / 255 * (high - low) + low
+        return functional.linear(read, self.matrix(), self.get_buffer("bias") if self.stored.bias else None)
+
+
+class PackedEmbedding(_Holder):
+    """A table over a stored matrix."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return ``... x columns`` for token ids."""
+        if self.stored.tokens:
+            ids = self.get_buffer("index")[ids].long()
+        if not self.stored.half:
+            return functional.embedding(ids, self.matrix())
+        rows = functional.embedding(ids, self.get_buffer("values")).half()
+        return (rows * functional.embedding(ids, self.get_buffer("scales").half())).float()
+
+
+def _in_planes(weight: Packed) -> np.ndarray:
+    """Return values below 8 bits as planes of bits, uint8 ``bits x bytes``."""
+    values = weight.from_zero().reshape(-1)
+    return np.stack([np.packbits((values >> plane) & 1) for plane in range(weight.bits)])

@@ -1,0 +1,33 @@
+"""Run as a module by an export: read a folder as its users do, in this fresh process, and run prepared rows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import autocompress  # noqa: F401 - lets transformers know what the folder holds
+from autocompress.rows import read_rows, write_logits
+
+
+def main(folder: Path, scratch: Path) -> None:
+    """Write the logits of the rows in ``scratch``, ``rows x classes``, to ``scratch``."""
+    from transformers import AutoModelForSequenceClassification
+
+    # A folder that was just written: nothing is fetched, and no code in it is run.
+    model = AutoModelForSequenceClassification.from_pretrained(  # nosec B615
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    ).eval()
+
+    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
+        with torch.no_grad():
+            found: np.ndarray = model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits.numpy()
+        return found
+
+    write_logits(scratch, read_rows(scratch), run)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
