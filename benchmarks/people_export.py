@@ -1,9 +1,9 @@
 """Export points of a front in every format and look at what comes out: ``results/benchmarks/people-export.json``.
 
-``python benchmarks/people_export.py RESULTS`` on an idle machine, with a finished search. Random points of its front are
-exported in each format. An export reloads what it wrote in a fresh process; how many of the search rows it predicts as
-the artefact that was scored, what it does on the held-out test rows, and, where the runtime is the one of the search,
-how far its latency ratio is from the stored one, is what this tells.
+``python benchmarks/people_export.py RESULTS`` on an idle machine, with a finished search. Random points of its front
+are exported in each format. An export reloads what it wrote in a fresh process; how many of the search rows it predicts
+as the artefact that was scored, what it does on the held-out test rows, and, where the runtime is the one of the
+search, how far its latency ratio is from the stored one, is what this tells.
 """
 
 from __future__ import annotations
