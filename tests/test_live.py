@@ -127,7 +127,15 @@ def test_a_port_that_is_taken_is_refused(folder: Path, address: str) -> None:
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
     command = [sys.executable, "-m", "autocompress.cli", "status", str(folder), "--serve", "--port", "0"]
-    serving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    serving = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+        # As at a terminal: what a script starts in the background would ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert serving.stderr is not None
         line = serving.stderr.readline()
