@@ -88,12 +88,13 @@ def init(
     text: Annotated[str | None, typer.Option("--text", help="Column of the text, by default text.")] = None,
     label: Annotated[str | None, typer.Option("--label", help="Column of the class, by default label.")] = None,
     target: Target = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
+    name_: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of run files instead.")] = False,
 ) -> None:
     """Write a commented run file to edit; on a terminal it asks for what was not given."""
-    from autocompress.config import RunConfig, demo_run_text
+    from autocompress import runfile
+    from autocompress.config import RunConfig
 
     if schema:
         typer.echo(json.dumps(RunConfig.json_schema(), indent=1))
@@ -103,56 +104,28 @@ def init(
     asks = sys.stdin.isatty() and not demo
     if not demo and not asks and (model is None or data is None):
         raise ConfigError("init: give --demo, or --model and --data")
-    if asks:
+    if demo:
+        model = data = None
+    elif asks:
         model = model or typer.prompt("model: demo/minilm, a local folder or a hub id", default="demo/minilm")
         data = data or typer.prompt("data: demo/movies, a file or a datasets id", default="demo/movies")
-    columns = None if data is None else _columns_of(data)
-    text, label = (
-        _column(wanted, given, columns, str(data), asks) for wanted, given in (("text", text), ("label", label))
-    )
-    if asks and target is None:
-        target = typer.prompt("runtime: openvino or onnxruntime", default="openvino")
-    content = demo_run_text()
-    for key, default, value in (
-        ("name", "demo", name),
-        ("  id", "demo/minilm", None if demo else model),
-        ("  source", "demo/movies", None if demo else data),
-        ("  text", "text", text),
-        ("  label", "label", label),
-        ("  runtime", "openvino", target),
-    ):
-        if value is not None:
-            content = content.replace(f"{key}: {default}", f"{key}: {json.dumps(value, ensure_ascii=False)}", 1)
-    RunConfig.from_mapping(_parsed(content, out.name), source=out.name)
+        target = target or typer.prompt("runtime: openvino or onnxruntime", default="openvino")
+    if data is not None:
+        columns = runfile.columns_of(data)
+        text, label = (_column(name, given, columns, asks) for name, given in (("text", text), ("label", label)))
+        for name, given in (("text", text), ("label", label)):
+            runfile.check_column(given or name, columns, data)
+    content = runfile.run_text(out.name, name=name_, model=model, data=data, text=text, label=label, target=target)
     out.write_text(content, encoding="utf-8")
     typer.echo(f"wrote {out}; next: autocompress search {out}")
 
 
-def _columns_of(data: str) -> list[str] | None:
-    """Return the columns of a local file; None of what is no such file, whose columns are known once it is read."""
-    if not Path(data).expanduser().is_file():
-        return None
-    from autocompress import task
-    from autocompress.config import DataConfig
-
-    return task.columns(DataConfig(source=data))
-
-
-def _column(wanted: str, given: str | None, columns: list[str] | None, data: str, asks: bool) -> str | None:
-    """Return the column for ``wanted``; None where the data have one of that name, or it cannot be known yet."""
-    if columns is None or (given or wanted) in columns:
+def _column(name: str, given: str | None, columns: list[str] | None, asks: bool) -> str | None:
+    """Return the column that was given, or, where the data have none called ``name``, one that is asked for."""
+    if given is not None or columns is None or name in columns or not asks:
         return given
-    there = ", ".join(columns)
-    if asks and given is None:
-        found: str = typer.prompt(f"column of the {wanted}: {there}", default=columns[0])
-        return _column(wanted, found, columns, data, asks)
-    raise ConfigError(f"init: {data}: has no column {given or wanted}; it has {there}; give --text and --label")
-
-
-def _parsed(text: str, source: str) -> Any:
-    from autocompress import strict_yaml
-
-    return strict_yaml.parse(text, source)
+    found: str = typer.prompt(f"column of the {name}: {', '.join(columns)}", default=columns[0])
+    return found
 
 
 @app.command()

@@ -31,7 +31,7 @@ from autocompress.report.script import TRANSFORMERS, predict_script
 from autocompress.rows import read_logits, write_rows
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.trained import Progress
-from autocompress.transforms.prune import keep_blocks
+from autocompress.transforms.prune import cut_to_blocks
 
 MEASUREMENT_SCHEMA = 2
 FORMATS = {"openvino": "openvino", "onnx": "onnxruntime"}
@@ -188,9 +188,7 @@ def _export_hf(
     aside.mkdir()
     progress("writing what transformers reads")
     base, kept, pieces = workshop.parted(candidate.plan)
-    model = base.clone()
-    if len(kept) < len(model.shape.blocks):
-        keep_blocks(model, kept)
+    model = cut_to_blocks(base, kept)
     size = modeling.write_folder(model, pieces, candidate.plan, workshop.teacher_folder, run.target.runtime, aside)
     workshop.tokenizer.save_pretrained(aside)
     progress("reloading in a fresh process")
@@ -205,16 +203,7 @@ def _export_hf(
     progress("scoring on the held-out test split")
     own = scoring.accuracy(found, workshop.splits["search"])
     test = scoring.accuracy(_run_hf(aside, workshop, "test", scratch), workshop.splits["test"])
-    measured = dataclasses.replace(
-        candidate.score,
-        accuracy=own.value,
-        accuracy_low=own.low,
-        accuracy_high=own.high,
-        loss=own.loss,
-        divergence=None,
-        predictions=own.predictions,
-        size_bytes=size,
-    )
+    measured = dataclasses.replace(candidate.score, **own.fields(), divergence=None, size_bytes=size)
     about = {
         "schema": MEASUREMENT_SCHEMA,
         "trial": candidate.number,

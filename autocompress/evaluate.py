@@ -36,7 +36,7 @@ from autocompress.stopwatch import Stopwatch
 from autocompress.task import Batch
 from autocompress.trained import Progress, silent, torch_threads
 from autocompress.transforms import check_plan
-from autocompress.transforms.prune import keep_blocks
+from autocompress.transforms.prune import cut_to_blocks
 from autocompress.transforms.vocabulary import check_needed
 from autocompress.trial import CannotReachFront, Rivals, Trial
 
@@ -127,9 +127,7 @@ class Workshop(Bases):
     def _template(self, base: EncoderModel, kept: tuple[int, ...]) -> Template:
         key = (base.base, kept)
         if key not in self._templates:
-            model = base.clone()
-            if len(kept) < len(model.shape.blocks):
-                keep_blocks(model, kept)
+            model = cut_to_blocks(base, kept)
             example = self.calibration_batches(RANGE_ROWS)[0]
             runtime = self.runtime
             sources = tuple(f"runtimes/{name}.py" for name in ("base", runtime.name))
@@ -250,13 +248,8 @@ class Workshop(Bases):
         np.save(artifact.folder / LOGITS_FILE, logits, allow_pickle=False)
         scored = scoring.accuracy(logits, self.splits["search"])
         return Measurement(
-            accuracy=scored.value,
-            accuracy_low=scored.low,
-            accuracy_high=scored.high,
-            loss=scored.loss,
+            **scored.fields(),
             divergence=divergence,
-            rows=scored.rows,
-            predictions=scored.predictions,
             size_bytes=artifact.size_bytes,
             **timed.fields(),
             peak_memory_bytes=memory,

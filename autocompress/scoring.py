@@ -47,6 +47,17 @@ class Accuracy:
     rows: int
     predictions: str
 
+    def fields(self) -> dict[str, Any]:
+        """Return the values by the names of the fields that a `Measurement` keeps them in."""
+        return {
+            "accuracy": self.value,
+            "accuracy_low": self.low,
+            "accuracy_high": self.high,
+            "loss": self.loss,
+            "rows": self.rows,
+            "predictions": self.predictions,
+        }
+
 
 @dataclass(frozen=True)
 class Latency:

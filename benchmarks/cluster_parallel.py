@@ -29,7 +29,6 @@ from autocompress.runtimes import Artifact
 from autocompress.seeds import uniform_ladder
 
 CANDIDATES, ROUNDS, PAIRS = 20, 128, 2
-"""With half as many rounds a shift is known to about two points, which is what is asked for."""
 MOST = 0.02
 DRAWS = 2000
 SETTLE_S = 0.02

@@ -100,6 +100,11 @@ class _Holder(nn.Module):
             # No parameters: integers have no gradients, and there is nothing here to be trained.
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
         self._restored: torch.Tensor | None = None
+        self.register_load_state_dict_post_hook(_Holder._forget)  # type: ignore[no-untyped-call]
+
+    def _forget(self, _: object) -> None:
+        """Drop what was made of other numbers."""
+        self._restored = None
 
     def fill(self, factor: Factor) -> None:
         """Take over the numbers of a factor."""
@@ -117,6 +122,7 @@ class _Holder(nn.Module):
             tensor = torch.from_numpy(np.ascontiguousarray(part)).to(dtype)
             assert tensor.shape == shape, f"{name} has shape {tuple(tensor.shape)}, expected {shape}"
             setattr(self, name, tensor)
+        self._restored = None
 
     def unpacked(self) -> torch.Tensor:
         """Return the values as numbers, in the shape that scales belong to."""

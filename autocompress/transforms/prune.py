@@ -43,6 +43,14 @@ def keep_blocks(model: EncoderModel, blocks: Sequence[int]) -> None:
     model.module.config.num_hidden_layers = len(blocks)  # type: ignore[union-attr]
 
 
+def cut_to_blocks(model: EncoderModel, blocks: Sequence[int]) -> EncoderModel:
+    """Return a copy of ``model`` with the given blocks only."""
+    built = model.clone()
+    if len(blocks) < len(model.shape.blocks):
+        keep_blocks(built, blocks)
+    return built
+
+
 def _rows(layer: nn.Linear, index: torch.Tensor) -> nn.Linear:
     return linear(layer.weight.detach()[index], None if layer.bias is None else layer.bias.detach()[index])
 
