@@ -27,8 +27,8 @@ def uniform_ladder(space: BoundSpace) -> Iterator[dict[str, Value]]:
     """Yield the parameters of plans that treat every block alike: each student, bits, width, rank, depth, vocabulary.
 
     Each length and some products, too. What needs no student comes first, as distilling one takes time, and is asked
-    for only when its turn comes; among those the narrow ones, which are measured soonest and give a front of several
-    points within the first minute.
+    for only when its turn comes; among those the narrow ones, which are measured soonest, and last what needs the
+    moments of what layers read: a front of several points is there within the first minute.
     """
     seen: set[str] = set()
     for recipe in _recipes(space):
@@ -47,11 +47,12 @@ def _recipes(space: BoundSpace) -> list[dict[str, Any]]:
     small = {"bits": 8, "embeddings": 4}
     found: list[dict[str, Any]] = [{"bits": 8, "embeddings": 8}]
     found += [{"width": w, **small} for w in reversed(widths)]
-    found += [small, *narrow, {"drop": 1, **small}]
+    found += [small, {"drop": 1, **small}]
+    found += [{"vocabulary": v, "bits": 8, "embeddings": 8} for v in vocabularies]
+    found += narrow
     if True in (space.space.reconstruct or ()):
         found += [{"width": w, "reconstruct": True, **small} for w in reversed(widths)]
     found += [{"rank": r, **small} for r in axes["rank"][:1]]
-    found += [{"vocabulary": v, "bits": 8, "embeddings": 8} for v in vocabularies]
     found += [{"tokens": t, **small} for t in space.lengths()]
     found += [{"student": s, **small} for s in students]
     found += [{"student": s, "vocabulary": v, **(narrow or [small])[0]} for s in students for v in vocabularies]
