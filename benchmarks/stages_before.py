@@ -20,7 +20,6 @@ from autocompress.config import RunConfig
 from autocompress.evaluate import Workshop
 from autocompress.plan import CompressionPlan
 from autocompress.runtimes import openvino
-from autocompress.seeds import uniform_ladder
 
 REPEATS = 3
 spent: dict[str, float] = {}
@@ -46,7 +45,7 @@ def main() -> None:
         workshop = Workshop(run, Path(scratch))
         workshop.build(CompressionPlan(), workshop.reference_folder)
         workshop.ready()
-        plan = workshop.space.plan(next(uniform_ladder(workshop.space))) if len(sys.argv) < 3 else CompressionPlan()
+        plan = workshop.space.plan(workshop.space.ladder()[0]) if len(sys.argv) < 3 else CompressionPlan()
         timed(openvino, "_convert", "convert")
         timed(openvino, "activation_ranges", "activation ranges")
         timed(workshop.runtime, "load", "load")
