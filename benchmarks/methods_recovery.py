@@ -3,9 +3,10 @@
 ``python benchmarks/methods_recovery.py`` prunes the fine-tuned demo model to small structures and trains each of them
 for the same passes in several ways: on the labels alone, from the model's logits, with its blocks as examples, which
 is the default, and with one more ingredient each on top of that; and one of them with weights of few bits, rounded
-after the training (where GPTQ fits them) or in the course of it. Figures are those of `methods_ablation.py`. Two seeds
-that are averaged take twice the time, and a training that may end early leaves out a tenth of its rows. Each way is
-trained once: intervals tell what other rows would have said, not what other seeds would.
+after the training (where GPTQ fits them) or in the course of it. Logits alone and blocks are compared at the same cost,
+too. Figures are those of `methods_ablation.py`. Two seeds that are averaged take twice the time, and a training that
+may end early leaves out a tenth of its rows. Each way is trained once: intervals tell what other rows would have said,
+not what other seeds would.
 
 Trained weights are kept in the bank, and a comparison that is on file is not made again, so that it can be interrupted.
 ``--rows`` and ``--epochs`` try it on less; what that gives goes into a file of its own.
@@ -38,11 +39,15 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "early": ("patience=0.5",),
     "rounded": ("quantized=true",),
     "reconstructed": ("reconstruct=true",),
+    "logits for a fine-tuning": ("hidden=0", "epochs=auto"),
+    "blocks for a fine-tuning": ("epochs=auto",),
 }
 """What is asked of recovery beside its defaults."""
 COMPARISONS = {
     "logits over labels alone": ("logits", "labels"),
     "blocks and logits over logits alone": ("blocks", "logits"),
+    # Blocks as examples need the teacher in every pass, so that fewer passes cost as much.
+    "blocks over logits, each at one fine-tuning's cost": ("blocks for a fine-tuning", "logits for a fine-tuning"),
     "relations added": ("relations", "blocks"),
     "two seeds averaged": ("soup", "blocks"),
     "best state on held rows": ("early", "blocks"),
