@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from autocompress.delivery import Export
+    from autocompress.driver import SearchStatus
     from autocompress.front import Choice
     from autocompress.records import Candidate
     from autocompress.retarget import Moved
@@ -63,15 +66,16 @@ def front_of(study: Study, as_json: bool) -> None:
 
 @contextmanager
 def live() -> Iterator[Callable[[Any], None]]:
-    """Yield what is told how far a search is: a line that stays at the bottom of a terminal, else one now and then."""
+    """Yield what is told how far a search is: a table that stays at the bottom of a terminal, else a line at times."""
     from rich.console import Console
 
     console = Console(stderr=True)
     if console.is_terminal:
-        from rich.status import Status
+        from rich.live import Live
 
-        with Status("", console=console) as status:
-            yield lambda found: status.update(found.words())
+        # What is printed meanwhile goes above it.
+        with Live(console=console, refresh_per_second=4, transient=True) as shown:
+            yield lambda found: shown.update(_table_of(found))
         return
     said = time.perf_counter()
 
@@ -82,6 +86,31 @@ def live() -> Iterator[Callable[[Any], None]]:
             progress(found.words())
 
     yield say
+
+
+def _table_of(found: SearchStatus) -> Group:
+    """Return how far a search is, with the points of its front that one would look at first."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    from autocompress.front import CLOSE, KNEE
+    from autocompress.report.tables import accuracy_words, short, size_mb, times_faster, times_smaller
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("of the front")
+    for heading in ("trial", "accuracy", "MB", "ms"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for names, point in found.front.recommended():
+        score, reference = point.score, found.front.reference
+        table.add_row(
+            " and ".join(name if name == KNEE else f"{name} within {CLOSE:.0%}" for name in names),
+            str(point.number),
+            accuracy_words(score),
+            f"{short(size_mb(score))} ({times_smaller(score, reference)})",
+            f"{short(score.latency_ms)} ({times_faster(score)})",
+        )
+    return Group(table, found.words())
 
 
 def about(candidate: Candidate) -> dict[str, Any]:
@@ -125,6 +154,7 @@ def about_exports(candidate: Candidate, exports: Mapping[str, Export]) -> dict[s
             "size_bytes": shipped.measurement.size_bytes,
             **_times_of(shipped),
             "agreement_with_scored_candidate": shipped.agreement,
+            **({"pushed_to": shipped.pushed} if shipped.pushed else {}),
         }
         for name, shipped in exports.items()
     }
@@ -132,7 +162,7 @@ def about_exports(candidate: Candidate, exports: Mapping[str, Export]) -> dict[s
 
 def _times_of(shipped: Export) -> dict[str, Any]:
     if not shipped.timed:
-        return {"latency_ratio": "not timed: transformers unpacks the weights and computes in floats"}
+        return {"latency_ratio": "not timed: PyTorch unpacks the weights and computes in floats"}
     return {
         "latency_ratio": shipped.measurement.latency_ratio,
         "latency_ratio_in_search": shipped.latency_ratio_in_search,

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 Preference = Literal["knee", "latency", "size", "accuracy"]
 _ROUNDING = 1e-9
 _BEST = {"latency": "the fastest", "size": "the smallest", "accuracy": "the most accurate"}
+KNEE, CLOSE = "knee", 0.01
+_WISHES: tuple[tuple[str, Preference, float | None], ...] = (
+    ("fastest", "latency", CLOSE),
+    ("smallest", "size", CLOSE),
+    (KNEE, "knee", None),
+)
+"""What is recommended: its name, what is preferred, and how much accuracy it may lose."""
 _NAMES = {"latency": "speed", "size_bytes": "size", "peak_memory": "memory"}
 """What an objective is called where its reader weighs it against others."""
 
@@ -211,6 +218,21 @@ class Front:
         raise NoFeasiblePointError(
             f"trial {number}: not on the front; the nearest is trial {nearest.number} (the front: {known})"
         )
+
+    def recommended(self) -> list[tuple[list[str], Candidate]]:
+        """Return the points to look at first, each with what it is.
+
+        These are the fastest and the smallest that lose at most `CLOSE` of accuracy, and the knee; one point may be
+        several of them.
+        """
+        found: dict[int, tuple[list[str], Candidate]] = {}
+        for name, prefer, drop in _WISHES:
+            try:
+                point = self.pick(prefer=prefer, max_accuracy_drop=drop)
+            except NoFeasiblePointError:
+                continue
+            found.setdefault(point.number, ([], point))[0].append(name)
+        return list(found.values())
 
     def chosen(self, number: int) -> Choice:
         """Return the point with this trial number as a choice; see `trial`."""

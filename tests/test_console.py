@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_records import make_candidate
+from helpers_records import front_of, make_candidate
 
 from autocompress import console
+from autocompress.driver import SearchStatus
 
 NESTED = {"folder": "out", "score": {"ratio": 0.25, "interval": [0.2, 0.3]}, "left": None}
 
@@ -54,3 +55,29 @@ def test_a_point_is_told_with_its_intervals() -> None:
     assert told["accuracy"] == [0.85, candidate.score.accuracy_low, candidate.score.accuracy_high]
     assert told["latency_ratio"] == [0.5, candidate.score.latency_ratio_low, candidate.score.latency_ratio_high]
     json.dumps(told)
+
+
+def test_on_a_terminal_a_table_shows_what_the_front_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=120, height=30)
+    monkeypatch.setattr("rich.console.Console", lambda **_: terminal)
+    front = front_of([make_candidate(3, accuracy=0.875, ratio=0.5), make_candidate(5, accuracy=0.8, ratio=0.1)])
+    status = SearchStatus(done=20, total=80, failed=1, stopped=2, front=front, gain=1.2, seconds_each=2.0)
+    with console.live() as say:
+        say(status)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    assert "20/80 candidates, 1 failed, 2 stopped early, 2 on the front, hypervolume 1.20x" in text
+    assert "120 s" in text
+    [row] = {line.strip() for line in text.splitlines() if "fastest" in line}
+    assert row.startswith("fastest within 1% and smallest within 1%")
+    assert "87.5 %" in row
+    assert "2.00x faster" in row
+
+
+def test_before_there_is_a_front_the_table_is_empty() -> None:
+    status = SearchStatus(done=1, total=8, failed=1, stopped=0, front=front_of([]), gain=None, seconds_each=2.0)
+    assert status.words() in console._table_of(status).renderables

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from helpers_records import front_of, make_candidate
 from test_results import MAJORITY, WORTH, environment_of
 from test_study import SMALL, evaluate, run_of
 
@@ -32,7 +33,8 @@ from autocompress.study import Study
 
 
 def status(**changes: Any) -> SearchStatus:
-    known = {"done": 12, "total": 40, "failed": 1, "stopped": 3, "front": 5, "gain": 1.234, "seconds_each": 2.5}
+    front = front_of([make_candidate(n, accuracy=0.80 + n / 100, ratio=0.2 + n / 10) for n in range(5)])
+    known = {"done": 12, "total": 40, "failed": 1, "stopped": 3, "front": front, "gain": 1.234, "seconds_each": 2.5}
     return SearchStatus(**{**known, **changes})
 
 

@@ -218,3 +218,22 @@ def test_a_trade_is_said_in_factors_and_points() -> None:
     assert trade_words(two, one) == "+1.0 points of accuracy (within the interval), 2.00x slower, 1.76x larger"
     assert trade_words(one, three) == "-8.0 points of accuracy, 3.00x faster, 2.00x smaller"
     assert trade_words(one, one) == "the same"
+
+
+def test_recommended_are_the_fastest_and_the_smallest_that_lose_little_and_the_knee() -> None:
+    points = [
+        make_candidate(0, accuracy=0.878, ratio=0.5, size_bytes=10_000_000),
+        make_candidate(1, accuracy=0.872, ratio=0.3, size_bytes=20_000_000),
+        make_candidate(2, accuracy=0.80, ratio=0.05, size_bytes=1_000_000),
+    ]
+    front = Front.of(points, make_reference(), ALL)
+    found = {name: point.number for names, point in front.recommended() for name in names}
+    assert (found["fastest"], found["smallest"]) == (1, 0)
+    assert found["knee"] == front.pick(prefer="knee").number
+    assert len({point.number for _, point in front.recommended()}) == len(front.recommended()), "each once"
+
+
+def test_where_no_point_is_close_only_the_knee_is_recommended() -> None:
+    front = Front.of([make_candidate(0, accuracy=0.7)], make_reference(), ALL)
+    assert [(names, point.number) for names, point in front.recommended()] == [(["knee"], 0)]
+    assert Front.of([], make_reference(), ALL).recommended() == []

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.anatomy import ModelShape
-from autocompress.errors import NoFeasiblePointError
-from autocompress.front import Front, Preference
+from autocompress.front import KNEE, Front
 from autocompress.records import Candidate, Measurement
 from autocompress.report.comparison import (
     HEADINGS,
@@ -192,13 +191,6 @@ _LADDER_CAPTION = " The plans of the uniform ladder are part of the search, so i
 _ONE_RUN_CAPTION = " One run of each is shown; with another seed a small difference may turn around."
 
 
-_WISHES: tuple[tuple[str, Preference, float | None], ...] = (
-    ("fastest", "latency", 0.01),
-    ("smallest", "size", 0.01),
-    ("knee", "knee", None),
-)
-
-
 def _measured(front: Front) -> str:
     return f"""<p>Accuracy is the share of {front.reference.rows} search rows that the artefact classifies rightly, with
 its 95 % Wilson interval. The points were chosen by these rows, so confirm a pick on the held-out test rows. Size is the
@@ -228,25 +220,19 @@ def _opening(front: Front) -> str:
     )
     if not front.points:
         return f"{first} The front is empty: no candidate completed within the constraints.</p>"
-    chosen: dict[int, tuple[Candidate, list[str]]] = {}
-    missed = ""
-    for name, prefer, drop in _WISHES:
-        try:
-            point = front.pick(prefer=prefer, max_accuracy_drop=drop)
-        except NoFeasiblePointError:
-            missed = " No point of the front is within 1 percentage point of its accuracy."
-            continue
-        chosen.setdefault(point.number, (point, []))[1].append(name)
-    items = "".join(f"<li>{_recommendation(point, names, reference)}</li>" for point, names in chosen.values())
+    chosen = front.recommended()
+    within = any(name != KNEE for names, _ in chosen for name in names)
+    missed = "" if within else " No point of the front is within 1 percentage point of its accuracy."
+    items = "".join(f"<li>{_recommendation(point, names, reference)}</li>" for names, point in chosen)
     count = "1 point" if len(front) == 1 else f"{len(front)} points"
     return f'{first}{missed} The front has {count}; consider:</p>\n<ul class="cards">{items}</ul>'
 
 
 def _recommendation(point: Candidate, names: Sequence[str], reference: Measurement) -> str:
     score = point.score
-    within = " and ".join(name for name in names if name != "knee")
+    within = " and ".join(name for name in names if name != KNEE)
     labels = [f"{within} within 1 percentage point of accuracy"] if within else []
-    label = ", ".join(labels + ["knee of the front"] * ("knee" in names))
+    label = ", ".join(labels + ["knee of the front"] * (KNEE in names))
     return (
         f"<strong>{label[0].upper()}{label[1:]}</strong> {_link(point.number, 'trial ')} with {accuracy_words(score)} "
         f"accuracy, {short(size_mb(score))} MB ({times_smaller(score, reference)}), {short(score.latency_ms)} ms "
