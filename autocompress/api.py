@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from autocompress import delivery, driver, model
+from autocompress import delivery, driver, exported, hub, model
 from autocompress.bank import Bank
 from autocompress.binding import bind
 from autocompress.cluster import Cluster
@@ -210,6 +210,8 @@ def export(
     *,
     formats: Sequence[str] = ("openvino",),
     force: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
     progress: Progress = silent,
 ) -> dict[str, delivery.Export]:
     """Ship a candidate: its artefact, tokenizer, card and reference, reloaded and compared in a fresh process.
@@ -217,28 +219,34 @@ def export(
     Args:
         candidate: a point of a study's front.
         out: an empty or new folder; with several formats each gets a folder of its name in it.
-        formats: ``openvino``, ``onnx``.
+        formats: ``openvino``, ``onnx``, ``hf`` for transformers, ``torch`` for a program of ``torch.export``.
         force: accept a folder that is not empty.
+        push_to_hub: repository, ``OWNER/NAME``, that what was exported is put into, with one format.
+        private: make that repository private where it is not there yet.
         progress: told what happens, a line at a time.
 
     Returns:
         What was exported, by format, with the accuracy on the held-out test split.
 
     Raises:
-        ExportError: if the folder is taken, the artefact is gone, or the copy does not reproduce its score.
+        ExportError: if the folder is taken, the artefact is gone, the copy does not reproduce its score, or the hub
+            does not take it; what was exported by then stays.
     """
     folder = _home(candidate)
     run = RunConfig.from_file(folder / "run.yaml")
-    return delivery.export(candidate, run, Path(out), formats=formats, force=force, progress=progress)
+    repository = None if push_to_hub is None else hub.Repository(push_to_hub, private)
+    return delivery.export(
+        candidate, run, Path(out), formats=formats, force=force, repository=repository, progress=progress
+    )
 
 
-def measure(folder: str | Path, *, pairs: int = delivery.CONFIRMING_PAIRS) -> dict[str, Any]:
+def measure(folder: str | Path, *, pairs: int = exported.CONFIRMING_PAIRS) -> dict[str, Any]:
     """Time an exported folder on this machine against the reference that it carries.
 
     Returns:
         The latency now, the stored one, and the machine that each comes from.
     """
-    return delivery.measure(Path(folder), pairs=pairs)
+    return exported.measure(Path(folder), pairs=pairs)
 
 
 def finetune(run: RunConfig, *, progress: Progress = silent) -> Path:

@@ -359,7 +359,7 @@ def export(
     folder: Folder,
     out: Annotated[Path, typer.Option("-o", "--out", help="An empty or new folder.")],
     format_: Annotated[
-        list[str] | None, typer.Option("--format", help="openvino, onnx or hf (for transformers). Repeatable.")
+        list[str] | None, typer.Option("--format", help="openvino, onnx, hf (for transformers), torch. Repeatable.")
     ] = None,
     prefer: Annotated[Prefer, typer.Option("--prefer", "--pick", help="What to optimise.")] = Prefer.knee,
     trial: Trial = None,
@@ -367,13 +367,27 @@ def export(
     max_latency_ms: MaxMs = None,
     max_size_mb: MaxMb = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", help="Put it into this repository of the Hugging Face hub, too.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private if it is new.")] = False,
     as_json: Json = False,
 ) -> None:
     """Ship a point: copy its artefact, reload it in a fresh process, compare, score on the held-out test rows."""
+    if private and push_to_hub is None:
+        raise ConfigError("--private: goes with --push-to-hub")
     chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb).point
     from autocompress import api
 
-    found = api.export(chosen, out, formats=format_ or ["openvino"], force=force, progress=console.progress)
+    found = api.export(
+        chosen,
+        out,
+        formats=format_ or ["openvino"],
+        force=force,
+        push_to_hub=push_to_hub,
+        private=private,
+        progress=console.progress,
+    )
     console.result(console.about_exports(chosen, found), as_json)
 
 

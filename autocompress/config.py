@@ -279,6 +279,11 @@ class RunConfig(Section):
     baselines: tuple[Literal["random"], ...] = Field((), description="searches to hold the result against")
     recovery: RecoveryConfig = Field(default_factory=RecoveryConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
+    trackers: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
+        (),
+        description="what scored candidates are logged for, too: TensorBoard's HParams in tensorboard/ of the results "
+        "folder, MLflow where MLFLOW_TRACKING_URI says or in mlflow.db there",
+    )
     seed: int = Field(0, ge=0, lt=2**32)
 
     model_config = ConfigDict(populate_by_name=True)

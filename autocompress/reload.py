@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from autocompress.config import TargetConfig
-from autocompress.delivery import time_against_stand_in
+from autocompress.exported import time_against_stand_in
 from autocompress.rows import read_rows, write_logits
 from autocompress.runtimes import Artifact, get_runtime
 

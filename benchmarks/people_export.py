@@ -18,7 +18,7 @@ from statistics import mean
 from figures import Figures
 
 from autocompress import api
-from autocompress.delivery import FORMATS, HF, Export
+from autocompress.delivery import FORMATS, UNPACKED, Export
 from autocompress.errors import AutocompressError
 
 POINTS = 20
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="results folder of a finished search")
     parser.add_argument("--points", type=int, default=POINTS, help="fewer are printed and not written")
-    parser.add_argument("--formats", nargs="+", default=[*FORMATS, HF], choices=[*FORMATS, HF])
+    parser.add_argument("--formats", nargs="+", default=[*FORMATS, *UNPACKED], choices=[*FORMATS, *UNPACKED])
     options = parser.parse_args()
     figures = Figures("people-export", "python benchmarks/people_export.py RESULTS")
     figures.read()

@@ -352,3 +352,17 @@ def tiny_run(bert_folder: Path, tiny_csv: Path, tiny_bank: Path) -> Callable[...
         return RunConfig.from_mapping(data, source="tiny", overrides=overrides or [])
 
     return make
+
+
+@pytest.fixture
+def hub_on_loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A stand-in for the hub that this process takes for the real one."""
+    from helpers_hub import TOKEN, served
+
+    with served() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        # Large files by plain HTTP: its own protocol needs servers of its own.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,14 +76,27 @@ def test_its_front_matter_names_the_model_that_it_comes_from() -> None:
         "!!python/name:os.system",
         "#",
         "'",
+        "../model",
+        "/home/somebody/model",
     ],
 )
-def test_a_models_name_is_quoted_in_the_front_matter(model: str) -> None:
+def test_a_model_that_no_hub_can_have_stays_out_of_the_front_matter(model: str) -> None:
     found = re.match(r"---\n(.*?\n)---\n\n# ", card(model=model), flags=re.DOTALL)
     assert found is not None
-    about = yaml.safe_load(found[1])
-    assert about == {"library_name": "autocompress", "base_model": model, "pipeline_tag": "text-classification"}
+    assert yaml.safe_load(found[1]) == {"library_name": "autocompress", "pipeline_tag": "text-classification"}
     assert len(re.findall("^---$", card(model=model), flags=re.MULTILINE)) == 2
+
+
+def test_the_packaged_model_is_named_as_it_is_published() -> None:
+    _, front_matter, _ = card(model="demo/minilm").split("---\n", 2)
+    assert yaml.safe_load(front_matter)["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_a_local_folder_is_no_name_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    _, front_matter, _ = card().split("---\n", 2)
+    assert "base_model" not in yaml.safe_load(front_matter)
 
 
 def test_its_plan_can_be_read_back() -> None:

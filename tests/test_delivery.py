@@ -1,143 +1,15 @@
-"""Measuring an exported folder: what is not one is refused before anything is loaded, and all pairs are taken."""
+"""Putting an export in its place: all of it, or an error and nothing."""
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import json
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from helpers_records import make_measurement
 
 from autocompress import delivery
-from autocompress.config import TargetConfig
-from autocompress.decisions import Quantize
 from autocompress.errors import ExportError
-from autocompress.plan import CompressionPlan
-from autocompress.runtimes import Artifact
-
-
-class Session:
-    """Notes its runs and takes as long as it is told."""
-
-    def __init__(self, tick: Callable[[], None]) -> None:
-        self._tick = tick
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        self._tick()
-        return np.zeros((1, 2), dtype=np.float32)
-
-
-class Runtime:
-    """Loads sessions that are three times as fast as the reference's."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.loaded: list[str] = []
-
-    def load(self, artifact: Artifact, target: TargetConfig) -> Session:
-        self.loaded.append(artifact.folder.name)
-        seconds = 0.003 if artifact.folder.name == "reference" else 0.001
-
-        def tick() -> None:
-            self.now += seconds
-
-        return Session(tick)
-
-
-@pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
-    found = Runtime()
-    monkeypatch.setattr(delivery, "get_runtime", lambda _: found)
-    monkeypatch.setattr(delivery.scoring, "clock_of", lambda _: lambda: found.now)
-    return found
-
-
-@pytest.fixture
-def exported(tmp_path: Path) -> Path:
-    """Return a folder as an export leaves it, without a model in it."""
-    folder = tmp_path / "out"
-    for place in (folder, folder / "reference"):
-        place.mkdir()
-        (place / "model.xml").write_text("<net/>", encoding="utf-8")
-        Artifact(place, "openvino", ("model.xml",), ("input_ids",), CompressionPlan()).save()
-    about = {
-        "schema": delivery.MEASUREMENT_SCHEMA,
-        "search": dataclasses.asdict(make_measurement(ratio=0.5)),
-        "target": TargetConfig().model_dump(),
-        "vocabulary": 100,
-        "latency_ratio_in_search": 0.4,
-    }
-    (folder / "measurement.json").write_text(json.dumps(about), encoding="utf-8")
-    return folder
-
-
-def change(folder: Path, **changes: Any) -> None:
-    file = folder / "measurement.json"
-    about = json.loads(file.read_text(encoding="utf-8")) | changes
-    file.write_text(json.dumps({k: v for k, v in about.items() if v is not None}), encoding="utf-8")
-
-
-@pytest.mark.parametrize("pairs", [5, 20, 23])
-def test_all_pairs_are_taken_over_several_loads(runtime: Runtime, exported: Path, pairs: int) -> None:
-    timed = delivery.time_against_stand_in(Artifact.open(exported), TargetConfig(), 100, pairs)
-    assert runtime.loaded == ["out", "reference"] * 4
-    assert timed.ratio == pytest.approx(1 / 3)
-    block = {"out": 2 * 10, "reference": 2 * 6}
-    assert runtime.now == pytest.approx(pairs * (0.001 * block["out"] + 0.003 * block["reference"]))
-
-
-def test_a_folder_is_held_against_what_it_says(runtime: Runtime, exported: Path) -> None:
-    found = delivery.measure(exported, pairs=8)
-    assert found["latency_ratio"] == pytest.approx(1 / 3)
-    assert found["stored_latency_ratio"] == 0.5
-    assert found["difference"] == pytest.approx(2 / 3 - 1)
-    assert found["latency_ratio_in_search"] == 0.4
-
-
-def test_latencies_of_another_protocol_are_not_compared(runtime: Runtime, exported: Path) -> None:
-    change(exported, schema=1)
-    with pytest.raises(ExportError, match=r"schema must be 2, got 1, of a version .* export the trial again"):
-        delivery.measure(exported, pairs=8)
-    assert not runtime.loaded
-
-
-@pytest.mark.parametrize("features", [["avx2"], ["avx2", "avx_vnni"]])
-@pytest.mark.parametrize("activation_bits", [8, 16])
-def test_eight_bits_from_a_cpu_with_vnni_are_refused_on_one_without(
-    runtime: Runtime, exported: Path, monkeypatch: pytest.MonkeyPatch, features: list[str], activation_bits: int
-) -> None:
-    plan = CompressionPlan((("head", Quantize(weight_bits=8, activation_bits=activation_bits)),))
-    Artifact(exported, "openvino", ("model.xml",), ("input_ids",), plan).save()
-
-    def fingerprint(features: list[str]) -> dict[str, Any]:
-        return {"cpu": {"features": features}, "system": "Linux x86_64", "id": "any"}
-
-    built = dataclasses.replace(make_measurement(), fingerprint=fingerprint(["avx2", "avx512_vnni"]))
-    change(exported, search=dataclasses.asdict(built))
-    monkeypatch.setattr(delivery.machine, "fingerprint", lambda: fingerprint(features))
-    if features == ["avx2"] and activation_bits == 8:
-        with pytest.raises(ExportError, match="computes something else here; search and export on a CPU of this kind"):
-            delivery.measure(exported, pairs=8)
-        assert not runtime.loaded
-    else:
-        assert delivery.measure(exported, pairs=8)["same_machine"]
-
-
-@pytest.mark.parametrize("lost", ["search", "target", "vocabulary"])
-def test_what_is_not_an_exported_folder_is_refused(runtime: Runtime, exported: Path, lost: str) -> None:
-    change(exported, **{lost: None})
-    with pytest.raises(ExportError, match=r"measurement\.json: cannot be read \(.*\); give an exported folder"):
-        delivery.measure(exported, pairs=8)
-    (exported / "measurement.json").unlink()
-    with pytest.raises(ExportError, match="give an exported folder"):
-        delivery.measure(exported, pairs=8)
-    assert not runtime.loaded
 
 
 class TestPuttingInPlace:

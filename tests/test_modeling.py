@@ -61,12 +61,18 @@ def test_what_comes_back_predicts_as_the_artefact(
 ) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from autocompress.hf.modeling import write_folder
+    from autocompress.hf.modeling import compressed_model
+    from autocompress.hf.program import PROGRAM, write_program
+    from autocompress.hf.reload import of_program
 
     plan = CompressionPlan(decisions)  # type: ignore[arg-type]
     base, kept, pieces = shop.parted(plan)
-    size = write_folder(cut_to_blocks(base, kept), pieces, plan, shop.teacher_folder, "openvino", tmp_path)
-    assert 0 < size < 2 * sum(p.numel() * 4 for p in shop.teacher.module.parameters())
+    made = compressed_model(cut_to_blocks(base, kept), pieces, plan, shop.teacher_folder, "openvino")
+    made.save_pretrained(tmp_path)
+    program = tmp_path / PROGRAM
+    inputs = list(next(shop.splits["search"].head(1).in_order_of_length(1)).inputs())
+    write_program(made, inputs, 16, program)
+    run_program = of_program(program)
     found = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert type(found).__name__ == "CompressedForSequenceClassification"
     assert found.config.id2label == dict(enumerate(shop.task.labels))
@@ -77,6 +83,7 @@ def test_what_comes_back_predicts_as_the_artefact(
             logits = found(**batch.inputs()).logits.numpy()
         # A step of 8 bits here or there where floats are added in another order.
         np.testing.assert_allclose(logits, session.run(batch.arrays()), atol=0.05 if decisions else 1e-4)
+        np.testing.assert_allclose(run_program(batch.arrays()), logits, atol=0.05 if decisions else 1e-4)
     with torch.no_grad():
         assert found(**batch.inputs(), labels=batch.labels).loss.isfinite()
     saved = tmp_path / "again"

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers_browser import browser, opened
+from helpers_hub import Hub
 from processes import descendants
 from test_cli import Done
 from test_study import CSV_COLUMNS, plan_ids, rows, states
@@ -248,22 +249,23 @@ def test_the_command_that_the_report_copies_exports_that_point(searched: Path, w
     assert about["trial"] == number
 
 
-def test_a_folder_for_transformers_predicts_as_its_score(searched: Path, workplace: Path) -> None:
-    done = command("export", searched, "--pick", "size", "--format", "hf", "-o", "shelf", "--json", cwd=workplace)
+OF_PYTORCH = {
+    "hf": ("model.safetensors", {"config.json", "tokenizer.json"}),
+    "torch": ("program.pt2", {"tokenizer"}),
+}
+
+
+@pytest.mark.parametrize("format_", OF_PYTORCH)
+def test_what_pytorch_runs_predicts_as_its_score(searched: Path, workplace: Path, format_: str) -> None:
+    shelf = f"shelf-{format_}"
+    done = command("export", searched, "--pick", "size", "--format", format_, "-o", shelf, "--json", cwd=workplace)
     assert done.code == 0, done.err
-    told, folder = json.loads(done.out)["hf"], workplace / "shelf"
+    told, folder = json.loads(done.out)[format_], workplace / shelf
     assert told["agreement_with_scored_candidate"] >= 0.98
     assert "not timed" in told["latency_ratio"]
-    names = {file.name for file in folder.iterdir()}
-    assert names >= {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "README.md",
-        "predict.py",
-        "measurement.json",
-    }
-    assert told["size_bytes"] == (folder / "model.safetensors").stat().st_size
+    weights, others = OF_PYTORCH[format_]
+    assert {file.name for file in folder.iterdir()} >= {weights, *others, "README.md", "predict.py", "measurement.json"}
+    assert told["size_bytes"] == (folder / weights).stat().st_size
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "Held-out" in card or "held-out" in card
     assert "Latency" not in card
@@ -282,13 +284,40 @@ def test_an_export_whose_bank_holds_another_model_is_refused(
     searched: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = np.zeros((60, 2), dtype=np.float32)
-    monkeypatch.setattr(delivery, "_run_hf", lambda *_: other)
+    monkeypatch.setattr(delivery, "_run_unpacked", lambda *_: other)
     chosen = api.open_study(searched).front().pick(prefer="size")
     with pytest.raises(
         ExportError, match=r"predicts as its score on \d+\.\d% of the search rows alone, and has to on 98%"
     ):
         api.export(chosen, workplace / "never", formats=["hf"])
     assert not (workplace / "never").exists()
+
+
+def test_what_is_pushed_is_what_was_exported_and_nothing_else(
+    searched: Path, workplace: Path, hub_on_loopback: Hub
+) -> None:
+    out = workplace / "pushed"
+    out.mkdir()
+    (out / ".env").write_text("SECRET=1", encoding="utf-8")
+    shipped = api.export(picked(searched), out, force=True, push_to_hub="me/tiny", private=True)["openvino"]
+    assert shipped.pushed == f"{hub_on_loopback.address}/me/tiny"
+    assert hub_on_loopback.repositories == {"me/tiny": True}
+    written = {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file() and f.name != ".env"}
+    assert hub_on_loopback.files["me/tiny"] == written
+
+
+def test_a_push_that_would_be_refused_exports_nothing(
+    searched: Path, workplace: Path, hub_on_loopback: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point, out = picked(searched), workplace / "not-pushed"
+    with pytest.raises(ExportError, match="takes one format at a time, got openvino, onnx"):
+        api.export(point, out, formats=["openvino", "onnx"], push_to_hub="me/tiny")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ExportError, match="there is no token"):
+        api.export(point, out, push_to_hub="me/tiny")
+    assert not out.exists()
+    line = command("export", searched, "-o", out, "--private", cwd=workplace).line(2)
+    assert "--private: goes with --push-to-hub" in line
 
 
 def picked(searched: Path) -> Candidate:

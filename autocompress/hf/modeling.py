@@ -60,12 +60,21 @@ class CompressedForSequenceClassification(PreTrainedModel):  # type: ignore[no-u
         **_: Any,
     ) -> SequenceClassifierOutput:
         """Return logits, ``batch x classes``, and the loss where there are labels."""
-        most = self.config.structure["tokens"] or input_ids.shape[1]
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        given = {name: value[:, :most] for name, value in inputs.items() if value is not None}
+        given = {name: _first(value, self.config.structure["tokens"]) for name, value in inputs.items()}
         logits = self.model(**given).logits
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def _first(value: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+    """Return the first ``tokens`` of each row, or with 0 all of them."""
+    if value is None or not tokens:
+        return value
+    if torch.compiler.is_exporting():
+        # Of one length, since a program cannot take the smaller of two: attention is masked where nothing was.
+        value = nn.functional.pad(value, (0, tokens))
+    return value[:, :tokens]
 
 
 AutoModelForSequenceClassification.register(CompressedConfig, CompressedForSequenceClassification, exist_ok=True)
@@ -189,10 +198,10 @@ def _made(base: Mapping[str, Any], structure: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def write_folder(
-    model: EncoderModel, pieces: Mapping[str, Piece], plan: CompressionPlan, source: Path, runtime: str, folder: Path
-) -> int:
-    """Write a folder that `AutoModelForSequenceClassification.from_pretrained` reads; the tokenizer is not among it.
+def compressed_model(
+    model: EncoderModel, pieces: Mapping[str, Piece], plan: CompressionPlan, source: Path, runtime: str
+) -> CompressedForSequenceClassification:
+    """Return the model that is read back from an exported folder.
 
     Args:
         model: what the pieces are for, with the blocks that are kept; it is changed.
@@ -200,10 +209,9 @@ def write_folder(
         plan: what is done.
         source: folder of the uncompressed classifier.
         runtime: that scored the candidate.
-        folder: an existing, empty one.
 
-    Returns:
-        Bytes of the weights' file.
+    Raises:
+        ExportError: if what was made has other weights than what would be read back.
     """
     base = json.loads((source / "config.json").read_text(encoding="utf-8"))
     layers = next(name for name in ("num_hidden_layers", "n_layers") if name in base)
@@ -226,5 +234,5 @@ def write_folder(
         made.model.load_state_dict(module.state_dict())
     except RuntimeError as error:
         raise ExportError(f"export: what is read back would not be what was written ({error})") from None
-    made.save_pretrained(folder)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    made.eval()  # type: ignore[no-untyped-call]
+    return made

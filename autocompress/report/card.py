@@ -9,6 +9,7 @@ import yaml
 
 from autocompress import machine
 from autocompress.config import RunConfig
+from autocompress.model import published_name
 from autocompress.records import Candidate, Measurement
 from autocompress.report.script import needs_of
 from autocompress.report.tables import one_line
@@ -35,10 +36,10 @@ def model_card(
 
     Without ``timed`` the latency is another file's, and is left out.
     """
-    front_matter = yaml.safe_dump(
-        {"library_name": "autocompress", "base_model": run.model.id, "pipeline_tag": "text-classification"},
-        sort_keys=False,
-    )
+    about = {"library_name": "autocompress", "pipeline_tag": "text-classification"}
+    if (base := published_name(run.model.id)) is not None:
+        about["base_model"] = base
+    front_matter = yaml.safe_dump(about, sort_keys=False)
     target = run.target
     cpu = measured.fingerprint.get("cpu", {}).get("name", "unknown CPU")
     versions = measured.fingerprint.get("versions", {})
@@ -57,6 +58,7 @@ def model_card(
         ("Measured on", cpu),
         ("Versions", said),
         ("Same predictions as the study's candidate", f"{agreement * 100:.1f} % of the search rows"),
+        ("Model", run.model.id),
         ("Data", run.data.source),
         ("Seed", str(run.seed)),
         ("Trial, plan", f"{candidate.number}, {candidate.plan.plan_id}"),

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 about = json.loads((HERE / "measurement.json").read_text(encoding="utf-8"))
-artefact = json.loads((HERE / "artefact.json").read_text(encoding="utf-8"))
+inputs = INPUTS
 tokenizer = Tokenizer.from_file(str(HERE / "tokenizer" / "tokenizer.json"))
 tokenizer.no_padding()
 tokenizer.enable_truncation(about["max_tokens"])
@@ -34,18 +34,26 @@ for text in sys.argv[1:] or sys.stdin.read().splitlines():
     best = int(logits.argmax())
     print(about["labels"][best], f"{shares[best] / shares.sum():.4f}", text, sep="\\t")
 '''
+_OF_ARTEFACT = 'json.loads((HERE / "artefact.json").read_text(encoding="utf-8"))["inputs"]'
 _LINES = {
     "openvino": {
+        "INPUTS": _OF_ARTEFACT,
         "PACKAGE": "openvino",
         "LOAD": 'settings = {"INFERENCE_NUM_THREADS": about["target"]["threads"], "INFERENCE_PRECISION_HINT": "f32"}\n'
         'model = openvino.Core().compile_model(HERE / "model.xml", "CPU", settings)',
-        "RUN": 'model([np.array([known[name]]) for name in artefact["inputs"]])[0]',
+        "RUN": "model([np.array([known[name]]) for name in inputs])[0]",
     },
     "onnxruntime": {
+        "INPUTS": _OF_ARTEFACT,
         "PACKAGE": "onnxruntime",
-        "LOAD": 'file = str(HERE / artefact["files"][0])\n'
-        'model = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])',
-        "RUN": 'model.run(None, {name: np.array([known[name]]) for name in artefact["inputs"]})[0]',
+        "LOAD": 'model = onnxruntime.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])',
+        "RUN": "model.run(None, {name: np.array([known[name]]) for name in inputs})[0]",
+    },
+    "torch": {
+        "INPUTS": 'about["inputs"]',
+        "PACKAGE": "torch",
+        "LOAD": 'model = torch.export.load(HERE / "program.pt2").module()',
+        "RUN": "model(*(torch.tensor([known[name]]) for name in inputs)).detach().numpy()",
     },
 }
 

@@ -1,0 +1,73 @@
+"""What can be done with an exported folder alone: time it against the stand-in of the reference that it carries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from autocompress import machine, scoring
+from autocompress.config import TargetConfig
+from autocompress.errors import ExportError
+from autocompress.records import Measurement
+from autocompress.runtimes import Artifact, get_runtime
+
+MEASUREMENT_SCHEMA = 2
+"""Version of ``measurement.json``."""
+CONFIRMING_PAIRS = 20
+"""Blocks of runs that confirm an exported latency: more than a search takes, and nothing beside."""
+_LOADS = 4
+
+
+def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
+    """Time an exported folder against its reference; see `autocompress.measure`."""
+    artifact = Artifact.open(folder)
+    try:
+        about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+        stored = Measurement.from_json(json.dumps(about["search"]))
+        target = TargetConfig(**about["target"])
+        vocabulary = int(about["vocabulary"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{folder / 'measurement.json'}: cannot be read ({error}); give an exported folder") from None
+    if about.get("schema") != MEASUREMENT_SCHEMA:
+        raise ExportError(
+            f"{folder / 'measurement.json'}: schema must be {MEASUREMENT_SCHEMA}, got {about.get('schema')!r}, of a "
+            "version that took latencies otherwise: export the trial again"
+        )
+    here = machine.fingerprint()
+    eight_bits = artifact.plan.integer_arithmetic
+    if eight_bits and machine.adds_in_16_bits(here) and not machine.adds_in_16_bits(stored.fingerprint):
+        raise ExportError(
+            f"{folder}: was built on a CPU that adds 8-bit products in 32 bits; this one adds them in 16, which "
+            "overflow: the model computes something else here; search and export on a CPU of this kind"
+        )
+    timed = time_against_stand_in(artifact, target, vocabulary, pairs)
+    return {
+        "latency_ms": timed.p50_ms,
+        "latency_p90_ms": timed.p90_ms,
+        "reference_ms": timed.reference_ms,
+        "latency_ratio": timed.ratio,
+        "latency_ratio_low": timed.ratio_low,
+        "latency_ratio_high": timed.ratio_high,
+        "stored_latency_ratio": stored.latency_ratio,
+        "difference": timed.ratio / stored.latency_ratio - 1,
+        "latency_ratio_in_search": about["latency_ratio_in_search"],
+        "size_bytes": artifact.size_bytes,
+        "target": target.model_dump(),
+        "machine": here,
+        "same_machine": here["id"] == stored.fingerprint.get("id"),
+    }
+
+
+def time_against_stand_in(artifact: Artifact, target: TargetConfig, vocabulary: int, pairs: int) -> scoring.Latency:
+    """Time an exported artefact in turn with the reference in its folder."""
+    runtime, reference = get_runtime(artifact.runtime), Artifact.open(artifact.folder / "reference")
+    inputs, clock = scoring.timing_inputs(artifact.inputs, target, vocabulary, 0), scoring.clock_of(target)
+    # A loaded model's speed depends a little on where its memory came to lie: load both anew for each share of pairs.
+    times = [
+        scoring.paired_times(
+            runtime.load(artifact, target), runtime.load(reference, target), inputs, pairs=share, clock=clock
+        )
+        for share in (pairs // _LOADS + (number < pairs % _LOADS) for number in range(_LOADS))
+    ]
+    return scoring.summarize(times, seed=0)

@@ -1,0 +1,82 @@
+"""Put an exported folder on a hub of models: the files of this export, and nothing else that lies beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from autocompress.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Where an export goes.
+
+    Args:
+        name: ``OWNER/NAME``, or a name alone for one of whom the token belongs to.
+        private: whether it is made private; one that is there already stays as it is.
+
+    Raises:
+        ExportError: if it can be no name.
+    """
+
+    name: str
+    private: bool = False
+
+    def __post_init__(self) -> None:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+        try:
+            validate_repo_id(self.name)
+        except HFValidationError as error:
+            raise ExportError(f"export: --push-to-hub: {_first_line(error)}") from None
+
+
+def check(repository: Repository) -> None:
+    """Ask the hub who we are, so that what it would refuse is refused before any work.
+
+    Raises:
+        ExportError: if it cannot be reached, or knows no token of ours.
+    """
+    from huggingface_hub import HfApi
+
+    with _in_our_words(repository):
+        HfApi().whoami()
+
+
+def push(folder: Path, repository: Repository, message: str) -> str:
+    """Put every file of ``folder`` into a repository, which is made where it is missing; returns its address.
+
+    Raises:
+        ExportError: if the hub does not take them.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _in_our_words(repository):
+        made = api.create_repo(repository.name, private=repository.private, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message)
+    return str(made)
+
+
+@contextmanager
+def _in_our_words(repository: Repository) -> Iterator[None]:
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError  # type: ignore[attr-defined]
+
+    try:
+        yield
+    except LocalTokenNotFoundError:
+        raise ExportError(
+            f"export: {repository.name}: there is no token for the hub; set HF_TOKEN, or run: hf auth login"
+        ) from None
+    # What the transfer of large files raises is a RuntimeError.
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        said = _first_line(error)
+        raise ExportError(f"export: {repository.name}: the hub refused or did not answer ({said})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
