@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -44,9 +45,18 @@ FRONTS = ("methods-front", "methods-front-avx2")
 METHODS = {
     "methods-ablation": "without any training",
     "methods-vocabulary": "without any training",
-    "methods-recovery": "each way trained once, for the same passes",
+    "methods-recovery": "each way trained once, for the same passes unless it says otherwise",
 }
 """Tables of methods and their plain counterparts, and how they were made."""
+OPTIONS = {
+    "pruning": ("methods-ablation", "% of (heads|neurons): "),
+    "rank": ("methods-ablation", "^rank "),
+    "bits": ("methods-ablation", "bits: "),
+    "vocabulary": ("methods-vocabulary", ""),
+    "reconstruction": ("methods-ablation", "reconstructed"),
+    "recovery": ("methods-recovery", ""),
+}
+"""Parts of the page of options: the table that tells their effect, and which of its methods."""
 LEFT_OUT = "methods-left-out"
 PLANS = "methods-plans"
 JOINT = "methods-joint"
@@ -242,13 +252,19 @@ def grouped(benchmarks: Mapping[str, Sequence[str] | None], *, up: str) -> str:
     return "\n".join([f"{measured_on(first)}, where no other CPU is named.", "", *lines])
 
 
-def methods_table(file: str, how: str) -> str:
-    """Return what compression methods gain over their plain counterparts, a data set beside the other."""
+def methods_table(file: str, how: str, only: str = "") -> str:
+    """Return what compression methods gain over their plain counterparts, a data set beside the other.
+
+    Args:
+        file: of the benchmark.
+        how: they were made.
+        only: pattern of the methods that are shown.
+    """
     content = contents(file)
     figures = {figure["name"]: figure for figure in content["figures"]}
     parts = [name.split(", ", 2) for name in figures if name.endswith(": accuracy gained")]
     data = list(dict.fromkeys(part[0] for part in parts))
-    methods = list(dict.fromkeys(part[1] for part in parts))
+    methods = [method for method in dict.fromkeys(part[1] for part in parts) if re.search(only, method)]
     heads = [f"{name}: accuracy gained, test rows | divergence, search / test" for name in data]
     lines = [f"| at no more bytes | {' | '.join(heads)} |"]
     lines.append(f"|---|{'---|---|' * len(data)}")
@@ -321,6 +337,8 @@ def tables() -> None:
             "left-out": methods_table(LEFT_OUT, "in torch, without any training"),
         },
     )
+    effects = {name: methods_table(file, METHODS[file], only) for name, (file, only) in OPTIONS.items()}
+    put(ROOT / "docs" / "options.md", effects | {"joint": joint_table()})
     clusters = [table(file.stem) for file in sorted(FIGURES.glob("cluster-*.json"))]
     put(ROOT / "docs" / "clusters.md", {"cluster": "\n\n".join(clusters)})
 
