@@ -779,7 +779,7 @@ def test_export_refuses_before_it_works(call: Call, results: Callable[..., Path]
     write(taken / "mine.txt", "mine")
     assert call("export", folder, "-o", taken).line(1).startswith(f"autocompress: export: {taken} is not empty")
     line = call("export", folder, "-o", "new", "--format", "tflite").line(1)
-    assert "must be one of openvino, onnx, hf, got 'tflite'" in line
+    assert "must be one of openvino, onnx, hf, torch, got 'tflite'" in line
     assert "the artefact of trial" in call("export", folder, "-o", "new").line(1)
     assert tree(taken) == {"mine.txt"}
     assert not (tmp_path / "new").exists()
