@@ -84,6 +84,8 @@ class MLflow(Tracker):
 
     def __init__(self, run: RunConfig, folder: Path) -> None:
         super().__init__()
+        # It would report to its makers that it is used; who wants that can set it otherwise.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         try:
             from mlflow.tracking import MlflowClient
         except ImportError:

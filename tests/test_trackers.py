@@ -162,6 +162,14 @@ def test_a_server_that_does_not_answer_costs_no_search(tmp_path: Path, monkeypat
     assert line.startswith("mlflow: takes nothing (")
 
 
+def test_mlflow_reports_to_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    told("mlflow", tmp_path, scored(0))
+    from mlflow.telemetry.utils import is_telemetry_disabled
+
+    assert is_telemetry_disabled()
+
+
 def test_without_the_key_nothing_is_written(tmp_path: Path) -> None:
     Trackers(RunConfig.from_mapping({"name": "plain"}), tmp_path, print).tell([scored(0)])
     assert list(tmp_path.iterdir()) == []
