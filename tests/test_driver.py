@@ -134,7 +134,7 @@ def test_statuses_count_up_to_the_number_of_candidates(searched: Searched) -> No
     states = [c.state for c in searched.candidates() if c.origin != "recover"]
     assert (last.failed, last.stopped) == (states.count("FAIL"), states.count("PRUNED"))
     assert last.seconds_left == 0
-    assert all(status.seconds_each > 0 and status.front >= 0 for status in searched.statuses)
+    assert all(status.seconds_each > 0 and 0 < len(status.front) <= status.done for status in searched.statuses)
     assert any(
         line.startswith(f"[ {TRIALS}/{TRIALS}] trial ") or f"{TRIALS}/{TRIALS}" in line for line in searched.lines
     )
