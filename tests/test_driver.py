@@ -18,6 +18,7 @@ import pytest
 from helpers_records import front_of, make_candidate
 from test_results import MAJORITY, WORTH, environment_of
 from test_study import SMALL, evaluate, run_of
+from test_trackers import of_tensorboard
 
 from autocompress import api, driver, machine
 from autocompress.config import RecoveryConfig, RunConfig
@@ -103,7 +104,7 @@ FITTED = Recover(epochs=0, reconstruct=True)
 @pytest.fixture(scope="module")
 def run(tiny_run: Callable[..., RunConfig], bert_headed_folder: Path) -> RunConfig:
     overrides = [f"search.trials={TRIALS}", "search.workers=2", "search.recover=1", "search.reconstruct=true"]
-    overrides += ["baselines=[random]"]
+    overrides += ["baselines=[random]", "trackers=[tensorboard]"]
     overrides += ["recovery.epochs=0.2", "search.confirm_pairs=6", f"model.id={json.dumps(str(bert_headed_folder))}"]
     return tiny_run(overrides)
 
@@ -156,6 +157,18 @@ def test_the_random_baseline_is_a_study_of_its_own(searched: Searched, run: RunC
     assert WORTH in page
     assert "random search" in page
     assert "No random search was run" not in page
+
+
+@pytest.mark.slow
+def test_every_scored_candidate_is_logged_and_confirmed_ones_anew(searched: Searched) -> None:
+    logged = of_tensorboard(searched.folder)
+    scored = {c.number: c.score for c in searched.candidates() if c.measurement is not None}
+    assert logged.keys() == scored.keys()
+    for number, score in scored.items():
+        step, ratio = logged[number]["latency_ratio"][-1]
+        assert ratio == pytest.approx(score.latency_ratio)
+        assert step == score.confirmed
+    assert not (searched.folder / BASELINES / "random" / "tensorboard").exists()
 
 
 @pytest.mark.slow
