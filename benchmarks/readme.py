@@ -60,6 +60,7 @@ OPTIONS = {
 LEFT_OUT = "methods-left-out"
 PLANS = "methods-plans"
 JOINT = "methods-joint"
+PEOPLE = ("people-export", "people-report")
 COST, VOLUME = "search-cost", "search-hypervolume"
 SEARCH = (COST, VOLUME, TOOLS, "search-rungs", "search-engine-cost")
 _OVER = "{}, 200 evaluations, 5 seeds: hypervolume over {}"
@@ -332,6 +333,7 @@ def tables() -> None:
             "figures": table(DEMO),
             "search": grouped(dict.fromkeys(SEARCH), up="../"),
             "plans": table(PLANS),
+            "people": grouped(dict.fromkeys(PEOPLE), up="../"),
             "front": "\n\n".join(table(name, with_target=True) for name in FRONTS),
             "methods": "\n\n".join(methods),
             "left-out": methods_table(LEFT_OUT, "in torch, without any training"),
