@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autocompress.errors import ExportError
+from autocompress.model import DEMO_MODEL
+
+_DEMO_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,20 @@ class Repository:
             validate_repo_id(self.name)
         except HFValidationError as error:
             raise ExportError(f"export: --push-to-hub: {_first_line(error)}") from None
+
+
+def published_name(model_id: str) -> str | None:
+    """Return what the hub calls a run file's model, or None for a local folder."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    if model_id == DEMO_MODEL:
+        return _DEMO_ON_HUB
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError:
+        return None
+    return None if Path(model_id).expanduser().exists() else model_id
 
 
 def check(repository: Repository) -> None:

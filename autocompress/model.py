@@ -26,7 +26,6 @@ from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.errors import ModelError
 
 DEMO_MODEL = "demo/minilm"
-_DEMO_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 OFFLINE_SECONDS = 4.0
 ROLES = {"attention": ("query", "key", "value", "output"), "ffn": ("ffn_in", "ffn_out")}
 """Roles of the linear layers of a block, by the kind of their site, in the order of their use."""
@@ -127,20 +126,6 @@ def locate(model_id: str, revision: str | None = None) -> Path:
         f"model: {model_id}", lambda local: _snapshot(model_id, revision, local), lambda: _reach_hub(model_id)
     )
     return found
-
-
-def published_name(model_id: str) -> str | None:
-    """Return what the hub calls a run file's model, or None for a local folder."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    if model_id == DEMO_MODEL:
-        return _DEMO_ON_HUB
-    try:
-        validate_repo_id(model_id)
-    except HFValidationError:
-        return None
-    return None if Path(model_id).expanduser().exists() else model_id
 
 
 def from_hub(what: str, fetch: Callable[[bool], Any], probe: Callable[[], None]) -> Any:

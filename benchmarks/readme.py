@@ -82,7 +82,9 @@ SUMMARY = {
     COST: (
         "first front of 5 points",
         "empty bank: 200 candidates",
+        "empty bank: 200 candidates, over the Trainer",
         "warm bank, another seed: 200 candidates",
+        "warm bank, another seed: 200 candidates, over the Trainer",
         "front timed anew: within 5 % of the stored ratio",
         "latency predictor, 50 held-out candidates: mean absolute error",
     ),

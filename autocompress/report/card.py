@@ -9,7 +9,7 @@ import yaml
 
 from autocompress import machine
 from autocompress.config import RunConfig
-from autocompress.model import published_name
+from autocompress.hub import published_name
 from autocompress.records import Candidate, Measurement
 from autocompress.report.script import needs_of
 from autocompress.report.tables import one_line
