@@ -7,6 +7,7 @@ same command later brings them up to date.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
@@ -92,7 +93,8 @@ class MLflow(Tracker):
             raise _missing("mlflow") from None
         here = folder.absolute()
         self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{here / 'mlflow.db'}")
-        self._study = str(here)
+        # Tells searches of one name apart, without telling a server where on this machine they are.
+        self._study = hashlib.sha256(str(here).encode()).hexdigest()[:16]
         found = self._client.get_experiment_by_name(run.name)
         self._experiment = found.experiment_id if found else self._client.create_experiment(run.name)
         self._runs: dict[int, str] = {}
