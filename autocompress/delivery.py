@@ -25,7 +25,7 @@ from autocompress.errors import ExportError
 from autocompress.evaluate import Workshop, kept_logits
 from autocompress.exported import CONFIRMING_PAIRS, MEASUREMENT_SCHEMA
 from autocompress.plan import CompressionPlan
-from autocompress.records import Candidate, Measurement
+from autocompress.records import Candidate, Drop, Measurement
 from autocompress.report.card import model_card
 from autocompress.report.script import predict_script
 from autocompress.rows import read_logits, write_rows
@@ -54,6 +54,7 @@ class Export:
         folder: where it stands.
         measurement: the score of these very files on the search split, with a latency confirmed at the export.
         test: accuracy on the held-out test split, with its 95 % Wilson interval.
+        test_drop: what that is less than the uncompressed model's on the same rows.
         agreement: share of search rows on which it predicts as the candidate that the study scored.
         latency_ratio_in_search: the ratio that it was chosen by, from fewer pairs beside other candidates.
         timed: whether the latency is that of these files; PyTorch runs them, but not as what was scored.
@@ -63,6 +64,7 @@ class Export:
     folder: Path
     measurement: Measurement
     test: scoring.Accuracy
+    test_drop: Drop
     agreement: float
     latency_ratio_in_search: float
     timed: bool = True
@@ -168,6 +170,7 @@ def _export(
     session = workshop.runtime.load(Artifact.open(aside), workshop.run.target)
     logits = scoring.logits_of(session, workshop.splits["test"], workshop.batches("test"))
     test = scoring.accuracy(logits, workshop.splits["test"])
+    test_drop = scoring.drop(logits, workshop.reference_logits_on_test, workshop.splits["test"])
     confirmed = measured
     if not workshop.run.search.device:  # what was measured on a device is not what this machine measures
         latest = dataclasses.replace(measured, **timed.fields(), confirmed=True, fingerprint=workshop.fingerprint)
@@ -186,12 +189,14 @@ def _export(
         "latency_ratio_in_search": measured.latency_ratio,
         "latency_pairs": CONFIRMING_PAIRS,
         "test": dataclasses.asdict(test),
+        "test_drop": test_drop._asdict(),
         "agreement_with_scored_candidate": agreement,
     }
     (aside / "measurement.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     (aside / "predict.py").write_text(predict_script(runtime), encoding="utf-8")
-    (aside / "README.md").write_text(model_card(candidate, run, runtime, confirmed, test, agreement), encoding="utf-8")
-    return Export(aside, confirmed, test, agreement, measured.latency_ratio)
+    card = model_card(candidate, run, runtime, confirmed, test, test_drop, agreement)
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    return Export(aside, confirmed, test, test_drop, agreement, measured.latency_ratio)
 
 
 def _export_unpacked(
@@ -224,8 +229,11 @@ def _export_unpacked(
         )
     progress("scoring on the held-out test split")
     own = scoring.accuracy(found, workshop.splits["search"])
-    test = scoring.accuracy(_run_unpacked(aside, workshop, "test"), workshop.splits["test"])
-    measured = dataclasses.replace(candidate.score, **own.fields(), divergence=None, size_bytes=size)
+    on_test = _run_unpacked(aside, workshop, "test")
+    test = scoring.accuracy(on_test, workshop.splits["test"])
+    test_drop = scoring.drop(on_test, workshop.reference_logits_on_test, workshop.splits["test"])
+    drop = scoring.drop(found, workshop.reference_logits, workshop.splits["search"])
+    measured = dataclasses.replace(candidate.score, **own.fields(), **drop.fields(), divergence=None, size_bytes=size)
     about = {
         "schema": MEASUREMENT_SCHEMA,
         "trial": candidate.number,
@@ -237,14 +245,15 @@ def _export_unpacked(
         "max_tokens": run.data.max_tokens,
         "search": dataclasses.asdict(own),
         "test": dataclasses.asdict(test),
+        "test_drop": test_drop._asdict(),
         "size_bytes": size,
         "agreement_with_scored_candidate": agreement,
     }
     (aside / "measurement.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     (aside / "predict.py").write_text(predict_script(runner), encoding="utf-8")
-    card = model_card(candidate, run, runner, measured, test, agreement, timed=False)
+    card = model_card(candidate, run, runner, measured, test, test_drop, agreement, timed=False)
     (aside / "README.md").write_text(card, encoding="utf-8")
-    return Export(aside, measured, test, agreement, candidate.score.latency_ratio, timed=False)
+    return Export(aside, measured, test, test_drop, agreement, candidate.score.latency_ratio, timed=False)
 
 
 def _run_unpacked(folder: Path, workshop: Workshop, split: str) -> np.ndarray:

@@ -328,8 +328,9 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
             f"({run.search.confirm_pairs} in rounds over all points for points of the front, loaded anew in between), "
             f"inputs of {run.target.batch_size} x {run.target.tokens} tokens, "
             + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")
-            + ", median of the pairs' ratios with its 95 % bootstrap interval over moments and pairs; where those of a "
-            "front were taken twice it includes by how much they drift from one time to another",
+            + ", lower quartile of the candidate's runs over that of the reference's with its 95 % bootstrap interval "
+            "over moments and pairs; where those of a front were taken twice it includes by how much they drift from "
+            "one time to another",
         },
         "key": key,
     }

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from autocompress.pieces import Piece, code_version
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.products import Sizes
-from autocompress.records import QUALITIES, Measurement, Stopped
+from autocompress.records import QUALITIES, Drop, Measurement, Stopped
 from autocompress.rows import LOGITS_FILE, read_logits
 from autocompress.runtimes import Artifact, Runtime, Template, get_runtime
 from autocompress.stand import Call, Device, Stand
@@ -40,6 +41,7 @@ from autocompress.transforms.prune import cut_to_blocks
 from autocompress.transforms.vocabulary import check_needed
 from autocompress.trial import CannotReachFront, Rivals, Trial
 
+_TEST_LOGITS_FILE = "test-logits.npy"
 _ACCURACY_BATCH, _ACCURACY_STEP = 16, 4
 """Rows per call and multiple of tokens where a runtime's logits depend on neither: little padding and few shapes."""
 
@@ -197,6 +199,18 @@ class Workshop(Bases):
             np.save(file, logits, allow_pickle=False)
         return kept_logits(self.reference_folder)
 
+    @cached_property
+    def reference_logits_on_test(self) -> np.ndarray:
+        """What the uncompressed model makes of the held-out rows; kept beside it, for the next export."""
+        file = self.reference_folder / _TEST_LOGITS_FILE
+        if not file.exists():
+            found = scoring.logits_of(self.stand.reference, self.splits["test"], self.batches("test"))
+            with suppress(OSError):  # one exports from a folder that one may not write to, too
+                np.save(aside := file.with_name(f".{uuid.uuid4().hex}.npy"), found, allow_pickle=False)
+                aside.rename(file)
+            return found
+        return np.asarray(np.load(file, allow_pickle=False))
+
     def build(self, plan: CompressionPlan, folder: Path) -> Artifact:
         """Build the plan's artefact in ``folder``: whole, or not at all."""
         self.check(plan)
@@ -243,12 +257,14 @@ class Workshop(Bases):
         logits, timed = trial.logits, trial.latency
         if artifact.folder != self.reference_folder:
             divergence = scoring.divergence(logits, self.reference_logits)
+            drop = scoring.drop(logits, self.reference_logits, self.splits["search"])
         else:
-            divergence = 0.0
+            divergence, drop = 0.0, Drop(0.0, 0.0, 0.0)
         np.save(artifact.folder / LOGITS_FILE, logits, allow_pickle=False)
         scored = scoring.accuracy(logits, self.splits["search"])
         return Measurement(
             **scored.fields(),
+            **drop.fields(),
             divergence=divergence,
             size_bytes=artifact.size_bytes,
             **timed.fields(),

@@ -12,7 +12,7 @@ from autocompress.errors import ExportError
 from autocompress.records import Measurement
 from autocompress.runtimes import Artifact, get_runtime
 
-MEASUREMENT_SCHEMA = 2
+MEASUREMENT_SCHEMA = 3
 """Version of ``measurement.json``."""
 CONFIRMING_PAIRS = 20
 """Blocks of runs that confirm an exported latency: more than a search takes, and nothing beside."""

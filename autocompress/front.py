@@ -94,7 +94,7 @@ class Choice:
     neighbours: tuple[Neighbour, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Front:
     """The candidates that no other dominates, in order of falling accuracy, with the reference they are held against.
 
@@ -244,6 +244,10 @@ class Front:
         from autocompress.report.tables import frame
 
         return frame(self.points)
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{names[0]} {point!r}" for names, point in self.recommended())
+        return f"<front of {len(self)} points: {best}>" if self.points else "<front without a point>"
 
     def _repr_html_(self) -> str:
         from autocompress.report.notebook import front_html

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from autocompress.errors import MeasurementError
 from autocompress.plan import CompressionPlan
@@ -23,7 +23,7 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "peak_memory": ("peak_memory_bytes", "minimize"),
 }
 """Objective by its name in a run file: the field of `Measurement` that it reads, and its direction."""
-LATENCY_PROTOCOL = "pairs of blocks of runs"
+LATENCY_PROTOCOL = "lower quartiles of runs in pairs of blocks"
 """How latencies are taken; those of another protocol are not to be mixed with them."""
 QUALITIES = ("accuracy", "loss", "divergence")
 """Objectives that are taken by running rows through the artefact."""
@@ -35,12 +35,26 @@ DISTURBED = 0.03
 """Share of a block's time by wall clock that its threads may wait for a core without being timed again or marked."""
 
 
+class Drop(NamedTuple):
+    """How much of the reference's accuracy is lost on the same rows, with its 95 % interval; a gain is negative."""
+
+    value: float
+    low: float
+    high: float
+
+    def fields(self) -> dict[str, Any]:
+        """Return the values by the names of the fields that a `Measurement` keeps them in."""
+        return {"accuracy_drop": self.value, "accuracy_drop_low": self.low, "accuracy_drop_high": self.high}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """The score of one artefact; latencies in milliseconds for one call of the target's batch.
 
     Args:
         accuracy: share of the search rows that the artefact classifies rightly, with its 95 % Wilson interval.
+        accuracy_drop: what that is less than the reference's on the same rows, with the 95 % interval of such a paired
+            difference; negative where it is more. None in older records.
         loss: mean cross-entropy on the same rows.
         divergence: mean Kullback-Leibler divergence from the reference's class probabilities on the same rows, in nats;
             None in records of version 0.1.
@@ -48,8 +62,8 @@ class Measurement:
         size_bytes: bytes of the artefact's model files.
         latency_ms: median; ``latency_p90_ms`` the 90th percentile.
         reference_ms: median of the reference in the same paired runs.
-        latency_ratio: median over pairs of blocks of candidate over reference, below 1 is faster, with its 95 %
-            bootstrap interval.
+        latency_ratio: lower quartile of the candidate's runs over that of the reference's, below 1 is faster, with its
+            95 % bootstrap interval.
         latency_waited: share of the time that threads stood ready without a core while it was taken by wall clock.
         latency_drift: standard deviation, as a share, of ratios of one artefact from one time to another beyond what
             pairs of one time tell; the interval includes it. 0 where it is not known.
@@ -74,6 +88,9 @@ class Measurement:
     latency_ratio_low: float
     latency_ratio_high: float
     predictions: str
+    accuracy_drop: float | None = None
+    accuracy_drop_low: float | None = None
+    accuracy_drop_high: float | None = None
     divergence: float | None = None
     peak_memory_bytes: int | None = None
     latency_waited: float = 0.0
@@ -82,6 +99,13 @@ class Measurement:
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def drop(self) -> Drop | None:
+        """What is lost of the reference's accuracy, where that is known."""
+        if self.accuracy_drop is None or self.accuracy_drop_low is None or self.accuracy_drop_high is None:
+            return None
+        return Drop(self.accuracy_drop, self.accuracy_drop_low, self.accuracy_drop_high)
 
     @property
     def disturbed(self) -> bool:
@@ -113,6 +137,10 @@ class Measurement:
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 <= value <= 1):
                 raise MeasurementError(f"{name}: must be within 0..1, got {value}")
+        for name in ("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"):
+            drop = getattr(self, name)
+            if drop is not None and not (math.isfinite(drop) and -1 <= drop <= 1):
+                raise MeasurementError(f"{name}: must be within -1..1, got {drop}")
         if not math.isfinite(self.loss):
             raise MeasurementError(f"loss: must be finite, got {self.loss}")
         if self.divergence is not None and not (math.isfinite(self.divergence) and self.divergence >= 0):
@@ -155,7 +183,7 @@ class Stopped:
     stages: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Candidate:
     """One evaluated plan of a study.
 
@@ -179,7 +207,12 @@ class Candidate:
     failure: str | None = None
     feasible: bool = True
     origin: str = "sampler"
-    folder: Path | None = field(default=None, compare=False, repr=False)
+    folder: Path | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        from autocompress.report.tables import candidate_words
+
+        return f"<trial {self.number}: {candidate_words(self)}>"
 
     def _repr_html_(self) -> str:
         from autocompress.report.notebook import candidate_html

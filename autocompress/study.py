@@ -31,7 +31,7 @@ from autocompress.pareto import Unbeaten, contenders, costs
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.proposals import Proposals
-from autocompress.records import OBJECTIVES, Candidate, Measurement, Stopped, drift_of
+from autocompress.records import LATENCY_PROTOCOL, OBJECTIVES, Candidate, Measurement, Stopped, drift_of
 from autocompress.samplers import make_sampler
 from autocompress.storage import open_records
 
@@ -142,6 +142,11 @@ class Study:
             study.set_user_attr("identity", {"schema": STUDY_SCHEMA, **(identity or {})})
         elif stored is not None and stored.get("schema") != STUDY_SCHEMA:
             raise StudyError(f"{where}: schema must be {STUDY_SCHEMA}, got {stored.get('schema')!r}")
+        elif writable and stored is not None and stored.get("latency") != LATENCY_PROTOCOL:
+            raise StudyError(
+                f"{where}: is of a version that took latencies otherwise, which are not mixed with new ones; it can be "
+                f"read and exported from, and autocompress retarget {self.folder} -o NEW measures its front anew"
+            )
         elif identity is not None and stored is not None and (changes := difference(stored, identity)):
             elsewhere = stored.get("machine") != identity.get("machine")
             hint = f"; autocompress retarget {self.folder} measures its front here" if elsewhere else ""

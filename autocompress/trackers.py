@@ -21,7 +21,8 @@ from autocompress.records import Candidate
 from autocompress.trained import Progress
 
 METRICS = (
-    *("accuracy", "accuracy_low", "accuracy_high", "loss", "divergence", "size_bytes", "peak_memory_bytes"),
+    *("accuracy", "accuracy_low", "accuracy_high", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"),
+    *("loss", "divergence", "size_bytes", "peak_memory_bytes"),
     *("latency_ms", "latency_p90_ms", "latency_ratio", "latency_ratio_low", "latency_ratio_high"),
 )
 """What is logged of a measurement, where it is known."""

@@ -28,7 +28,7 @@ from autocompress.records import Z95
 from autocompress.runtimes import Artifact
 from autocompress.seeds import uniform_ladder
 
-CANDIDATES, ROUNDS, PAIRS = 20, 128, 2
+CANDIDATES, ROUNDS, PAIRS = 20, 64, 2
 MOST = 0.02
 DRAWS = 2000
 SETTLE_S = 0.02
@@ -57,26 +57,40 @@ def be_a_neighbour(folder: Path) -> None:
 
 
 def timed(workshop: Workshop, neighbour: subprocess.Popen[str]) -> Iterator[np.ndarray]:
-    """Yield each candidate's ratios, ``rounds x 3``: alone, beside the neighbour, and alone again."""
+    """Yield each candidate's runs, ``3 x 2 x rounds x runs``: alone, beside the neighbour, and alone again.
+
+    Of each, those of the candidate and of the reference, in seconds; NaN where a block has fewer runs than another.
+    """
     for plan in plans(workshop):
         artifact = workshop.build(plan, workshop.artefacts / plan.plan_id)
         session = workshop.runtime.load(artifact, workshop.run.target)
-        found = np.empty((ROUNDS, 3))
-        for round_ in found:
-            for place, order in enumerate((signal.SIGSTOP, signal.SIGCONT, signal.SIGSTOP)):
+        found = []
+        for _ in range(ROUNDS):
+            for order in (signal.SIGSTOP, signal.SIGCONT, signal.SIGSTOP):
                 with slot.timing():  # it holds no turn when it is stopped
                     os.kill(neighbour.pid, order)
                 time.sleep(SETTLE_S)
-                round_[place] = np.median([pair.ratio for pair in workshop.stand.pairs(session, artifact, PAIRS)])
+                found.append(scoring.runs_of(workshop.stand.pairs(session, artifact, PAIRS)).reshape(2, -1))
         os.kill(neighbour.pid, signal.SIGCONT)
-        yield found
+        yield np.stack(found).reshape(ROUNDS, 3, 2, -1).transpose(1, 2, 0, 3)
 
 
 def shift(of: np.ndarray, over: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Return by how much ratios differ from others of the same rounds, with the ends of the 95 % interval."""
-    each = of / over - 1
-    drawn = np.median(rng.choice(each, (DRAWS, len(each))), axis=1)
-    return float(np.median(each)), *(float(end) for end in np.quantile(drawn, (0.025, 0.975)))
+    """Return by how much a ratio differs from another one of the same rounds, with the ends of the 95 % interval.
+
+    Args:
+        of: runs of both models, ``2 x rounds x runs``.
+        over: runs that they are held against.
+        rng: draws rounds.
+    """
+
+    def apart(rounds: np.ndarray) -> np.ndarray:
+        (a, b), (c, d) = (scoring.lower_quartiles(runs[:, rounds].reshape(2, len(rounds), -1)) for runs in (of, over))
+        return np.asarray(a / b / (c / d) - 1)
+
+    [found] = apart(np.arange(ROUNDS)[None])
+    drawn = np.concatenate([apart(some) for some in rng.integers(0, ROUNDS, (DRAWS // 100, 100, ROUNDS))])
+    return float(found), *(float(end) for end in np.quantile(drawn, (0.025, 0.975)))
 
 
 def without_noise(shifts: np.ndarray) -> np.ndarray:
@@ -120,8 +134,8 @@ def main() -> None:
             neighbour.kill()
             neighbour.wait()
     rng = np.random.default_rng(0)
-    shifts = np.array([shift(rounds[:, 1], rounds[:, [0, 2]].mean(axis=1), rng) for rounds in taken])
-    again = np.array([shift(rounds[:, 2], rounds[:, 0], rng) for rounds in taken])
+    shifts = np.array([shift(runs[1], np.concatenate([runs[0], runs[2]], axis=-1), rng) for runs in taken])
+    again = np.array([shift(runs[2], runs[0], rng) for runs in taken])
     means = rng.choice(shifts[:, 0], (DRAWS, len(shifts))).mean(axis=1)
     interval = [float(end) for end in np.quantile(means, (0.025, 0.975))]
     mean, worst = float(shifts[:, 0].mean()), float(np.abs(shifts[:, 0]).max())

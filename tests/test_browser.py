@@ -115,6 +115,7 @@ def test_a_click_on_a_marker_shows_the_point(page: Any, tmp_path: Path) -> None:
     page.wait_for_function("document.querySelector('#detail h3').textContent === 'Trial 2'")
     said = page.locator("#detail").text_content()
     assert "83.0 % (80.5 to 85.2)" in said
+    assert "lost on the same rows5.0 points (4.0 to 6.0)" in said
     assert "6.0x smaller" in said
     assert "more accurate: trial 1" in said
     assert page.locator("#command").input_value() == "autocompress export results/a --trial 2 -o a-trial-2"

@@ -15,11 +15,13 @@ from helpers_records import make_candidate, make_measurement
 from autocompress.config import RunConfig
 from autocompress.decisions import Quantize
 from autocompress.plan import CompressionPlan
+from autocompress.records import Drop
 from autocompress.report.card import model_card
 from autocompress.scoring import Accuracy
 
 PLAN = CompressionPlan((("head", Quantize(weight_bits=8, activation_bits=8)),))
 TEST = Accuracy(value=0.83, low=0.81, high=0.85, loss=0.5, rows=700, predictions="")
+DROP = Drop(0.009, -0.002, 0.02)
 
 
 MACHINE: dict[str, Any] = {"system": "Linux x86_64", "cpu": {"name": "Some CPU", "features": ["avx2", "avx512_vnni"]}}
@@ -31,7 +33,7 @@ def card(
     score = make_measurement(accuracy=0.85, size_bytes=12_340_000, ratio=0.25)
     measured = dataclasses.replace(score, fingerprint={**MACHINE, **fingerprint})
     run = RunConfig.from_mapping({"name": name, "model": {"id": model}, "data": {"source": "demo/movies"}})
-    return model_card(make_candidate(7, plan=plan), run, "openvino", measured, TEST, 0.991)
+    return model_card(make_candidate(7, plan=plan), run, "openvino", measured, TEST, DROP, 0.991)
 
 
 def rows(text: str) -> dict[str, str]:
@@ -43,6 +45,7 @@ def test_its_numbers_are_those_that_it_was_given() -> None:
     found = rows(card(versions={"openvino": "1", "torch": "2"}))
     assert found["Accuracy, search split"].startswith("85.00 % [")
     assert found["Accuracy, held-out test split"] == "83.00 % [81.00, 85.00], 700 rows"
+    assert found["Accuracy lost, held-out test split"] == "0.9 points (-0.2 to 2.0)"
     assert found["Selection optimism"].startswith("+2.00 points")
     assert found["Size"] == "12.34 MB"
     assert found["Latency over the uncompressed model's"] == "0.250 [0.245, 0.255]"

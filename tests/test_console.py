@@ -53,6 +53,7 @@ def test_a_point_is_told_with_its_intervals() -> None:
     told: dict[str, Any] = console.about(candidate)
     assert told["trial"] == 7
     assert told["accuracy"] == [0.85, candidate.score.accuracy_low, candidate.score.accuracy_high]
+    assert told["accuracy_drop"] == list(candidate.score.drop or ())
     assert told["latency_ratio"] == [0.5, candidate.score.latency_ratio_low, candidate.score.latency_ratio_high]
     json.dumps(told)
 

@@ -99,8 +99,8 @@ def test_a_folder_is_held_against_what_it_says(runtime: Runtime, exported: Path)
 
 
 def test_latencies_of_another_protocol_are_not_compared(runtime: Runtime, exported: Path) -> None:
-    change(exported, schema=1)
-    with pytest.raises(ExportError, match=r"schema must be 2, got 1, of a version .* export the trial again"):
+    change(exported, schema=2)
+    with pytest.raises(ExportError, match=r"schema must be 3, got 2, of a version .* export the trial again"):
         exported_folder.measure(exported, pairs=8)
     assert not runtime.loaded
 

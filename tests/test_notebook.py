@@ -29,6 +29,7 @@ def test_a_candidate_tells_its_numbers_and_its_blocks(tmp_path: Path) -> None:
     html = dataclasses.replace(SEARCH[2], plan=plan, folder=tmp_path)._repr_html_()
     assert "83.0 % (80.5 to 85.2)" in html
     assert "4.00 (3.92 to 4.08)" in html
+    assert "5.0 points (4.0 to 6.0)" in html
     assert "<tr><td>1</td><td>12</td><td>full</td><td>w32</td><td>768</td><td>full</td><td>w32</td></tr>" in html
 
 
@@ -41,6 +42,15 @@ def test_without_its_folder_a_candidate_tells_its_numbers_alone(tmp_path: Path) 
 
 def test_a_failed_one_tells_why() -> None:
     assert "FAIL: logits: not finite" in SEARCH[5]._repr_html_()
+
+
+def test_off_a_notebook_they_say_themselves_in_short() -> None:
+    assert repr(SEARCH[2]) == "<trial 2: 83.0 %, 15.0 MB, 4.0 ms (4.00x faster), ffn 0: 66 neurons w8a8>"
+    assert repr(SEARCH[5]) == "<trial 5: FAIL, logits: not finite>"
+    front = repr(front_of(SEARCH))
+    assert front.startswith("<front of 3 points: fastest <trial 0: 87.5 %, ")
+    assert "knee <trial 2: " in front
+    assert repr(front_of([])) == "<front without a point>"
 
 
 def test_nothing_from_outside_is_markup() -> None:

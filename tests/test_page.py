@@ -92,6 +92,7 @@ def test_the_page_opens_with_the_reference_and_three_recommendations(tmp_path: P
     text = Page(report(tmp_path, SEARCH)).text.replace("\xa0", " ")
     assert "The uncompressed reference has 88.0 % (85.8 to 89.9) accuracy, 90.0 MB and 16.0 ms." in text
     assert "Fastest within 1 percentage point of accuracy trial 0 with 87.5 %" in text
+    assert "accuracy, 0.5 points (-0.5 to 1.5) less than the reference's on the same rows, 40.0 MB" in text
     assert "Smallest within 1 percentage point of accuracy trial 1 with 87.2 %" in text
     assert "Knee of the front trial 2 with 83.0 %" in text
     assert "15.0 MB (6.0x smaller), 4.0 ms (4.00x faster, 3.92 to 4.08)" in text
@@ -138,6 +139,7 @@ def test_the_program_is_given_every_candidate(tmp_path: Path) -> None:
     assert found["front"] == [1, 1, 1, 0, 0, 0]
     assert found["feasible"][4] == 0
     assert found["accuracy"] == [87.5, 87.2, 83, 80, 86, None]
+    assert found["drop"] == pytest.approx([0.5, 0.8, 5, 8, 2, None])
     assert found["size"] == [40, 30, 15, 45, 12, None]
     assert found["ms"] == pytest.approx([12.8, 14.4, 4, 15.2, 3.2, None])
     assert [[data["parts"][n] for n in plan] for plan in found["plan"]][2] == ["ffn 0: 66 neurons w8a8"]

@@ -64,6 +64,13 @@ def test_a_divergence_below_zero_or_not_finite_is_refused(value: float) -> None:
         dataclasses.replace(make_measurement(), divergence=value).check()
 
 
+@pytest.mark.parametrize("field", ["accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.001, 1.001])
+def test_a_drop_outside_its_range_is_refused(field: str, value: float) -> None:
+    with pytest.raises(MeasurementError, match=rf"^{field}: must be within -1\.\.1, got "):
+        dataclasses.replace(make_measurement(), **{field: value}).check()
+
+
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_peak_memory_that_is_not_positive_is_refused(value: int) -> None:
     with pytest.raises(MeasurementError, match=r"^peak_memory_bytes: must be > 0, got "):
@@ -75,6 +82,13 @@ def test_what_was_not_measured_may_be_missing() -> None:
     assert (score.divergence, score.peak_memory_bytes, score.confirmed, score.stages) == (None, None, False, {})
     both = dataclasses.replace(score, divergence=0.0, peak_memory_bytes=1)
     assert both.check() is both
+
+
+def test_a_record_without_a_drop_has_none() -> None:
+    stored = json.loads(make_measurement().to_json())
+    older = {name: value for name, value in stored.items() if not name.startswith("accuracy_drop")}
+    assert Measurement.from_json(json.dumps(older)).check().drop is None
+    assert Measurement.from_json(json.dumps(stored)).drop == (0.88 - 0.85, 0.87 - 0.85, 0.89 - 0.85)
 
 
 def test_json_round_trip_is_exact() -> None:

@@ -324,11 +324,13 @@ def picked(searched: Path) -> Candidate:
     return api.open_study(searched).front().pick(prefer="accuracy")
 
 
-def logits_through(folder: Path, run: RunConfig, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits and classes of a split, from nothing but an exported folder and the data."""
+def logits_through(
+    folder: Path, run: RunConfig, split: str, *, model: Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits and classes of a split, from nothing but an exported folder (or another ``model``) and the data."""
     from transformers import AutoTokenizer
 
-    artifact = Artifact.open(folder)
+    artifact = Artifact.open(model or folder)
     about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
     session = get_runtime(artifact.runtime).load(artifact, TargetConfig(**about["target"]))
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
@@ -378,6 +380,26 @@ def test_an_exported_folder_runs_without_this_package(
     right = [label == about["labels"][number] for (label, _, _), (_, _, number) in zip(found, rows, strict=True)]
     assert sum(right) / len(rows) == about["test"]["value"], "exactly as its card says"
     assert all(1 / len(about["labels"]) <= float(share) <= 1 for _, share, _ in found)
+
+
+def test_what_an_export_loses_is_held_against_the_same_held_out_rows(exported: Path, searched: Path) -> None:
+    run, folder = RunConfig.from_file(searched / "run.yaml"), exported / "openvino"
+    ours, labels = logits_through(folder, run, "test")
+    theirs, _ = logits_through(folder, run, "test", model=searched / "artefacts" / "reference")
+    right, expected = ours.argmax(axis=1) == labels, theirs.argmax(axis=1) == labels
+    found = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))["test_drop"]
+    assert found["value"] == pytest.approx(expected.mean() - right.mean())
+    assert -1 <= found["low"] <= found["value"] <= found["high"] <= 1
+    # For the next export; on these rows alone.
+    assert len(np.load(searched / "artefacts" / "reference" / "test-logits.npy")) == len(labels)
+
+
+def test_what_a_candidate_loses_is_held_against_the_reference(searched: Path) -> None:
+    study = api.open_study(searched)
+    assert study.reference.drop == (0, 0, 0)
+    scores = [c.score for c in study.candidates() if c.measurement is not None]
+    assert [s.accuracy_drop for s in scores] == pytest.approx([study.reference.accuracy - s.accuracy for s in scores])
+    assert all(s.drop is not None and s.drop.low <= s.drop.value <= s.drop.high for s in scores)
 
 
 def test_the_artefact_that_was_scored_is_the_one_that_ships(exported: Path, searched: Path) -> None:

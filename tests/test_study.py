@@ -848,6 +848,20 @@ def test_another_model_data_or_machine_is_refused(
     assert rows(folder) == before
 
 
+def test_latencies_that_were_taken_otherwise_are_read_and_not_added_to(
+    drive: Callable[..., Study], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = drive()
+    evaluate(study, 2)
+    study.close()
+    before = rows(folder)
+    monkeypatch.setattr("autocompress.study.LATENCY_PROTOCOL", "of another version")
+    with pytest.raises(StudyError, match=r"took latencies otherwise.* retarget .* -o NEW measures its front anew"):
+        drive()
+    assert rows(folder) == before
+    assert len(Study(folder, run_of()).candidates()) == 2
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

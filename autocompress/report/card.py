@@ -10,9 +10,9 @@ import yaml
 from autocompress import machine
 from autocompress.config import RunConfig
 from autocompress.hub import published_name
-from autocompress.records import Candidate, Measurement
+from autocompress.records import Candidate, Drop, Measurement
 from autocompress.report.script import needs_of
-from autocompress.report.tables import one_line
+from autocompress.report.tables import drop_words, one_line
 
 if TYPE_CHECKING:
     from autocompress.scoring import Accuracy
@@ -28,6 +28,7 @@ def model_card(
     runtime: str,
     measured: Measurement,
     test: Accuracy,
+    test_drop: Drop,
     agreement: float,
     *,
     timed: bool = True,
@@ -47,6 +48,7 @@ def model_card(
     rows = [
         ("Accuracy, search split", _percent(measured.accuracy, measured.accuracy_low, measured.accuracy_high)),
         ("Accuracy, held-out test split", _percent(test.value, test.low, test.high) + f", {test.rows} rows"),
+        ("Accuracy lost, held-out test split", drop_words(test_drop)),
         ("Selection optimism", f"{(measured.accuracy - test.value) * 100:+.2f} points (search split minus test split)"),
         ("Size", f"{measured.size_bytes / 1e6:.2f} MB"),
         (_LATENCY, f"{measured.latency_ms:.2f} ms median, {measured.latency_p90_ms:.2f} ms 90th percentile"),

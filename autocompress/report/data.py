@@ -21,9 +21,12 @@ _BETWEEN = "; "
 """Between the parts of a plan's words."""
 K = TypeVar("K")
 _NUMBERS: dict[str, Callable[[Measurement], float | None]] = {
-    "accuracy": lambda score: 100 * score.accuracy,
-    "accuracy_low": lambda score: 100 * score.accuracy_low,
-    "accuracy_high": lambda score: 100 * score.accuracy_high,
+    "accuracy": lambda score: _percent(score.accuracy),
+    "accuracy_low": lambda score: _percent(score.accuracy_low),
+    "accuracy_high": lambda score: _percent(score.accuracy_high),
+    "drop": lambda score: _percent(score.accuracy_drop),
+    "drop_low": lambda score: _percent(score.accuracy_drop_low),
+    "drop_high": lambda score: _percent(score.accuracy_drop_high),
     "size": size_mb,
     "ms": lambda score: score.latency_ms,
     "p90": lambda score: score.latency_p90_ms,
@@ -74,6 +77,10 @@ def page_data(
 
 def _columns(scores: Sequence[Measurement | None]) -> dict[str, list[float | None]]:
     return {name: [None if s is None else _short(read(s)) for s in scores] for name, read in _NUMBERS.items()}
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _short(value: float | None) -> float | None:

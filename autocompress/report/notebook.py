@@ -10,7 +10,7 @@ from autocompress.anatomy import ModelShape
 from autocompress.front import Front
 from autocompress.records import Candidate
 from autocompress.report.blocks import BlockPicture, Picture
-from autocompress.report.tables import FRONT_HEADINGS, accuracy_words, front_rows, one_line, short, size_mb
+from autocompress.report.tables import FRONT_HEADINGS, accuracy_words, drop_words, front_rows, one_line, short, size_mb
 
 _BLOCK_HEADINGS = ("block", "heads", "rank", "bits", "neurons", "rank", "bits")
 
@@ -33,8 +33,10 @@ def candidate_html(candidate: Candidate) -> str:
     else:
         score = candidate.score
         interval = f"{1 / score.latency_ratio_high:.2f} to {1 / score.latency_ratio_low:.2f}"
+        lines.append(("accuracy", accuracy_words(score)))
+        if score.drop is not None:
+            lines.append(("lost on the same rows", drop_words(score.drop)))
         lines += [
-            ("accuracy", accuracy_words(score)),
             ("size", f"{short(size_mb(score))} MB"),
             ("latency", f"{short(score.latency_ms)} ms median, {short(score.latency_p90_ms)} ms 90th percentile"),
             ("times faster", f"{1 / score.latency_ratio:.2f} ({interval})"),

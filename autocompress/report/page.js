@@ -377,13 +377,17 @@
   function numbers(i) {
     const rows = [
       ["accuracy", percent(all, i)],
+      ...(all.drop[i] === null ? [] : [["lost on the same rows", lost(i)]]),
       ["size", `${short(all.size[i])} MB, ${smaller(all, i)}`],
       ["latency", `${short(all.ms[i])} ms median, ${short(all.p90[i])} ms 90th percentile`],
       ["against the reference", faster(all, i)],
       ["scored in", `${short(all.seconds[i])} s`],
     ];
-    if (all.memory[i] !== null) rows.splice(3, 0, ["memory", `${short(all.memory[i])} MB`]);
+    if (all.memory[i] !== null) rows.splice(-2, 0, ["memory", `${short(all.memory[i])} MB`]);
     return make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]));
+  }
+  function lost(i) {
+    return `${all.drop[i].toFixed(1)} points (${all.drop_low[i].toFixed(1)} to ${all.drop_high[i].toFixed(1)})`;
   }
   function bitsOf(words) {
     return Number(words.slice(1).split("a")[0]);

@@ -34,6 +34,7 @@ from autocompress.report.importance import importance_figure, importances
 from autocompress.report.tables import (
     FRONT_HEADINGS,
     accuracy_words,
+    drop_words,
     front_rows,
     one_line,
     short,
@@ -233,9 +234,10 @@ def _recommendation(point: Candidate, names: Sequence[str], reference: Measureme
     within = " and ".join(name for name in names if name != KNEE)
     labels = [f"{within} within 1 percentage point of accuracy"] if within else []
     label = ", ".join(labels + ["knee of the front"] * (KNEE in names))
+    lost = "" if score.drop is None else f", {drop_words(score.drop)} less than the reference's on the same rows"
     return (
         f"<strong>{label[0].upper()}{label[1:]}</strong> {_link(point.number, 'trial ')} with {accuracy_words(score)} "
-        f"accuracy, {short(size_mb(score))} MB ({times_smaller(score, reference)}), {short(score.latency_ms)} ms "
+        f"accuracy{lost}, {short(size_mb(score))} MB ({times_smaller(score, reference)}), {short(score.latency_ms)} ms "
         f'({times_faster(score, interval=True)}). <span class="soft">{escape(one_line(point.plan.words()))}</span>'
     )
 

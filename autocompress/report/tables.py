@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.front import Front
-from autocompress.records import Candidate, Measurement
+from autocompress.records import Candidate, Drop, Measurement
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +31,9 @@ _COLUMNS: dict[str, tuple[str, Callable[[Candidate], Any]]] = {
     "accuracy": ("float64", _score("accuracy")),
     "accuracy_low": ("float64", _score("accuracy_low")),
     "accuracy_high": ("float64", _score("accuracy_high")),
+    "accuracy_drop": ("float64", _score("accuracy_drop")),
+    "accuracy_drop_low": ("float64", _score("accuracy_drop_low")),
+    "accuracy_drop_high": ("float64", _score("accuracy_drop_high")),
     "size_bytes": ("Int64", _score("size_bytes")),
     "latency_ms": ("float64", _score("latency_ms")),
     "latency_p90_ms": ("float64", _score("latency_p90_ms")),
@@ -172,6 +175,15 @@ def trade_words(point: Measurement, other: Measurement) -> str:
     return ", ".join(said) or "the same"
 
 
+def candidate_words(candidate: Candidate) -> str:
+    """Say what a candidate is, in short: its score without intervals, or why it has none, and its plan."""
+    score = candidate.measurement
+    if score is None:
+        return f"{candidate.state}, {one_line(candidate.failure or 'no reason given')}"
+    said = f"{100 * score.accuracy:.1f} %, {short(size_mb(score))} MB, {short(score.latency_ms)} ms"
+    return f"{said} ({times_faster(score)}), {one_line(candidate.plan.words())}"
+
+
 def candidate_line(candidate: Candidate, done: int, total: int, reference: Measurement) -> str:
     """Say one finished candidate on one line of plain text.
 
@@ -270,6 +282,11 @@ def front_table(front: Front) -> Table:
 def size_mb(score: Measurement) -> float:
     """Return the size in megabytes of 1e6 bytes."""
     return score.size_bytes / 1e6
+
+
+def drop_words(drop: Drop) -> str:
+    """Say what is lost of the reference's accuracy on the same rows, with its interval."""
+    return f"{100 * drop.value:.1f} points ({100 * drop.low:.1f} to {100 * drop.high:.1f})"
 
 
 def accuracy_words(score: Measurement) -> str:
