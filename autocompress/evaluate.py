@@ -41,7 +41,6 @@ from autocompress.transforms.prune import cut_to_blocks
 from autocompress.transforms.vocabulary import check_needed
 from autocompress.trial import CannotReachFront, Rivals, Trial
 
-_TEST_LOGITS_FILE = "test-logits.npy"
 _ACCURACY_BATCH, _ACCURACY_STEP = 16, 4
 """Rows per call and multiple of tokens where a runtime's logits depend on neither: little padding and few shapes."""
 
@@ -201,8 +200,8 @@ class Workshop(Bases):
 
     @cached_property
     def reference_logits_on_test(self) -> np.ndarray:
-        """What the uncompressed model makes of the held-out rows; kept beside it, for the next export."""
-        file = self.reference_folder / _TEST_LOGITS_FILE
+        """What the uncompressed model makes of the held-out rows; kept beside it, for the next export of these data."""
+        file = self.reference_folder / f"test-logits-{self.task.fingerprint}.npy"
         if not file.exists():
             found = scoring.logits_of(self.stand.reference, self.splits["test"], self.batches("test"))
             with suppress(OSError):  # one exports from a folder that one may not write to, too

@@ -342,8 +342,7 @@ def summarize(moments: Sequence[Sequence[Pair]], *, seed: int) -> Latency:
     """Turn times into quantiles and a ratio with its interval.
 
     What disturbs a run makes it longer, never shorter, and small models more than large ones: which quarter of the runs
-    is the fastest depends on that far less than which half is. The ratio is of these lower quartiles; that of medians
-    differs twice as much from one time to another where other machines share the caches.
+    is the fastest depends on that far less than which half is. The ratio is of these lower quartiles.
 
     The interval comes from a two-stage bootstrap, moments first and then pairs within each (Davison and Hinkley 1997,
     "Bootstrap Methods and their Application", section 3.8): pairs of one moment share the state of the machine.
