@@ -75,11 +75,13 @@ class Adding(Session):
 def busy_cores() -> Iterator[None]:
     """Keep every core busy with another process."""
     command = [sys.executable, "-S", "-c", "print(1, flush=True)\nwhile True: pass"]
-    hogs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(len(os.sched_getaffinity(0)))]
+    cores = os.sched_getaffinity(0)
+    hogs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in cores]
     try:
-        for hog in hogs:
+        for hog, core in zip(hogs, cores, strict=True):
             assert hog.stdout is not None
             assert hog.stdout.readline() == b"1\n"
+            os.sched_setaffinity(hog.pid, {core})  # two on one core would leave another one free for a while
         yield
     finally:
         for hog in hogs:
