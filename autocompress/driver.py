@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autocompress import scoring
 from autocompress.cluster import Cluster
 from autocompress.config import RunConfig
 from autocompress.distribute import Workers
@@ -324,9 +325,9 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
             f"{run.data.max_tokens} tokens, 95 % Wilson interval",
             "size": "bytes of the artefact's model files",
             "latency": f"{run.search.latency_pairs} pairs of blocks of runs, of candidate and reference in turn, each "
-            "block after as many runs that are not timed, at moments between the rows "
-            f"({run.search.confirm_pairs} in rounds over all points for points of the front, loaded anew in between), "
-            f"inputs of {run.target.batch_size} x {run.target.tokens} tokens, "
+            f"block of runs under {1e3 * scoring.SHORT_S:g} ms after as many that are not timed, at moments between "
+            f"the rows ({run.search.confirm_pairs} in rounds over all points for points of the front, loaded anew in "
+            f"between), inputs of {run.target.batch_size} x {run.target.tokens} tokens, "
             + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")
             + ", lower quartile of the candidate's runs over that of the reference's with its 95 % bootstrap interval "
             "over moments and pairs; where those of a front were taken twice it includes by how much they drift from "

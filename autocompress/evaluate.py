@@ -321,7 +321,7 @@ class Workshop(Bases):
 
     def ready(self) -> None:
         """Load what is left of what every candidate needs, so that the first one is not charged for it."""
-        self.stand.reference.run(self.inputs(Artifact.open(self.reference_folder)))
+        _ = self.stand.reference
         # The first build of a process imports the converter and its like.
         with torch_threads(self.run.target.threads), tempfile.TemporaryDirectory() as scratch:
             self.build(CompressionPlan(), Path(scratch) / "first")

@@ -64,10 +64,8 @@ def time_against_stand_in(artifact: Artifact, target: TargetConfig, vocabulary: 
     runtime, reference = get_runtime(artifact.runtime), Artifact.open(artifact.folder / "reference")
     inputs, clock = scoring.timing_inputs(artifact.inputs, target, vocabulary, 0), scoring.clock_of(target)
     # A loaded model's speed depends a little on where its memory came to lie: load both anew for each share of pairs.
-    times = [
-        scoring.paired_times(
-            runtime.load(artifact, target), runtime.load(reference, target), inputs, pairs=share, clock=clock
-        )
-        for share in (pairs // _LOADS + (number < pairs % _LOADS) for number in range(_LOADS))
-    ]
+    times = []
+    for share in (pairs // _LOADS + (number < pairs % _LOADS) for number in range(_LOADS)):
+        ours, beside = (scoring.ready(runtime.load(each, target), inputs) for each in (artifact, reference))
+        times.append(scoring.paired_times(ours, beside, inputs, pairs=share, clock=clock))
     return scoring.summarize(times, seed=0)

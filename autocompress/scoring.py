@@ -25,7 +25,9 @@ from autocompress.task import Batch, Split
 
 _MOST_RUNS, _FEWEST_RUNS = 10, 2
 """Runs of a block; the latter where they take long."""
-_BLOCK_S = 0.016
+SHORT_S = 0.008
+"""Below this, runs need others before them that are not timed."""
+_BLOCK_S = _FEWEST_RUNS * SHORT_S
 """Time after which a block has enough runs."""
 _ATTEMPTS = 5
 """How often a block is timed by wall clock whose threads waited for a core for more than `DISTURBED` of its time."""
@@ -265,7 +267,7 @@ def _quietest_row(session: Session, inputs: Mapping[str, np.ndarray], clock: Cal
 
 def _row(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> np.ndarray:
     times: list[float] = []
-    # By the shortest: the first run may have to prepare itself for this shape.
+    # By the shortest: one may have been disturbed.
     while len(times) < _FEWEST_RUNS or (len(times) < _MOST_RUNS and len(times) * min(times) < _BLOCK_S):
         start = clock()
         session.run(inputs)
@@ -295,12 +297,12 @@ def paired_times(
     """Time blocks of runs, of the candidate and the reference in turn; who goes first alternates.
 
     A run after one of another model finds its weights and its code out of the caches. A small model loses more by that
-    than a large one, and how much depends on the order of runs and on what else the machine does: each block therefore
-    follows as many runs that are not timed.
+    than a large one, and how much depends on the order of runs and on what else the machine does: each block of short
+    runs therefore follows as many that are not timed.
 
     Args:
-        candidate: a loaded artefact.
-        reference: the uncompressed model in the same runtime.
+        candidate: a loaded artefact that is `ready`.
+        reference: the uncompressed model in the same runtime, ready, too.
         inputs: of the target's shape, for both.
         pairs: of blocks.
         clock: seconds.
@@ -320,8 +322,17 @@ def paired_times(
     return found
 
 
+def ready(session: Session, inputs: Mapping[str, np.ndarray]) -> Session:
+    """Run a loaded artefact once, for which it may have to prepare itself for the inputs' shape, and return it."""
+    session.run(inputs)
+    return session
+
+
 def block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> Block:
     """Time runs in a row, after such a row that is not timed.
+
+    Where by CPU time two runs fill a block, there is none: long ones are alike from the first on
+    (``benchmarks/latency_estimators.py``).
 
     By wall clock, what other programs took of the cores would count: a row whose threads stood ready without a core is
     timed again, a few times, and of all of them the one that waited least is taken.
@@ -329,9 +340,11 @@ def block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[]
     Raises:
         MeasurementError: if a run took no measurable time.
     """
-    _row(session, inputs, clock)
-    by_wall = clock is time.perf_counter
-    found = _quietest_row(session, inputs, clock) if by_wall else Block(_row(session, inputs, clock))
+    found = Block(_row(session, inputs, clock))
+    if clock is time.perf_counter:
+        found = _quietest_row(session, inputs, clock)
+    elif len(found.seconds) > _FEWEST_RUNS:
+        found = Block(_row(session, inputs, clock))
     if not (found.seconds > 0).all():
         untimed = int((found.seconds <= 0).sum())
         raise MeasurementError(f"latency: {untimed} of {found.seconds.size} runs took no measurable time")

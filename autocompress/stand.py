@@ -63,7 +63,10 @@ class Stand:
 
     def load(self, artifact: Artifact) -> Session:
         with slot.working():
-            return self._runtime.load(artifact, self._target)
+            return self._loaded(artifact)
+
+    def _loaded(self, artifact: Artifact) -> Session:
+        return scoring.ready(self._runtime.load(artifact, self._target), self._of(artifact))
 
     def pairs(self, session: Session, artifact: Artifact, count: int) -> list[scoring.Pair]:
         """Time a loaded artefact against the reference."""
@@ -107,7 +110,7 @@ class Stand:
             for turn in range(count):
                 # A part of them before each round, so that rounds lie apart.
                 due = [place for place in range(len(held)) if turn == 0 or (turn - 1 - place) % _ROUNDS_A_LOAD == 0]
-                sessions.update(zip(due, self._loaded([held[place] for place in due]), strict=True))
+                sessions.update(zip(due, self._load_all([held[place] for place in due]), strict=True))
                 if turn == 0 and quiet is not None:
                     quiet()
                 if progress is not None:
@@ -125,10 +128,10 @@ class Stand:
                         )
         return times
 
-    def _loaded(self, artefacts: Sequence[Artifact]) -> list[Session]:
+    def _load_all(self, artefacts: Sequence[Artifact]) -> list[Session]:
         # Nothing else runs yet: a load takes one core for a good part of a second.
         with slot.working(), ThreadPoolExecutor(machine.cores()) as pool:
-            return list(pool.map(lambda artifact: self._runtime.load(artifact, self._target), artefacts))
+            return list(pool.map(self._loaded, artefacts))
 
 
 def together(artefacts: Sequence[Artifact], most_bytes: int) -> Iterator[range]:

@@ -92,7 +92,11 @@ WAYS: dict[str, tuple[Part, Part, tuple[tuple[int, ...], tuple[int, ...]]]] = {
     "lower quartiles, first runs timed": (none_before, over(quartiles), ((BEFORE,), (BEFORE,))),
     "lower quartiles, first runs timed, too": (all_of_them, over(quartiles), ((BEFORE, TIMED), (BEFORE, TIMED))),
 }
-"""Which runs count, what is made of them, and what has to be run for it: of the candidate, and of the reference."""
+"""Which runs count, what is made of them, and what has to be run for it: of the candidate, and of the reference.
+
+A search takes lower quartiles, with runs before those that are timed where these are short, which the demo's reference
+are not.
+"""
 
 
 def time_all(folder: Path, out: Path) -> None:

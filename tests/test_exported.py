@@ -87,7 +87,8 @@ def test_all_pairs_are_taken_over_several_loads(runtime: Runtime, exported: Path
     assert runtime.loaded == ["out", "reference"] * 4
     assert timed.ratio == pytest.approx(1 / 3)
     block = {"out": 2 * 10, "reference": 2 * 6}
-    assert runtime.now == pytest.approx(pairs * (0.001 * block["out"] + 0.003 * block["reference"]))
+    once = 4 * (0.001 + 0.003)  # after each load, for which it may have to prepare itself
+    assert runtime.now == pytest.approx(once + pairs * (0.001 * block["out"] + 0.003 * block["reference"]))
 
 
 def test_a_folder_is_held_against_what_it_says(runtime: Runtime, exported: Path) -> None:

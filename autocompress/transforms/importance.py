@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from autocompress.anatomy import BlockShape, columns_of
 from autocompress.model import Autocast, EncoderModel
 from autocompress.task import Batch
-from autocompress.transforms.moments import AS_READ_BY, Moments, OfBlocks
+from autocompress.transforms.moments import AS_READ_BY, Moments, OfBlocks, outer_products
 from autocompress.transforms.surgery import order_of_removal
 from autocompress.transforms.vocabulary import TokenUse
 
@@ -207,7 +207,9 @@ class _Gates:
         for (number, role), values in self._read.items():
             # d loss / d gate = sum over tokens (and a head's width) of activation times its gradient, row by row;
             # over the runs, too, of a block that is run several times, as its gates are the same in all of them.
-            gate = torch.stack([(value.detach() * _slope(value)).double().sum(dim=1) for value in values]).sum(dim=0)
+            gate = torch.stack(
+                [(value.detach() * _slope(value)).sum(dim=1, dtype=torch.float64) for value in values]
+            ).sum(dim=0)
             if role == "output":
                 gate = gate.reshape(len(gate), self._blocks[number].heads, -1).sum(dim=2)
             (self.heads if role == "output" else self.neurons)[number] += gate.square().sum(dim=0)
@@ -241,9 +243,9 @@ class _Outputs:
 
     def look(self, batch: Batch) -> None:
         slopes = torch.stack([_slope(output) for output in self._returned]).sum(dim=0)
-        at_words = slopes[self._words(batch)].double().numpy()
-        # NumPy computes one half of it, the other one being the same; in single precision it may lack definiteness.
-        self._sum = self._sum + torch.from_numpy(at_words.T @ at_words)
+        # In single precision it may lack definiteness.
+        at_words = slopes[self._words(batch)].double()
+        self._sum = self._sum + outer_products(at_words)
         self._count += len(at_words)
         self._returned.clear()
 

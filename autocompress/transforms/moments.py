@@ -7,6 +7,7 @@ which factors of a given rank (`factorize.py`) and which 4-bit weights (`quantiz
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from autocompress.task import Batch
 _ROLES = ("query", "output", "ffn_in", "ffn_out")
 AS_READ_BY = {"key": "query", "value": "query"}
 """Roles that read what another one reads, under whose name the moments are kept."""
+_STRIPS = 4
+"""Parts of the channels whose products with themselves and what follows are computed at once."""
 _DAMPING = 0.01
 """Part of the mean variance that is added to each variance: channels can be constant, or more than the tokens."""
 
@@ -60,6 +63,24 @@ class Moments:
         return found + damping * torch.eye(len(found), dtype=found.dtype)
 
 
+def outer_products(rows: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the outer products of ``rows``, ``rows x channels``, with themselves: exactly symmetric.
+
+    One half is computed, and by torch, as all around it is: the threads of NumPy's BLAS would share the cores with
+    torch's, which spin for a while when they have nothing to do.
+    """
+    channels = rows.shape[1]
+    found = rows.new_empty(channels, channels)
+    ends = [channels * part // _STRIPS for part in range(_STRIPS + 1)]
+    with torch.autocast("cpu", enabled=False):  # where a model is run in half precision, sums would not stay definite
+        for start, end in itertools.pairwise(ends):
+            torch.mm(rows[:, start:end].T, rows[:, start:], out=found[start:end, start:])
+            corner = found[start:end, start:end]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+            found[end:, start:end] = found[start:end, end:].T
+    return found
+
+
 class Spread:
     """Sums over the tokens of several batches about the mean of the first one.
 
@@ -80,8 +101,7 @@ class Spread:
         away = values - self.about
         self.tokens += len(away)
         self.first += away.sum(dim=0)
-        # NumPy computes one half of it, the other one being the same. In half precision sums would not stay definite.
-        self.second += torch.from_numpy(away.numpy().T @ away.numpy())
+        self.second += outer_products(away)
         return away
 
     def mean(self) -> torch.Tensor:
