@@ -157,10 +157,11 @@ def drop(logits: np.ndarray, reference: np.ndarray, rows: Split) -> Drop:
 
 def divergence(logits: np.ndarray, reference: np.ndarray) -> float:
     """Return the mean Kullback-Leibler divergence of ``logits`` from ``reference`` (``rows x classes``), in nats."""
-    return float(_divergences(logits, reference).mean())
+    return float(divergences(logits, reference).mean())
 
 
-def _divergences(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def divergences(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return that of each row, ``rows``."""
     wanted = _log_probabilities(reference)
     # A divergence is not negative; rounding can make a tiny one so.
     terms = (np.exp(wanted) * (wanted - _log_probabilities(logits))).sum(axis=1)
@@ -210,7 +211,7 @@ class Bound:
         if self.guide == "loss":
             parts = -_log_probabilities(seen)[np.arange(len(done)), labels]
         else:
-            parts = _divergences(seen, reference[list(done)])
+            parts = divergences(seen, reference[list(done)])
         least = float(parts.sum()) / len(rows)
         if least < self.cost:
             return None

@@ -60,6 +60,7 @@ OPTIONS = {
 LEFT_OUT = "methods-left-out"
 PLANS = "methods-plans"
 JOINT = "methods-joint"
+ESTIMATORS, ROUNDS = "latency-estimators", (4, 6, 12)
 PEOPLE = ("people-export", "people-report")
 COST, VOLUME = "search-cost", "search-hypervolume"
 SEARCH = (COST, VOLUME, TOOLS, "search-rungs", "search-engine-cost")
@@ -315,6 +316,26 @@ def joint_table() -> str:
     return "\n".join([f"{said}; {reproduced(JOINT)}.", "", *lines])
 
 
+def estimators_table() -> str:
+    """Return how far latency ratios differ between processes, by what is made of the runs and how many there are."""
+    content = contents(ESTIMATORS)
+    figures = {figure["name"]: figure for figure in content["figures"]}
+    over = ": ratio over that of lower quartiles"
+    lines = [
+        f"| | ratio | {' | '.join(f'{rounds} pairs: differs by (time)' for rounds in ROUNDS)} |",
+        f"|---|---|{'---|' * len(ROUNDS)}",
+    ]
+    for way in [name.removesuffix(over) for name in figures if name.endswith(over)]:
+        cells = [f"{figures[way + over]['value']:.3f}"]
+        for rounds in ROUNDS:
+            of = f"{way}, {rounds} rounds of 1: "
+            apart, spent = figures[f"{of}standard deviation between processes"], figures[f"{of}what is run takes"]
+            low, high = (100 * end for end in apart["interval"])
+            cells.append(f"{apart['value']:.1%} [{low:.1f}, {high:.1f}] ({1e3 * spent['value']:.0f} ms)")
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join([f"{measured_on(content)}; {reproduced(ESTIMATORS)}.", "", *lines])
+
+
 def put(page: Path, parts: Mapping[str, str]) -> None:
     """Write parts of a page between the marks of their names."""
     text = page.read_text(encoding="utf-8")
@@ -343,6 +364,7 @@ def tables() -> None:
     )
     effects = {name: methods_table(file, METHODS[file], only) for name, (file, only) in OPTIONS.items()}
     put(ROOT / "docs" / "options.md", effects | {"joint": joint_table()})
+    put(ROOT / "docs" / "scoring.md", {"estimators": estimators_table()})
     clusters = [table(file.stem) for file in sorted(FIGURES.glob("cluster-*.json"))]
     put(ROOT / "docs" / "clusters.md", {"cluster": "\n\n".join(clusters)})
 

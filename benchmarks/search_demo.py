@@ -176,8 +176,9 @@ def killed(bench: Bench, folder: Path) -> None:
     finished = pd.read_csv(folder / "study.csv")
     bench.run(*arguments, log="resumed")
     after = pd.read_csv(folder / "study.csv")
-    kept = finished.number.isin(after.number).all() and set(finished.plan_id) <= set(after.plan_id)
-    bench.add("kill -9: finished candidates lost", 0 if kept else 1, "0 = none", "0", kept)
+    known, still = ({*zip(f.number, f.plan_id, strict=True)} for f in (finished, after))
+    lost = len(known - still)
+    bench.add("kill -9: finished candidates lost", lost, "candidates", "0", lost == 0)
     from optuna.trial import TrialState
 
     from autocompress.api import open_study
