@@ -27,7 +27,7 @@ from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.transforms.student import Repeated
 
 _HALF_TABLES = "openvino"
-"""Runtime that unpacks rows of 8-bit tables in half precision."""
+"""Runtime that stores scales of 8-bit tables in half precision."""
 
 
 class CompressedForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyped-call]

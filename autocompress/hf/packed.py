@@ -32,7 +32,7 @@ class Stored:
         bias: whether there is one.
         rounded: whether what is multiplied is rounded to 8 bits first.
         tokens: of a table that was trimmed, how many tokens there are; else 0.
-        half: whether rows of a table are unpacked in half precision, as OpenVINO does at 8 bits.
+        half: whether scales of a table are in half precision, as OpenVINO stores them at 8 bits.
     """
 
     bits: int
@@ -178,8 +178,9 @@ class PackedEmbedding(_Holder):
             ids = self.get_buffer("index")[ids].long()
         if not self.stored.half:
             return functional.embedding(ids, self.matrix())
-        rows = functional.embedding(ids, self.get_buffer("values")).half()
-        return (rows * functional.embedding(ids, self.get_buffer("scales").half())).float()
+        # Multiplied in single precision: what is rounded otherwise here is rounded otherwise in every layer after it.
+        scales = functional.embedding(ids, self.get_buffer("scales").half())
+        return functional.embedding(ids, self.get_buffer("values")).float() * scales.float()
 
 
 def _in_planes(weight: Packed) -> np.ndarray:
