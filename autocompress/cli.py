@@ -301,12 +301,14 @@ def _picked(
 def _share(text: str | None) -> float | None:
     if text is None:
         return None
+    in_percent = text.strip().endswith("%")
     try:
-        value = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+        value = float(text.strip().removesuffix("%")) / (100 if in_percent else 1)
     except ValueError:
         value = float("nan")
-    if not 0 <= value <= 1:
-        raise ConfigError(f"--max-accuracy-drop: must be 0%..100% or 0..1, got {text!r}")
+    # Who writes 1 means 1 %, and would get no limit at all.
+    if not 0 <= value <= 1 or (value == 1 and not in_percent):
+        raise ConfigError(f"--max-accuracy-drop: must be 0%..100% or a share below 1, such as 0.01, got {text!r}")
     return value
 
 

@@ -203,7 +203,7 @@ def load(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> Task:
     if len(train) < 2 * config.search_rows:
         raise DataError(
             f"data.search_rows: must be <= half of the {len(train)} training rows of {config.source}, got "
-            f"{config.search_rows}"
+            f"{config.search_rows}; give fewer, such as --set data.search_rows={max(10, len(train) // 3)}"
         )
     train.sort(key=_hash_of)
     search, train = train[: config.search_rows], train[config.search_rows :]
@@ -323,7 +323,8 @@ def _clean(raw: pd.DataFrame, config: DataConfig) -> pd.DataFrame:
         if column not in raw.columns:
             field = "text_pair" if key == "pair" else key
             raise DataError(
-                f"data.{field}: column {column!r} is not in {config.source}; it has {', '.join(map(str, raw.columns))}"
+                f"data.{field}: column {column!r} is not in {config.source}; it has "
+                f"{', '.join(map(str, raw.columns))}; name one with --set data.{field}=..."
             )
     frame = pd.DataFrame({key: raw[column] for key, column in wanted.items()})
     if config.split in raw.columns:

@@ -724,12 +724,12 @@ def test_limits_that_nothing_satisfies_name_the_nearest(
     assert said in line
 
 
-@pytest.mark.parametrize("drop", ["x", "-1%", "101%", "1.01", "nan", "", "%"])
+@pytest.mark.parametrize("drop", ["x", "-1%", "101%", "1", "1.01", "nan", "", "%"])
 def test_an_accuracy_drop_that_is_no_share_is_a_usage_error(
     call: Call, results: Callable[..., Path], drop: str
 ) -> None:
     line = call("pick", results(), f"--max-accuracy-drop={drop}").line(2)
-    assert line.startswith("--max-accuracy-drop: must be 0%..100% or 0..1, got ")
+    assert line.startswith("--max-accuracy-drop: must be 0%..100% or a share below 1, such as 0.01, got ")
 
 
 def test_a_pick_says_why_and_what_its_neighbours_trade(call: Call, results: Callable[..., Path]) -> None:

@@ -232,7 +232,7 @@ class TestRefusals:
         ("field", "value"), [("text", "sentence"), ("label", "sentiment"), ("text_pair", "hypothesis")]
     )
     def test_a_missing_column(self, tmp_path: Path, field: str, value: str) -> None:
-        why = rf"data\.{field}: column '{value}' is not in .*; it has text, label"
+        why = rf"data\.{field}: column '{value}' is not in .*; it has text, label; name one with --set data\.{field}="
         self.refused(saved(tmp_path, frame()), why, **{field: value})
 
     @pytest.mark.parametrize("column", ["text", "label"])
@@ -243,7 +243,7 @@ class TestRefusals:
 
     def test_not_enough_rows(self, tmp_path: Path) -> None:
         data = frame().assign(split=["train"] * 79 + ["test"] * 21)
-        why = r"data\.search_rows: must be <= half of the 79 training rows .*, got 40"
+        why = r"data\.search_rows: must be <= half of the 79 training rows .*, got 40; .* --set data\.search_rows=26"
         self.refused(saved(tmp_path, data), why, search_rows=40)
         assert len(task.load(config(saved(tmp_path, data), search_rows=39)).splits["search"]) == 39
 
