@@ -332,8 +332,8 @@ def ready(session: Session, inputs: Mapping[str, np.ndarray]) -> Session:
 def block(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> Block:
     """Time runs in a row, after such a row that is not timed.
 
-    Where by CPU time two runs fill a block, there is none: long ones are alike from the first on
-    (``benchmarks/latency_estimators.py``).
+    Where by CPU time two runs fill a block, there is none: with and without, the ratios to the demo's reference, which
+    is so slow, are the same (``benchmarks/latency_estimators.py``).
 
     By wall clock, what other programs took of the cores would count: a row whose threads stood ready without a core is
     timed again, a few times, and of all of them the one that waited least is taken.
