@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,8 +59,16 @@ def search(
     Raises:
         AutocompressError: if the run cannot be started or continued; finished candidates are kept in any case.
     """
+    new = not results_of(run, out).exists()
     folder = results_folder(run, out)
-    driver.drive(run, folder, progress=progress, watch=watch, cluster=cluster)
+    try:
+        driver.drive(run, folder, progress=progress, watch=watch, cluster=cluster)
+    except BaseException:
+        if new:
+            with suppress(OSError):  # which holds something by now
+                (folder / "artefacts").rmdir()
+                folder.rmdir()
+        raise
     return open_study(folder)
 
 
@@ -70,7 +78,7 @@ def results_folder(run: RunConfig, out: str | Path | None) -> Path:
     Raises:
         StudyError: if it cannot be written to, or the default one leads out of ``results``.
     """
-    folder = Path(out) if out is not None else RESULTS / run.name
+    folder = results_of(run, out)
     try:
         inside = out is not None or folder.resolve().is_relative_to(RESULTS.resolve())
     except (OSError, RuntimeError):  # a link to itself
@@ -85,6 +93,11 @@ def results_folder(run: RunConfig, out: str | Path | None) -> Path:
     except OSError as error:
         raise StudyError(f"{folder}: cannot be written to ({error.strerror}); give another folder with --out") from None
     return folder
+
+
+def results_of(run: RunConfig, out: str | Path | None) -> Path:
+    """Return where the results of a run are, or will be."""
+    return Path(out) if out is not None else RESULTS / run.name
 
 
 def open_study(folder: str | Path) -> Study:
@@ -298,9 +311,14 @@ def validate(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def forecast(run: RunConfig) -> Forecast:
-    """Say what a search will take on this machine, from counts and a few measured moments."""
-    return _forecast(run)
+def forecast(run: RunConfig, *, progress: Progress = silent) -> Forecast:
+    """Say what a search will take on this machine, from counts and a few measured moments.
+
+    Args:
+        run: the run file.
+        progress: told what happens, a line at a time.
+    """
+    return _forecast(run, progress)
 
 
 @contextmanager

@@ -224,10 +224,18 @@ class Bases(Trained):
     def needs_training(self, plan: CompressionPlan) -> bool:
         """Return whether the student that ``plan`` starts from has not been distilled yet."""
         student = plan.of_type(Student).get(MODEL_SITE)
-        if student is None or repr(student) in self._bases:
-            return False
+        return student is not None and not self._is_trained(student)
+
+    def _is_trained(self, student: Student) -> bool:
+        if repr(student) in self._bases:
+            return True
         made_from = self._distilled_from(student.to_dict(), self._budget(student), self.run.seed)
-        return not self.bank.path("distilled", made_from).is_dir()
+        return self.bank.path("distilled", made_from).is_dir()
+
+    @property
+    def untrained(self) -> int:
+        """How many students plans may start from that have not been distilled yet."""
+        return sum(not self._is_trained(s) for s in students_of(self._space_file, self.teacher.shape).values())
 
     def _student(self, student: Student) -> EncoderModel:
         # From the teacher's logits alone, which are there for all students: a search waits for them.

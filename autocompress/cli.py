@@ -110,12 +110,16 @@ def init(
         model = model or typer.prompt("model: demo/minilm, a local folder or a hub id", default="demo/minilm")
         data = data or typer.prompt("data: demo/movies, a file or a datasets id", default="demo/movies")
         target = target or typer.prompt("runtime: openvino or onnxruntime", default="openvino")
+    rows = None
     if data is not None:
         columns = runfile.columns_of(data)
         text, label = (_column(name, given, columns, asks) for name, given in (("text", text), ("label", label)))
         for name, given in (("text", text), ("label", label)):
             runfile.check_column(given or name, columns, data)
-    content = runfile.run_text(out.name, name=name_, model=model, data=data, text=text, label=label, target=target)
+        rows = runfile.search_rows_of(data, text, label)
+        name_ = name_ or runfile.name_of(data)
+    wanted = {"name": name_, "model": model, "data": data, "text": text, "label": label, "target": target}
+    content = runfile.run_text(out.name, {**wanted, "search_rows": rows})
     out.write_text(content, encoding="utf-8")
     typer.echo(f"wrote {out}; next: autocompress search {out}")
 
@@ -162,7 +166,7 @@ def plan(
     from autocompress import api
 
     found = api.validate(config)["space"]
-    forecast = api.forecast(config).to_dict()
+    forecast = api.forecast(config, progress=console.progress).to_dict()
     if as_json:
         console.result({**found, "forecast": forecast}, True)
         return
@@ -207,21 +211,35 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search for compressed models; run again to continue."""
-    config = _run(run, model, data, space, target, set_)
+    config = _named(run, _run(run, model, data, space, target, set_), data, out)
     from autocompress import api
 
     cluster = _cluster(address, insecure)
-    folder = api.results_folder(config, out)
     try:
         with console.live() as watch:
-            study = api.search(config, folder, progress=console.progress, watch=watch, cluster=cluster)
+            study = api.search(config, out, progress=console.progress, watch=watch, cluster=cluster)
     except KeyboardInterrupt:
         console.progress("interrupted; run the same command again to continue")
         raise
     console.front_of(study, as_json)
     if not as_json:
-        typer.echo(f"report: {folder / 'report.html'}")
-        typer.echo(f"next: autocompress export {folder} --pick knee --format openvino -o OUT")
+        typer.echo(f"report: {study.folder / 'report.html'}")
+        typer.echo(f"next: autocompress export {study.folder} --pick knee --format openvino -o OUT")
+
+
+def _named(run: str, config: Any, data: str | None, out: Path | None) -> Any:
+    """Return a run of the demo's file on other data by the name of these, where it is not that of a study already."""
+    from autocompress import runfile
+    from autocompress.api import results_of
+    from autocompress.config import RunConfig
+
+    name = None if run != "demo" or data is None or config.name != "demo" else runfile.name_of(data)
+    if name is None:
+        return config
+    begun = results_of(config, out) / "run.yaml"
+    if begun.is_file() and (known := RunConfig.from_file(begun)).name == "demo" and (out or known.data == config.data):
+        return config
+    return config.model_copy(update={"name": name})
 
 
 def _cluster(address: str | None, insecure: bool) -> Cluster | None:
@@ -405,7 +423,10 @@ def measure(
     """Time an exported folder on this machine against its reference."""
     from autocompress import api
 
-    console.result(api.measure(folder) if pairs is None else api.measure(folder, pairs=pairs), as_json)
+    found = api.measure(folder) if pairs is None else api.measure(folder, pairs=pairs)
+    console.result(found, as_json)
+    if not as_json:
+        typer.echo(console.words_of_measured(found))
 
 
 class Listing(StrEnum):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 15.0
 """Between two lines that say how far a search is, off a terminal."""
+_WIDE = 120
+"""Columns from which on plans have room beside the numbers of a front."""
 
 
 def progress(line: str) -> None:
@@ -34,6 +36,14 @@ def wait() -> None:
     """Return when the user interrupts."""
     with suppress(KeyboardInterrupt):
         threading.Event().wait()
+
+
+class Interval(list[float]):
+    """A value and the ends of its 95 % interval."""
+
+    def __str__(self) -> str:
+        value, low, high = self
+        return f"{value:.4g} (95 % interval {low:.4g} to {high:.4g})"
 
 
 def result(data: Any, as_json: bool) -> None:
@@ -48,7 +58,8 @@ def result(data: Any, as_json: bool) -> None:
 def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if isinstance(data, dict):
         return [row for key, value in data.items() for row in _flat(value, f"{prefix}.{key}" if prefix else str(key))]
-    return [(prefix, ", ".join(map(str, data)) if isinstance(data, list) else data)]
+    in_a_row = isinstance(data, list) and not isinstance(data, Interval)
+    return [(prefix, ", ".join(map(str, data)) if in_a_row else data)]
 
 
 def front_of(study: Study, as_json: bool) -> None:
@@ -59,9 +70,14 @@ def front_of(study: Study, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from autocompress.report.tables import front_table
+    from autocompress.report.tables import front_table, plan_lines
 
-    Console().print(front_table(front))
+    console = Console()
+    beside = console.width >= _WIDE
+    console.print(front_table(front, plans=beside))
+    if not beside:
+        for line in plan_lines(front):
+            typer.echo(line)
 
 
 @contextmanager
@@ -120,11 +136,11 @@ def about(candidate: Candidate) -> dict[str, Any]:
         "trial": candidate.number,
         "plan_id": candidate.plan.plan_id,
         "plan": candidate.plan.words(),
-        "accuracy": [score.accuracy, score.accuracy_low, score.accuracy_high],
-        **({"accuracy_drop": list(score.drop)} if score.drop is not None else {}),
+        "accuracy": Interval([score.accuracy, score.accuracy_low, score.accuracy_high]),
+        **({"accuracy_drop": Interval(score.drop)} if score.drop is not None else {}),
         "size_bytes": score.size_bytes,
         "latency_ms": score.latency_ms,
-        "latency_ratio": [score.latency_ratio, score.latency_ratio_low, score.latency_ratio_high],
+        "latency_ratio": Interval([score.latency_ratio, score.latency_ratio_low, score.latency_ratio_high]),
     }
 
 
@@ -150,8 +166,8 @@ def about_exports(candidate: Candidate, exports: Mapping[str, Export]) -> dict[s
             "trial": candidate.number,
             "plan": candidate.plan.words(),
             "search_accuracy": shipped.measurement.accuracy,
-            "test_accuracy": [shipped.test.value, shipped.test.low, shipped.test.high],
-            "test_accuracy_drop": list(shipped.test_drop),
+            "test_accuracy": Interval([shipped.test.value, shipped.test.low, shipped.test.high]),
+            "test_accuracy_drop": Interval(shipped.test_drop),
             "selection_optimism": shipped.measurement.accuracy - shipped.test.value,
             "size_bytes": shipped.measurement.size_bytes,
             **_times_of(shipped),
@@ -170,6 +186,19 @@ def _times_of(shipped: Export) -> dict[str, Any]:
         "latency_ratio_in_search": shipped.latency_ratio_in_search,
         "reloaded_predictions": "identical",
     }
+
+
+def words_of_measured(found: Mapping[str, Any]) -> str:
+    """Say what `autocompress.measure` found, held against what the search stored."""
+    now, low, high = (found[f"latency_ratio{end}"] for end in ("", "_low", "_high"))
+    stored = found["stored_latency_ratio"]
+    where = "" if found["same_machine"] else ", which is of another machine"
+    verdict = "within" if low <= stored <= high else "beyond"
+    return (
+        f"{1 / now:.2f}x as fast as the reference, {1 / high:.2f} to {1 / low:.2f} with 95 % confidence; the search "
+        f"stored {1 / stored:.2f}x{where}: {verdict} this interval. Ratios are of lower quartiles of runs in turn, "
+        "milliseconds are medians, so that they do not divide to the same."
+    )
 
 
 def about_moves(moved: Sequence[Moved]) -> list[dict[str, Any]]:

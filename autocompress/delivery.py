@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autocompress import hub, scoring
+from autocompress import hub, scoring, timing
 from autocompress.config import RunConfig
 from autocompress.errors import ExportError
 from autocompress.evaluate import Workshop, kept_logits
@@ -282,7 +282,7 @@ def _put(made: Path, out: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _reload(folder: Path, workshop: Workshop, scratch: Path) -> tuple[np.ndarray, scoring.Latency]:
+def _reload(folder: Path, workshop: Workshop, scratch: Path) -> tuple[np.ndarray, timing.Latency]:
     """Return the search rows' logits and the latency from a process that knows only the exported folder and the rows.
 
     The latency is taken as `measure` takes it later: in a process that holds nothing else, against the stand-in.
@@ -294,7 +294,7 @@ def _reload(folder: Path, workshop: Workshop, scratch: Path) -> tuple[np.ndarray
         "pairs": CONFIRMING_PAIRS,
     }
     _elsewhere("autocompress.reload", str(folder), str(scratch), json.dumps(about))
-    timed = scoring.Latency(**json.loads((scratch / "latency.json").read_text(encoding="utf-8")))
+    timed = timing.Latency(**json.loads((scratch / "latency.json").read_text(encoding="utf-8")))
     return read_logits(scratch), timed
 
 

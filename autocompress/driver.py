@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocompress import scoring
+from autocompress import timing
 from autocompress.cluster import Cluster
 from autocompress.config import RunConfig
 from autocompress.distribute import Workers
@@ -34,6 +34,7 @@ from autocompress.refine import drop_dominated, refine
 from autocompress.report import tables
 from autocompress.report.tables import write_aside
 from autocompress.results import BASELINES, write_predictions, write_results
+from autocompress.seeds import count_uniform
 from autocompress.stopwatch import Stopwatch
 from autocompress.storage import holds_study
 from autocompress.study import Study
@@ -64,6 +65,7 @@ class SearchStatus:
         front: as it stands.
         gain: hypervolume over that of the uniform plans measured so far, or None without any.
         seconds_each: wall time a candidate, since this command began to evaluate.
+        untrained: students that plans may start from and that are not distilled yet, which takes time of its own.
     """
 
     done: int
@@ -73,6 +75,7 @@ class SearchStatus:
     front: Front
     gain: float | None
     seconds_each: float
+    untrained: int = 0
 
     @property
     def seconds_left(self) -> float:
@@ -81,10 +84,13 @@ class SearchStatus:
 
     def words(self) -> str:
         """Say it on one line."""
+        students = "a student" if self.untrained == 1 else f"{self.untrained} students"
+        apart = f", training of {students} apart" if self.untrained else ""
         gain = "" if self.gain is None else f", hypervolume {self.gain:.2f}x the uniform plans'"
         return (
             f"{self.done}/{self.total} candidates, {self.failed} failed, {self.stopped} stopped early, "
             f"{len(self.front)} on the front{gain}, {self.seconds_each:.1f} s each, {self.seconds_left:.0f} s left"
+            f"{apart}"
         )
 
 
@@ -187,6 +193,11 @@ def _evaluate(
     run = study.run
     total, reference, majority = run.search.trials, study.reference, workshop.majority
     progress(f"evaluating {study.remaining} of {total} candidates with {workshop.runtime.name}")
+    if run.search.seeds and total <= (uniform := count_uniform(workshop.space)):
+        progress(
+            f"a search starts with {uniform} uniform plans, and {total} trials leave nothing to search for beyond "
+            f"them; give more, such as --set search.trials={2 * uniform}"
+        )
     began, before, due = time.perf_counter(), study.finished, 0.0
 
     def told(candidate: Candidate) -> None:
@@ -203,7 +214,7 @@ def _evaluate(
             drop_dominated(study, workshop.artefacts, candidate)
         if watch is not None:
             each = (time.perf_counter() - began) / (study.finished - before)
-            watch(_status(study, reference, majority, each))
+            watch(_status(study, reference, majority, each, workshop.untrained))
 
     if exchange is not None:
         exchange.put(workshop.reference_folder.name, workshop.reference_folder)
@@ -232,7 +243,7 @@ def _fetch(exchange: Depot, study: Study, candidate: Candidate, artefacts: Path)
     exchange.remove(plan_id)
 
 
-def _status(study: Study, reference: Any, majority: float, each: float) -> SearchStatus:
+def _status(study: Study, reference: Any, majority: float, each: float, untrained: int) -> SearchStatus:
     candidates = study.candidates()
     states = Counter(c.state for c in candidates)
     ladder = volume([c for c in candidates if c.origin == "uniform"], reference, majority)
@@ -245,6 +256,7 @@ def _status(study: Study, reference: Any, majority: float, each: float) -> Searc
         front=front,
         gain=volume(front.points, reference, majority) / ladder if ladder > 0 else None,
         seconds_each=each,
+        untrained=untrained,
     )
 
 
@@ -309,6 +321,9 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
                 write_aside(file, json.dumps(later | found, indent=1))
             return
     progress("measuring the uncompressed model")
+    cut = workshop.splits["search"].cut
+    if cut:
+        progress(tables.cut_words(cut, len(workshop.splits["search"]), workshop.run.data.max_tokens))
     measured = workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))
     run = workshop.run
     environment = {
@@ -317,6 +332,7 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
         "majority": workshop.majority,
         "shared_rows": workshop.task.shared_rows,
         "shape": dataclasses.asdict(workshop.teacher.shape),
+        "cut_rows": cut,
         "machine": workshop.timed_on,
         "target": target,
         "runtime_options": workshop.fingerprint["runtime_options"],
@@ -325,7 +341,7 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
             f"{run.data.max_tokens} tokens, 95 % Wilson interval",
             "size": "bytes of the artefact's model files",
             "latency": f"{run.search.latency_pairs} pairs of blocks of runs, of candidate and reference in turn, each "
-            f"block of runs under {1e3 * scoring.SHORT_S:g} ms after as many that are not timed, at moments between "
+            f"block of runs under {1e3 * timing.SHORT_S:g} ms after as many that are not timed, at moments between "
             f"the rows ({run.search.confirm_pairs} in rounds over all points for points of the front, loaded anew in "
             f"between), inputs of {run.target.batch_size} x {run.target.tokens} tokens, "
             + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")

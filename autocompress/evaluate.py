@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from autocompress import machine, recovery, scoring, slot
+from autocompress import machine, recovery, scoring, slot, timing
 from autocompress.anatomy import before_drop
 from autocompress.bases import RANGE_ROWS, Bases
 from autocompress.config import RunConfig
@@ -177,7 +177,7 @@ class Workshop(Bases):
         return Stand(self.runtime, self.run.target, self.reference_folder, inputs)
 
     def inputs(self, artifact: Artifact) -> dict[str, np.ndarray]:
-        return scoring.timing_inputs(artifact.inputs, self.run.target, self.vocabulary, self.run.seed)
+        return timing.inputs_of(artifact.inputs, self.run.target, self.vocabulary, self.run.seed)
 
     @property
     def majority(self) -> float:
@@ -381,7 +381,7 @@ class Workshop(Bases):
         times = (self.device or self.stand).rounds(artefacts, pairs, quiet=quiet, progress=progress)
         found = []
         for (_, measured), parts in zip(points, times, strict=True):
-            timed = scoring.summarize(parts, seed=self.run.seed)
+            timed = timing.summarize(parts, seed=self.run.seed)
             found.append(dataclasses.replace(measured, **timed.fields(), confirmed=True).check())
         return found
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from autocompress import machine, scoring
+from autocompress import machine, timing
 from autocompress.config import TargetConfig
 from autocompress.errors import ExportError
 from autocompress.records import Measurement
@@ -59,13 +59,13 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
     }
 
 
-def time_against_stand_in(artifact: Artifact, target: TargetConfig, vocabulary: int, pairs: int) -> scoring.Latency:
+def time_against_stand_in(artifact: Artifact, target: TargetConfig, vocabulary: int, pairs: int) -> timing.Latency:
     """Time an exported artefact in turn with the reference in its folder."""
     runtime, reference = get_runtime(artifact.runtime), Artifact.open(artifact.folder / "reference")
-    inputs, clock = scoring.timing_inputs(artifact.inputs, target, vocabulary, 0), scoring.clock_of(target)
+    inputs, clock = timing.inputs_of(artifact.inputs, target, vocabulary, 0), timing.clock_of(target)
     # A loaded model's speed depends a little on where its memory came to lie: load both anew for each share of pairs.
     times = []
     for share in (pairs // _LOADS + (number < pairs % _LOADS) for number in range(_LOADS)):
-        ours, beside = (scoring.ready(runtime.load(each, target), inputs) for each in (artifact, reference))
-        times.append(scoring.paired_times(ours, beside, inputs, pairs=share, clock=clock))
-    return scoring.summarize(times, seed=0)
+        ours, beside = (timing.ready(runtime.load(each, target), inputs) for each in (artifact, reference))
+        times.append(timing.paired_times(ours, beside, inputs, pairs=share, clock=clock))
+    return timing.summarize(times, seed=0)

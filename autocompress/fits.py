@@ -8,6 +8,10 @@ import numpy as np
 
 FEWEST = 12
 """Measured candidates from which on fits are used."""
+_BELIEVED = 0.03
+"""Relative residual up to which a measured latency counts in full: what disturbs a run often makes it much longer."""
+_ROUNDS, _MORE_ROUNDS = 12, 2
+"""Times that a fit is weighted anew, from nothing and from an earlier fit to most of the same."""
 _CHANGES_OF_SETS = 3
 """Times the number of weights that the active set may grow."""
 
@@ -32,20 +36,32 @@ def least_squares(inputs: np.ndarray, outputs: np.ndarray, *, ridge: float) -> F
     return Fit(weights / scale, float(np.sqrt(np.square(left).sum() / freedom)))
 
 
-def relative_fit(inputs: np.ndarray, outputs: np.ndarray) -> Fit:
-    """Fit non-negative weights to relative errors of ``outputs``, which are > 0."""
+def relative_fit(inputs: np.ndarray, outputs: np.ndarray, start: Fit | None = None) -> Fit:
+    """Fit non-negative weights to ratios of ``outputs``, which are > 0, so that few that are far off move it little.
+
+    By Huber's loss, as rounds of weighted least squares; see Holland and Welsch (1977), "Robust regression using
+    iteratively reweighted least-squares". ``start`` is an earlier fit to most of the same.
+    """
     spread = inputs.std(axis=0)
     scale = np.where(spread > 1e-9, spread, 1.0)
     penalty = np.sqrt(1e-4 * len(outputs)) * np.eye(inputs.shape[1])
     penalty[0, 0] = 0.0
-    stacked = np.vstack([inputs / scale / outputs[:, None], penalty])
-    weights = nonnegative(stacked, np.concatenate([np.ones(len(outputs)), np.zeros(len(penalty))])) / scale
+    wanted = np.zeros(len(penalty))
+    weights = None if start is None else start.weights
+    for _ in range(_ROUNDS if start is None else _MORE_ROUNDS):
+        trust = np.ones(len(outputs))
+        if weights is not None:
+            off = np.abs(np.log(np.maximum(inputs @ weights, 1e-4 * outputs) / outputs))
+            trust = np.sqrt(np.minimum(1.0, _BELIEVED / np.maximum(off, 1e-9)))
+        stacked = np.vstack([inputs / scale * (trust / outputs)[:, None], penalty])
+        weights = nonnegative(stacked, np.concatenate([trust, wanted])) / scale
+    assert weights is not None
     left = inputs @ weights / outputs - 1
     freedom = max(1, len(outputs) - int((weights > 0).sum()))
     return Fit(weights, float(np.sqrt(np.square(left).sum() / freedom)))
 
 
-def latency_fit(work: np.ndarray, ratios: np.ndarray, confirmed: np.ndarray) -> Fit:
+def latency_fit(work: np.ndarray, ratios: np.ndarray, confirmed: np.ndarray, start: Fit | None = None) -> Fit:
     """Fit ratios as they are once confirmed, where there are such.
 
     In a search other workers compute beside, which small models and the reference do not bear alike: the factor between
@@ -53,10 +69,10 @@ def latency_fit(work: np.ndarray, ratios: np.ndarray, confirmed: np.ndarray) -> 
     measured too fast are more likely to be confirmed.
     """
     if min(confirmed.sum(), (~confirmed).sum()) < FEWEST:
-        return relative_fit(work, ratios)
-    searched = relative_fit(work[~confirmed], ratios[~confirmed])
+        return relative_fit(work, ratios, start)
+    searched = relative_fit(work[~confirmed], ratios[~confirmed], start)
     factor = float(np.median(ratios[confirmed] / (work[confirmed] @ searched.weights)))
-    return relative_fit(work, np.where(confirmed, ratios, factor * ratios))
+    return relative_fit(work, np.where(confirmed, ratios, factor * ratios), start)
 
 
 def nonnegative(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ from autocompress.pieces import reads_moments
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Measurement
 from autocompress.space import SearchSpace, Value
-from autocompress.trained import torch_threads
+from autocompress.trained import Progress, silent, torch_threads
 
 _STEPS = 6
 """Training steps that are timed, after one that is not."""
@@ -143,8 +143,8 @@ def _removes(effect: Effect) -> bool:
     return any(decision is not None and decision.structural for decision in effect.values())
 
 
-def forecast(run: RunConfig) -> Forecast:
-    """Count what a search has to do and time a little of it; takes some tens of seconds.
+def forecast(run: RunConfig, progress: Progress = silent) -> Forecast:
+    """Count what a search has to do and time a little of it; takes some tens of seconds, or minutes with students.
 
     Raises:
         AutocompressError: if the run could not be started either.
@@ -160,7 +160,9 @@ def forecast(run: RunConfig) -> Forecast:
         # The time of a forward pass does not depend on what was learned.
         workshop.__dict__["teacher"] = loaded
         space = bind(SearchSpace.load(run.space), loaded.shape, tokens=run.target.tokens)
+        progress(f"timing a few training steps of {run.model.id}")
         epoch = _epoch_seconds(workshop, loaded)
+        progress("timing the uncompressed model, its importance scores and sensitivities")
         started = time.perf_counter()
         reference = workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))
         bank_seconds = time.perf_counter() - started
@@ -169,6 +171,7 @@ def forecast(run: RunConfig) -> Forecast:
         fitted = min(run.data.reconstruction_rows, len(workshop.task.splits["train"])) / workshop.reconstruction_rows
         students = 0.0
         for student in space.students.values():
+            progress(f"timing a few training steps of a {student.words()}, and its scores")
             cut = workshop.cut(student)
             students += student.epochs * _epoch_seconds(workshop, cut, distilled=True)
             # As a student that was distilled: neither building nor running it depends on what it learned.
@@ -176,10 +179,12 @@ def forecast(run: RunConfig) -> Forecast:
             bank_seconds += _judging_seconds(workshop, space, student, scored)
         search, offered = run.search, True in (space.space.reconstruct or ())
         if offered or search.reconstruct or (search.recover and run.recovery.reconstruct):
+            progress("timing the reconstruction of weights")
             for start in (None, *space.students.values()) if offered else (None,):
                 base, scores = workshop.base(start)
                 bank_seconds += scored * _seconds(functools.partial(workshop.made_up_for, base, scores))
                 bank_seconds += fitted * _seconds(functools.partial(workshop.sums(base), 0, "output"))
+        progress(f"building and scoring {_PLANS} plans from each base")
         each, sizes = _candidates(workshop, space, fitted=fitted)
         recovered = _recovered_seconds(workshop, each, epoch=epoch, fitted=fitted)
         most_fitted = search.trials if offered else min(search.trials, _FRONT) if search.reconstruct else 0

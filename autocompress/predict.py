@@ -91,6 +91,7 @@ class Predictor:
             np.array([found.work for found in known]),
             np.array([c.score.latency_ratio for c in measured]),
             np.array([c.score.confirmed for c in measured]),
+            self._fits.get("latency"),
         )
         name, direction = OBJECTIVES[self.guide]
         sign = -1.0 if direction == "maximize" else 1.0

@@ -36,10 +36,12 @@ def report_of(study: Study) -> Report:
     """
     front = study.front()
     environment = study.environment
-    told_elsewhere = ("reference", "key", "schema", "majority", "shared_rows", "shape")
+    told_elsewhere = ("reference", "key", "schema", "majority", "shared_rows", "cut_rows", "shape")
     notes = []
     if shared_rows := environment.get("shared_rows", 0):
         notes.append(f"{shared_rows} texts stand in two splits; the run file accepts that.")
+    if cut := environment.get("cut_rows"):
+        notes.append(f"{tables.cut_words(cut, front.reference.rows, study.run.data.max_tokens)}.")
     if disturbed := [c.number for c in front.points if c.score.disturbed]:
         numbers = ", ".join(map(str, disturbed))
         notes.append(f"Other programs kept the cores busy while the latencies of trials {numbers} were taken.")

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from autocompress import machine, scoring, slot
+from autocompress import machine, slot, timing
 from autocompress.config import TargetConfig
 from autocompress.memory import peak_memory_bytes
 from autocompress.runtimes import Artifact, Runtime, Session, get_runtime
 from autocompress.runtimes.base import ARTIFACT_FILE
 
-Moments = list[list[scoring.Pair]]
+Moments = list[list[timing.Pair]]
 """Pairs of blocks that were taken at different moments."""
 Files = dict[str, bytes]
 """An artefact's files by name, its description among them."""
@@ -66,12 +66,12 @@ class Stand:
             return self._loaded(artifact)
 
     def _loaded(self, artifact: Artifact) -> Session:
-        return scoring.ready(self._runtime.load(artifact, self._target), self._of(artifact))
+        return timing.ready(self._runtime.load(artifact, self._target), self._of(artifact))
 
-    def pairs(self, session: Session, artifact: Artifact, count: int) -> list[scoring.Pair]:
+    def pairs(self, session: Session, artifact: Artifact, count: int) -> list[timing.Pair]:
         """Time a loaded artefact against the reference."""
-        clock = scoring.clock_of(self._target)
-        return scoring.paired_times(session, self.reference, self._of(artifact), pairs=count, clock=clock)
+        clock = timing.clock_of(self._target)
+        return timing.paired_times(session, self.reference, self._of(artifact), pairs=count, clock=clock)
 
     def _of(self, artifact: Artifact) -> Mapping[str, np.ndarray]:
         """Return what an artefact reads of the inputs."""
@@ -103,7 +103,7 @@ class Stand:
         """
         times: list[Moments] = [[] for _ in artefacts]
         reference = Artifact.open(self._reference)
-        clock = scoring.clock_of(self._target)
+        clock = timing.clock_of(self._target)
         for some in together(artefacts, _AT_ONCE_BYTES):
             held = [reference, *(artefacts[n] for n in some)]
             sessions: dict[int, Session] = {}
@@ -122,10 +122,8 @@ class Stand:
                         times[n].append([])
                     with slot.timing():
                         if place % _TO_A_REFERENCE == 1:
-                            beside = scoring.block(sessions[0], self._inputs, clock)
-                        times[n][-1].append(
-                            scoring.Pair.of(scoring.block(sessions[place], self._inputs, clock), beside)
-                        )
+                            beside = timing.block(sessions[0], self._inputs, clock)
+                        times[n][-1].append(timing.Pair.of(timing.block(sessions[place], self._inputs, clock), beside))
         return times
 
     def _load_all(self, artefacts: Sequence[Artifact]) -> list[Session]:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 DEMO_DATA = ("demo/movies", "demo/tweets")
 _TEST_NAMES = ("test", "validation", "eval", "dev")
 
+Row = tuple[str, str | None, int]
+"""Text, second text or None, and class of a row."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -68,6 +71,8 @@ class Split:
     token_type_ids: tuple[tuple[int, ...], ...] | None
     labels: tuple[int, ...]
     pad_id: int = 0
+    cut: int | None = None
+    """How many rows lost tokens beyond the longest that is read; None where the tokenizer does not tell."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,7 +132,7 @@ class Task:
     """
 
     labels: tuple[str, ...]
-    splits: dict[str, tuple[tuple[str, str | None, int], ...]]
+    splits: dict[str, tuple[Row, ...]]
     shared_rows: int = 0
 
     @cached_property
@@ -148,9 +153,7 @@ class Task:
 class _Tokenized(Mapping[str, Split]):
     """Splits as a model reads them. A worker needs none of the training rows, which are most."""
 
-    def __init__(
-        self, rows: Mapping[str, Sequence[tuple[str, str | None, int]]], tokenizer: Any, max_tokens: int
-    ) -> None:
+    def __init__(self, rows: Mapping[str, Sequence[Row]], tokenizer: Any, max_tokens: int) -> None:
         self._rows, self._tokenizer, self._max_tokens = rows, tokenizer, max_tokens
         self._found: dict[str, Split] = {}
 
@@ -166,7 +169,7 @@ class _Tokenized(Mapping[str, Split]):
         return len(self._rows)
 
 
-def _tokenize(rows: Sequence[tuple[str, str | None, int]], tokenizer: Any, max_tokens: int) -> Split:
+def _tokenize(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> Split:
     paired = bool(rows) and rows[0][1] is not None
     pairs = [str(row[1]) for row in rows] if paired else None
     encoded = tokenizer([row[0] for row in rows], pairs, truncation=True, max_length=max_tokens)
@@ -176,6 +179,7 @@ def _tokenize(rows: Sequence[tuple[str, str | None, int]], tokenizer: Any, max_t
         None if types is None else tuple(map(tuple, types)),
         tuple(row[2] for row in rows),
         int(tokenizer.pad_token_id or 0),
+        None if encoded.encodings is None else sum(bool(each.overflowing) for each in encoded.encodings),
     )
 
 
@@ -189,21 +193,11 @@ def load(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> Task:
     Raises:
         DataError: for missing, empty, one-class or unreadable data, labels unknown to the model, or shared rows.
     """
-    frame = _clean(_read(config), config)
-    names = _class_names(frame, labels, config)
-    rows = [
-        (str(text), None if pair is None else str(pair), names.index(label))
-        for text, pair, label in zip(
-            frame["text"], frame["pair"] if config.text_pair else [None] * len(frame), frame["label"], strict=True
-        )
-    ]
-    held_out = frame["test"].tolist() if "test" in frame else _by_hash(rows, config.test_fraction)
-    test = [row for row, out in zip(rows, held_out, strict=True) if out]
-    train = [row for row, out in zip(rows, held_out, strict=True) if not out]
+    names, train, test = _held_apart(config, labels)
     if len(train) < 2 * config.search_rows:
         raise DataError(
             f"data.search_rows: must be <= half of the {len(train)} training rows of {config.source}, got "
-            f"{config.search_rows}; give fewer, such as --set data.search_rows={max(10, len(train) // 3)}"
+            f"{config.search_rows}; give fewer, such as --set data.search_rows={fitting_search_rows(len(train))}"
         )
     train.sort(key=_hash_of)
     search, train = train[: config.search_rows], train[config.search_rows :]
@@ -222,6 +216,36 @@ def load(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> Task:
             "them with data.allow_shared_rows=true, which the report will say"
         )
     return Task(tuple(names), splits, shared)
+
+
+def training_rows(config: DataConfig) -> int:
+    """Return how many rows are not held out for the test, of which those of the search are cut.
+
+    Raises:
+        DataError: if they cannot be read.
+    """
+    return len(_held_apart(config, None)[1])
+
+
+def fitting_search_rows(training_rows: int) -> int:
+    """Return how many of so many rows a search may be scored on and still leave most to train on."""
+    return max(10, training_rows // 3)
+
+
+def _held_apart(config: DataConfig, labels: tuple[str, ...] | None) -> tuple[list[str], list[Row], list[Row]]:
+    """Return the names of the classes, the rows to train and search on, and those held out for the test."""
+    frame = _clean(_read(config), config)
+    names = _class_names(frame, labels, config)
+    rows = [
+        (str(text), None if pair is None else str(pair), names.index(label))
+        for text, pair, label in zip(
+            frame["text"], frame["pair"] if config.text_pair else [None] * len(frame), frame["label"], strict=True
+        )
+    ]
+    held_out = frame["test"].tolist() if "test" in frame else _by_hash(rows, config.test_fraction)
+    test = [row for row, out in zip(rows, held_out, strict=True) if out]
+    train = [row for row, out in zip(rows, held_out, strict=True) if not out]
+    return names, train, test
 
 
 def _read(config: DataConfig) -> pd.DataFrame:
@@ -335,7 +359,8 @@ def _clean(raw: pd.DataFrame, config: DataConfig) -> pd.DataFrame:
     if missing.any():
         first = int(missing.to_numpy().argmax())
         raise DataError(
-            f"data: {config.source}: {int(missing.sum())} rows miss a text or label, the first is row {first + 1}"
+            f"data: {config.source}: {int(missing.sum())} of {len(frame)} rows miss a text or label, the first is row "
+            f"{first + 1}"
         )
     if pd.api.types.is_float_dtype(frame["label"]) and (frame["label"] % 1 == 0).all():
         frame["label"] = frame["label"].astype(int)
@@ -363,15 +388,15 @@ def _class_names(frame: pd.DataFrame, labels: tuple[str, ...] | None, config: Da
     )
 
 
-def _hash_of(row: tuple[str, str | None, int]) -> str:
+def _hash_of(row: Row) -> str:
     return hashlib.sha256(f"{row[0]}\0{row[1] or ''}".encode()).hexdigest()
 
 
-def _by_hash(rows: Sequence[tuple[str, str | None, int]], fraction: float) -> list[bool]:
+def _by_hash(rows: Sequence[Row], fraction: float) -> list[bool]:
     return [int(_hash_of(row)[:8], 16) / 0xFFFFFFFF < fraction for row in rows]
 
 
-def _shared(splits: dict[str, tuple[tuple[str, str | None, int], ...]]) -> int:
+def _shared(splits: dict[str, tuple[Row, ...]]) -> int:
     texts = {name: {(row[0], row[1]) for row in rows} for name, rows in splits.items()}
     pairs = (("train", "search"), ("train", "test"), ("search", "test"))
     return len(set().union(*(texts[a] & texts[b] for a, b in pairs)))

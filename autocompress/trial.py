@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autocompress import scoring, slot
+from autocompress import scoring, slot, timing
 from autocompress.records import Stopped
 from autocompress.runtimes import Artifact, Session
 from autocompress.stand import Moments
@@ -46,10 +46,10 @@ class Trial:
         return self._logits
 
     @property
-    def latency(self) -> scoring.Latency:
+    def latency(self) -> timing.Latency:
         if self._coming is not None:
             self._times, self._coming = self._coming(), None
-        return scoring.summarize(self._times, seed=self._workshop.run.seed)
+        return timing.summarize(self._times, seed=self._workshop.run.seed)
 
     def run(self, front: Rivals, watch: Stopwatch) -> None:
         """Run all rows, unless it shows that the artefact cannot reach ``front``.

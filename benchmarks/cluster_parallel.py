@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from figures import Figures
 
-from autocompress import scoring, slot
+from autocompress import slot, timing
 from autocompress.config import RunConfig
 from autocompress.evaluate import Workshop
 from autocompress.plan import CompressionPlan
@@ -70,7 +70,7 @@ def timed(workshop: Workshop, neighbour: subprocess.Popen[str]) -> Iterator[np.n
                 with slot.timing():  # it holds no turn when it is stopped
                     os.kill(neighbour.pid, order)
                 time.sleep(SETTLE_S)
-                found.append(scoring.runs_of(workshop.stand.pairs(session, artifact, PAIRS)).reshape(2, -1))
+                found.append(timing.runs_of(workshop.stand.pairs(session, artifact, PAIRS)).reshape(2, -1))
         os.kill(neighbour.pid, signal.SIGCONT)
         yield np.stack(found).reshape(ROUNDS, 3, 2, -1).transpose(1, 2, 0, 3)
 
@@ -85,7 +85,7 @@ def shift(of: np.ndarray, over: np.ndarray, rng: np.random.Generator) -> tuple[f
     """
 
     def apart(rounds: np.ndarray) -> np.ndarray:
-        (a, b), (c, d) = (scoring.lower_quartiles(runs[:, rounds].reshape(2, len(rounds), -1)) for runs in (of, over))
+        (a, b), (c, d) = (timing.lower_quartiles(runs[:, rounds].reshape(2, len(rounds), -1)) for runs in (of, over))
         return np.asarray(a / b / (c / d) - 1)
 
     [found] = apart(np.arange(ROUNDS)[None])
@@ -150,7 +150,7 @@ def main() -> None:
     for name, value in (("median", np.median(np.abs(again[:, 0]))), ("largest", np.abs(again[:, 0]).max())):
         figures.add(f"latency ratio alone over alone a moment before, {name} of the sizes", float(value), "share")
     figures.more["shifts with their intervals"] = shifts.tolist()
-    figures.more["clock"] = scoring.clock_of(workshop.run.target).__name__
+    figures.more["clock"] = timing.clock_of(workshop.run.target).__name__
     figures.write()
 
 

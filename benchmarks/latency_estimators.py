@@ -19,7 +19,7 @@ import numpy as np
 from cluster_parallel import plans, shop
 from figures import Figures
 
-from autocompress import scoring
+from autocompress import timing
 from autocompress.evaluate import Workshop
 from autocompress.plan import CompressionPlan
 from autocompress.runtimes import Artifact
@@ -39,7 +39,7 @@ def medians(runs: np.ndarray) -> np.ndarray:
 
 
 def quartiles(runs: np.ndarray) -> np.ndarray:
-    return scoring.lower_quartiles(runs.reshape(*runs.shape[:2], -1))
+    return timing.lower_quartiles(runs.reshape(*runs.shape[:2], -1))
 
 
 def fastest(runs: np.ndarray) -> np.ndarray:
@@ -104,15 +104,15 @@ def time_all(folder: Path, out: Path) -> None:
     workshop = shop(folder)
     artefacts = [Artifact.open(workshop.artefacts / plan.plan_id) for plan in chosen(workshop)]
     sessions = [workshop.stand.load(artifact) for artifact in artefacts]
-    reference, clock = workshop.stand.reference, scoring.clock_of(workshop.run.target)
-    runs = np.full((len(sessions), 2, ROUNDS, PAIRS, 2, scoring._MOST_RUNS), np.nan)
+    reference, clock = workshop.stand.reference, timing.clock_of(workshop.run.target)
+    runs = np.full((len(sessions), 2, ROUNDS, PAIRS, 2, timing.MOST_RUNS), np.nan)
     for number in range(ROUNDS):
         for n, (session, artifact) in enumerate(zip(sessions, artefacts, strict=True)):
             inputs = workshop.inputs(artifact)
             for pair in range(PAIRS):
                 for model, loaded in ((CANDIDATE, session), (REFERENCE, reference)):
                     for row in (BEFORE, TIMED):
-                        seconds = scoring._row(loaded, inputs, clock)
+                        seconds = timing.row(loaded, inputs, clock)
                         runs[n, model, number, pair, row, : seconds.size] = seconds
     np.save(out, runs, allow_pickle=False)
 

@@ -405,6 +405,32 @@ def test_an_output_that_cannot_be_written_fails_before_the_search(call: Call, ru
     assert file.read_text(encoding="utf-8") == "content"
 
 
+@pytest.mark.parametrize("given", [[], ["--out", "mine"]])
+def test_a_refused_search_leaves_no_folder(call: Call, run_yaml: Path, tmp_path: Path, given: list[str]) -> None:
+    assert "no such file" in call("search", run_yaml, "--data", "none.csv", *given).line(1)
+    assert not (tmp_path / "results" / "tiny").exists()
+    assert not (tmp_path / "mine").exists()
+    (tmp_path / "kept").mkdir()
+    assert "no such file" in call("search", run_yaml, "--data", "none.csv", "--out", "kept").line(1)
+    assert (tmp_path / "kept").is_dir()
+
+
+def test_a_search_of_the_demos_file_on_other_data_is_called_as_these(tmp_path: Path) -> None:
+    def name(data: str | None, out: Path, *overrides: str, run: str = "demo") -> str:
+        given = [] if data is None else [f"data.source={json.dumps(data)}"]
+        config = RunConfig.from_file("demo", overrides=[*given, *overrides])
+        return str(cli._named(run, config, data, out).name)
+
+    assert name("sub/tickets.csv", tmp_path / "new") == "tickets"
+    assert name(None, tmp_path / "new") == "demo"
+    assert name("tickets.csv", tmp_path / "new", "name=mine") == "mine"
+    assert name("tickets.csv", tmp_path / "new", run="run.yaml") == "demo"
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    write(begun / "run.yaml", RunConfig.from_file("demo", overrides=["data.source=tickets.csv"]).to_yaml())
+    assert name("tickets.csv", begun) == "demo", "a study that was begun keeps its name"
+
+
 def test_a_default_output_that_cannot_be_written_fails_too(call: Call, run_yaml: Path) -> None:
     write(run_yaml.with_name("results"), "a file")
     assert "results/tiny: cannot be written to (" in call("search", run_yaml).line(1)
@@ -460,6 +486,14 @@ def test_init_takes_a_model_data_and_a_name(
     small = ["--set", "data.search_rows=60", "--set", "data.max_tokens=16", "--set", "target.tokens=16"]
     assert call("validate", "run.yaml", *small, "--json").json()["model"]["blocks"] == 3
     assert "#" in (tmp_path / "run.yaml").read_text(encoding="utf-8")
+
+
+def test_init_fits_to_the_data(call: Call, tmp_path: Path, bert_headed_folder: Path, tiny_csv: Path) -> None:
+    assert call("init", "--model", bert_headed_folder, "--data", tiny_csv).code == 0
+    short = ["--set", "data.max_tokens=16", "--set", "target.tokens=16"]
+    found = call("validate", "run.yaml", *short, "--json").json()["data"]["rows"]
+    assert found["search"] == RunConfig.from_file(tmp_path / "run.yaml").data.search_rows < 1000
+    assert RunConfig.from_file(tmp_path / "run.yaml").name == tiny_csv.stem
 
 
 @pytest.mark.parametrize(
@@ -554,9 +588,10 @@ def test_validate_says_what_it_found(call: Call, run_yaml: Path, tmp_path: Path)
 
 
 def test_plan_shows_what_a_search_starts_with(call: Call, run_yaml: Path, tmp_path: Path) -> None:
-    found = call("plan", run_yaml, "--json").json()
+    found = json.loads(call("plan", run_yaml, "--json").out)
     done = call("plan", run_yaml)
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0
+    assert "timing a few training steps" in done.err
     lines = done.out.splitlines()
     assert lines[0] == "student half: student of 3 blocks x 2 heads x 32 neurons"
     seeds = [line.split(": ", 1)[1] for line in lines if line.startswith("seed ")]

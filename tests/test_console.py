@@ -55,7 +55,35 @@ def test_a_point_is_told_with_its_intervals() -> None:
     assert told["accuracy"] == [0.85, candidate.score.accuracy_low, candidate.score.accuracy_high]
     assert told["accuracy_drop"] == list(candidate.score.drop or ())
     assert told["latency_ratio"] == [0.5, candidate.score.latency_ratio_low, candidate.score.latency_ratio_high]
-    json.dumps(told)
+    assert json.loads(json.dumps(told))["accuracy"] == told["accuracy"]
+
+
+def test_intervals_are_said_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    console.result({"a": {"ratio": console.Interval([0.5, 0.49, 0.51234])}, "names": ["x", "y"]}, False)
+    assert capsys.readouterr().out.splitlines() == ["a.ratio: 0.5 (95 % interval 0.49 to 0.5123)", "names: x, y"]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_plans_stand_beside_a_front_or_below_it(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    front = front_of([make_candidate(3, accuracy=0.875, ratio=0.5)])
+    console.front_of(SimpleNamespace(front=lambda: front), False)  # type: ignore[arg-type]
+    printed = capsys.readouterr().out
+    words = front.points[0].plan.words()
+    assert (f"trial 3: {words}" in printed.splitlines()) == (width == 80)
+    assert printed.count(words) == 1
+
+
+@pytest.mark.parametrize(("stored", "verdict"), [(0.505, "within"), (0.42, "beyond")])
+def test_a_measurement_is_held_against_the_stored_one(stored: float, verdict: str) -> None:
+    ratios = {"latency_ratio": 0.5, "latency_ratio_low": 0.49, "latency_ratio_high": 0.51}
+    said = console.words_of_measured({**ratios, "stored_latency_ratio": stored, "same_machine": verdict == "within"})
+    assert said.startswith("2.00x as fast as the reference, 1.96 to 2.04 with 95 % confidence")
+    assert f"stored {1 / stored:.2f}x" in said
+    assert f"{verdict} this interval" in said
+    assert ("another machine" in said) == (verdict == "beyond")
 
 
 def test_on_a_terminal_a_table_shows_what_the_front_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,11 @@ def test_what_is_left_is_at_the_present_speed() -> None:
     assert status(done=40).seconds_left == 0
 
 
+def test_training_that_is_to_come_is_said_beside_the_time_that_is_left() -> None:
+    assert status(untrained=1).words().endswith("70 s left, training of a student apart")
+    assert status(untrained=3).words().endswith("70 s left, training of 3 students apart")
+
+
 def test_a_torn_record_that_was_cut_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a finished study and a workshop of paper, in which there is nothing left to do."""
     folder = tmp_path / "results"
@@ -135,7 +140,9 @@ def test_statuses_count_up_to_the_number_of_candidates(searched: Searched) -> No
     states = [c.state for c in searched.candidates() if c.origin != "recover"]
     assert (last.failed, last.stopped) == (states.count("FAIL"), states.count("PRUNED"))
     assert last.seconds_left == 0
+    assert searched.statuses[0].untrained >= last.untrained
     assert all(status.seconds_each > 0 and 0 < len(status.front) <= status.done for status in searched.statuses)
+    assert not any(line.startswith("a search starts with") for line in searched.lines), "it reaches beyond them"
     assert any(
         line.startswith(f"[ {TRIALS}/{TRIALS}] trial ") or f"{TRIALS}/{TRIALS}" in line for line in searched.lines
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from autocompress.fits import FEWEST, latency_fit, nonnegative
+from autocompress.fits import FEWEST, latency_fit, nonnegative, relative_fit
 
 
 def problems() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -74,3 +74,23 @@ def test_without_enough_of_both_kinds_latencies_are_taken_as_they_are(count: int
     found = latency_fit(work, ratios, np.arange(120) < count)
     assert work @ found.weights == pytest.approx(ratios, rel=1e-3)
     assert found.spread < 1e-3
+
+
+def test_latencies_that_were_disturbed_hardly_move_a_fit() -> None:
+    rng = np.random.default_rng(1)
+    work = np.column_stack([np.ones(200), rng.uniform(0, 1, 200)])
+    true = work @ np.array([0.1, 0.8])
+    disturbed = np.where(np.arange(200) % 8 == 0, 1.4, 1.0) * rng.lognormal(0, 0.01, 200)
+    found = relative_fit(work, true * disturbed)
+    assert work @ found.weights == pytest.approx(true, rel=0.01)
+
+
+def test_a_fit_goes_on_from_an_earlier_one() -> None:
+    rng = np.random.default_rng(2)
+    work = np.column_stack([np.ones(200), rng.uniform(0, 1, (200, 3))])
+    ratios = work @ np.array([0.1, 0.5, 0.0, 0.3]) * rng.lognormal(0, 0.1, 200)
+    known = None
+    for count in range(150, 201):
+        known = relative_fit(work[:count], ratios[:count], known)
+    assert known is not None
+    assert work @ known.weights == pytest.approx(work @ relative_fit(work, ratios).weights, rel=0.005)

@@ -135,7 +135,9 @@ def test_a_model_with_a_head_needs_no_finetuning(
     tiny_run: Callable[..., RunConfig], bert_headed_folder: Path, tiny_bank: Path, tmp_path: Path
 ) -> None:
     kept = everything_below(tiny_bank)
-    found = forecast(tiny_run([f"model.id={bert_headed_folder}"]))
+    lines: list[str] = []
+    found = forecast(tiny_run([f"model.id={bert_headed_folder}"]), lines.append)
+    assert len([line for line in lines if line.startswith(("timing", "building"))]) >= 4
     assert found.finetune_seconds == 0.0
     assert found.recovered_seconds == 0.0, "none is asked for"
     assert found.students_seconds > 0

@@ -101,7 +101,7 @@ def test_results_are_three_files(tmp_path: Path) -> None:
     study = made_study(tmp_path / "new", trials=20, majority=MAJORITY)
     file = study.folder / "environment.json"
     known = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**known, "shared_rows": 3}), encoding="utf-8")
+    file.write_text(json.dumps({**known, "shared_rows": 3, "cut_rows": 250}), encoding="utf-8")
     busy = study.front().points[0]
     study.confirm({busy.number: dataclasses.replace(busy.score, latency_waited=0.2)})
     before = {path.name for path in study.folder.iterdir()}
@@ -113,6 +113,7 @@ def test_results_are_three_files(tmp_path: Path) -> None:
     assert set(front["number"]) == {c.number for c in study.front().points}
     page = (study.folder / "report.html").read_text(encoding="utf-8")
     assert f"<h2>{WORTH}</h2>" in page
+    assert "250 of 1000 search rows (25%) are longer than 64 tokens" in page
     assert "uniform ladder" in page
     assert "No random search was run to hold it against." in page
     assert "3 texts stand in two splits" in page

@@ -6,29 +6,30 @@ from pathlib import Path
 
 import pytest
 
-from autocompress import strict_yaml
+from autocompress import strict_yaml, task
 from autocompress.config import RunConfig
 from autocompress.errors import ConfigError
-from autocompress.runfile import check_column, columns_of, run_text
+from autocompress.runfile import check_column, columns_of, name_of, run_text, search_rows_of
 
 
 def test_what_is_not_asked_for_stays_the_demos() -> None:
-    text = run_text("run.yaml", name=None, model=None)
+    text = run_text("run.yaml", {"name": None, "model": None})
     assert RunConfig.from_mapping(strict_yaml.parse(text, "run.yaml")) == RunConfig.from_file("demo")
     assert text.count("#") > 10
 
 
 def test_whatever_is_asked_for_is_text() -> None:
     odd = "a: b # c \"d\" 'e'"
-    run = RunConfig.from_mapping(strict_yaml.parse(run_text("run.yaml", data=odd, text="t: x", label="l#"), "run.yaml"))
+    text = run_text("run.yaml", {"data": odd, "text": "t: x", "label": "l#"})
+    run = RunConfig.from_mapping(strict_yaml.parse(text, "run.yaml"))
     assert (run.data.source, run.data.text, run.data.label) == (odd, "t: x", "l#")
 
 
 def test_what_would_be_no_run_file_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"mine\.yaml: name: "):
-        run_text("mine.yaml", name="../x")
+        run_text("mine.yaml", {"name": "../x"})
     with pytest.raises(ConfigError, match=r"mine\.yaml: target\.runtime: "):
-        run_text("mine.yaml", target="tflite")
+        run_text("mine.yaml", {"target": "tflite"})
 
 
 def test_columns_are_known_of_local_files(tmp_path: Path) -> None:
@@ -42,3 +43,43 @@ def test_columns_are_known_of_local_files(tmp_path: Path) -> None:
         check_column("text", found, "mine.csv")
     assert columns_of("demo/movies") is None
     check_column("anything", None, "demo/movies")
+
+
+def test_a_file_for_other_data_does_not_tell_of_the_demos() -> None:
+    text = run_text("run.yaml", {"data": "mine.csv"})
+    assert "movie reviews" in run_text("run.yaml", {"name": "x"})
+    assert "movie reviews" not in text
+    assert text.startswith("# Every key can be overridden")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("mine.csv", "mine"),
+        ("folder/My tickets (2026).csv.gz", "My-tickets-2026"),
+        ("demo/tweets", "tweets"),
+        ("owner/set", "set"),
+        ("_x" * 60 + ".csv", ("x_" * 60)[:64]),
+        ("文.csv", None),
+        ("..", None),
+    ],
+)
+def test_a_run_is_called_as_its_data(data: str, expected: str | None) -> None:
+    found = name_of(data)
+    assert found == expected
+    if found is not None:
+        assert RunConfig.from_mapping({"name": found}).name == found
+
+
+def test_few_rows_are_cut_in_proportion(tmp_path: Path, tiny_csv: Path) -> None:
+    rows = search_rows_of(str(tiny_csv), None, None)
+    assert rows is not None
+    read = RunConfig.from_mapping(
+        strict_yaml.parse(run_text("run.yaml", {"data": str(tiny_csv), "search_rows": rows}), "run.yaml")
+    )
+    splits = task.load(read.data).splits
+    assert len(splits["search"]) == rows
+    assert len(splits["train"]) >= 2 * rows - 2
+    assert search_rows_of("demo/movies", None, None) is None
+    (tmp_path / "mine.csv").write_text("text,label\nfine,good\n", encoding="utf-8")
+    assert search_rows_of(str(tmp_path / "mine.csv"), None, None) is None

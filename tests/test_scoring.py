@@ -1,27 +1,20 @@
-"""Scoring: accuracy with its interval, logits in row order, and latency in pairs of blocks."""
+"""Scoring: accuracy with its interval, logits in row order, and what ends a pass early."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, make_tokenizer
+from conftest import make_tokenizer
 
-from autocompress import machine, scoring, task
-from autocompress.config import DataConfig, TargetConfig
+from autocompress import scoring, task
+from autocompress.config import DataConfig
 from autocompress.errors import MeasurementError
-from autocompress.records import DISTURBED
 from autocompress.runtimes.base import Session
 
 
@@ -29,64 +22,6 @@ from autocompress.runtimes.base import Session
 def rows(tiny_csv: Path) -> task.Split:
     loaded = task.load(DataConfig(source=str(tiny_csv), search_rows=60))
     return loaded.tokenized(make_tokenizer("bert"), 16)["search"]
-
-
-class Clock:
-    """Time that passes only when a session runs."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Timed(Session):
-    """Takes given times in turn, the last one for ever."""
-
-    def __init__(self, clock: Clock, seconds: Callable[[int], float], calls: list[str], name: str) -> None:
-        self.clock, self.seconds, self.calls, self.name = clock, seconds, calls, name
-        self.runs = 0
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        self.clock.now += self.seconds(self.runs)
-        self.runs += 1
-        self.calls.append(self.name)
-        return np.zeros((1, 2), dtype=np.float32)
-
-    def close(self) -> None:
-        """Hold nothing."""
-
-
-class Adding(Session):
-    """Adds up numbers: arithmetic in proportion to how many they are."""
-
-    def __init__(self, count: int) -> None:
-        self.numbers = range(count)
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        return np.array([[sum(self.numbers)]], dtype=np.float32)
-
-    def close(self) -> None:
-        """Hold nothing."""
-
-
-@contextlib.contextmanager
-def busy_cores() -> Iterator[None]:
-    """Keep every core busy with another process."""
-    command = [sys.executable, "-S", "-c", "print(1, flush=True)\nwhile True: pass"]
-    cores = os.sched_getaffinity(0)
-    hogs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in cores]
-    try:
-        for hog, core in zip(hogs, cores, strict=True):
-            assert hog.stdout is not None
-            assert hog.stdout.readline() == b"1\n"
-            os.sched_setaffinity(hog.pid, {core})  # two on one core would leave another one free for a while
-        yield
-    finally:
-        for hog in hogs:
-            hog.kill()
-            hog.communicate()
 
 
 class Scripted(Session):
@@ -371,211 +306,3 @@ class TestLogits:
     def test_no_rows_are_refused(self) -> None:
         with pytest.raises(MeasurementError, match="there are no rows to score on"):
             scoring.logits_of(Scripted(lambda *_: [0.0, 1.0]), task.Split((), None, ()), [])
-
-
-class TestLatency:
-    def measure(
-        self,
-        candidate: Callable[[int], float],
-        reference: Callable[[int], float],
-        *,
-        pairs: int = 40,
-        calls: list[str] | None = None,
-        seed: int = 0,
-    ) -> scoring.Latency:
-        clock, noted = Clock(), calls if calls is not None else []
-        taken = scoring.paired_times(
-            Timed(clock, candidate, noted, "candidate"),
-            Timed(clock, reference, noted, "reference"),
-            {"input_ids": np.ones((1, 4), dtype=np.int64)},
-            pairs=pairs,
-            clock=clock,
-        )
-        return scoring.summarize([taken], seed=seed)
-
-    def test_constant_times_give_the_exact_ratio(self) -> None:
-        found = self.measure(lambda _: 0.003, lambda _: 0.012)
-        assert found.p50_ms == pytest.approx(3.0)
-        assert found.p90_ms == pytest.approx(3.0)
-        assert found.reference_ms == pytest.approx(12.0)
-        assert (found.ratio, found.ratio_low, found.ratio_high) == pytest.approx((0.25, 0.25, 0.25))
-
-    def test_the_interval_holds_the_ratio_under_noise(self) -> None:
-        hits, widths = 0, []
-        for seed in range(40):
-            rng = np.random.default_rng(seed)
-            found = self.measure(
-                lambda _, rng=rng: 0.005 * rng.lognormal(0, 0.1), lambda _, rng=rng: 0.01 * rng.lognormal(0, 0.1)
-            )
-            assert found.ratio_low <= found.ratio <= found.ratio_high
-            hits += found.ratio_low <= 0.5 <= found.ratio_high
-            widths.append(found.ratio_high - found.ratio_low)
-        # 95 % of 40 is 38; 33 or fewer have a probability below one in a thousand.
-        assert hits >= 34
-        assert 0.005 < np.mean(widths) < 0.1
-
-    def test_drift_that_both_share_leaves_the_ratio(self) -> None:
-        """The machine becomes twice as slow while measuring."""
-        found = self.measure(lambda n: 0.0004 * (1 + n / 840), lambda n: 0.0008 * (1 + n / 840))
-        assert found.ratio == pytest.approx(0.5, rel=1e-6)
-
-    def test_the_ratio_is_of_lower_quartiles_of_all_runs(self) -> None:
-        def pair(candidate: list[float], reference: list[float]) -> scoring.Pair:
-            return scoring.Pair(np.array(candidate) / 1e3, np.array(reference) / 1e3)
-
-        # 1, 1, 2, 9, 9, 9: a quarter of the way is at 1.25; and 1, 3, 4, 4: at 0.75.
-        pairs = [pair([1, 1, 9], [1]), pair([2], [4, 4]), pair([9, 9], [3])]
-        found = scoring.summarize([pairs], seed=0)
-        assert found.ratio == pytest.approx(1.25 / 2.5)
-        assert found.p50_ms == pytest.approx(5.5)
-        assert found.reference_ms == pytest.approx(3.5)
-        # Of 27 draws three have the first pair and the second one twice (1 over 4), and one the third alone (9 over 3).
-        assert (found.ratio_low, found.ratio_high) == pytest.approx((0.25, 3.0))
-        assert scoring.summarize([pairs[:2], pairs[2:]], seed=0).ratio == found.ratio
-
-    def test_what_disturbs_half_of_the_runs_leaves_the_ratio(self) -> None:
-        """A neighbour on the caches slows a small model by half, and a large one hardly, now and then."""
-        rng = np.random.default_rng(0)
-        found = self.measure(
-            lambda _: 0.001 * (1.5 if rng.random() < 0.6 else 1.0),
-            lambda _: 0.002 * (1.05 if rng.random() < 0.6 else 1.0),
-        )
-        assert found.ratio == pytest.approx(0.5)
-        assert found.p50_ms == pytest.approx(1.5)
-
-    def test_a_few_hiccups_leave_the_ratio(self) -> None:
-        found = self.measure(lambda n: 0.5 if n % 10 == 7 else 0.001, lambda n: 0.9 if n % 10 == 2 else 0.002)
-        assert found.ratio == pytest.approx(0.5)
-        assert found.p50_ms == pytest.approx(1.0)
-
-    def test_a_busy_machine_leaves_the_ratio(self) -> None:
-        """At one thread, where the clock is the process's own time."""
-        with busy_cores():
-            taken = scoring.paired_times(
-                Adding(10_000), Adding(20_000), {}, pairs=60, clock=scoring.clock_of(TargetConfig(threads=1))
-            )
-        found = scoring.summarize([taken], seed=0)
-        # Now and then it is off by a tenth: two threads of one core share more than time.
-        assert found.ratio == pytest.approx(0.5, rel=0.2)
-        assert found.ratio_high < 1, "nor is their order in doubt"
-
-    @pytest.mark.parametrize(
-        ("waits", "rows", "taken"), [([0.0], 1, 0), ([0.5, 0.001], 2, 1), ([0.5, 0.4, 0.6, 0.3, 0.7], 5, 3)]
-    )
-    def test_by_wall_clock_a_block_that_waited_for_a_core_is_timed_again(
-        self, monkeypatch: pytest.MonkeyPatch, waits: list[float], rows: int, taken: int
-    ) -> None:
-        """At several threads: the rows follow one that does not count, and the one that waited least is taken."""
-        # Asked before and after each row of two runs of 10 ms.
-        asked = iter([seconds for share in waits for seconds in (0.0, 0.02 * share)])
-        monkeypatch.setattr(machine, "waited_seconds", lambda: next(asked))
-        now, runs = [0.0], [0]
-
-        def clock() -> float:
-            return now[0]
-
-        class Slow(Adding):
-            def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-                runs[0] += 1
-                now[0] += 0.01 + 1e-6 * runs[0]
-                return super().run(inputs)
-
-        monkeypatch.setattr(scoring.time, "perf_counter", clock)
-        found = scoring.block(Slow(1), {}, clock)
-        assert runs[0] == 2 * (1 + rows)
-        first = 2 * (1 + taken) + 1
-        assert found.seconds == pytest.approx([0.01 + 1e-6 * first, 0.01 + 1e-6 * (first + 1)], abs=1e-9)
-        assert found.waited == pytest.approx(waits[taken], rel=0.01)
-
-    def test_by_wall_clock_a_load_that_lasts_is_told(self) -> None:
-        """Timing again does not help then, and whoever reads the latency must know."""
-        if not Path("/proc/self/schedstat").exists():
-            pytest.skip("this kernel does not say")
-        clock = scoring.clock_of(TargetConfig(threads=2))
-        with busy_cores():
-            taken = scoring.paired_times(Adding(200_000), Adding(400_000), {}, pairs=4, clock=clock)
-        assert scoring.summarize([taken], seed=0).waited > DISTURBED
-        quiet = scoring.paired_times(
-            Adding(200_000), Adding(400_000), {}, pairs=2, clock=scoring.clock_of(TargetConfig(threads=1))
-        )
-        assert scoring.summarize([quiet], seed=0).waited == 0.0, "by CPU time nobody waits"
-
-    def test_waiting_for_a_core_is_seen(self) -> None:
-        before, work = machine.waited_seconds(), Adding(200_000)
-        with busy_cores():
-            for _ in range(20):
-                work.run({})
-        if not Path("/proc/self/schedstat").exists():
-            pytest.skip("this kernel does not say")
-        assert machine.waited_seconds() - before > 0.01
-
-    def test_blocks_alternate_and_those_of_short_runs_follow_some_that_do_not_count(self) -> None:
-        calls: list[str] = []
-        self.measure(lambda _: 0.001, lambda _: 0.001, pairs=3, calls=calls)
-        block = 2 * scoring._MOST_RUNS
-        names = ["candidate", "reference", "reference", "candidate", "candidate", "reference"]
-        assert calls == [name for name in names for _ in range(block)]
-
-    def test_blocks_of_long_runs_are_short(self) -> None:
-        calls: list[str] = []
-        self.measure(lambda _: 0.006, lambda _: 3.0, pairs=1, calls=calls)
-        # The third run of 6 ms ends the 16 ms; two there are always, and long ones follow each other anyway.
-        assert calls == ["candidate"] * 2 * 3 + ["reference"] * 2
-
-    @pytest.mark.parametrize(("milliseconds", "runs"), [(7.9, 3 + 3), (8.1, 2)])
-    def test_runs_that_fill_half_a_block_need_none_before_them(self, milliseconds: float, runs: int) -> None:
-        calls: list[str] = []
-        found = self.measure(lambda _: milliseconds / 1e3, lambda _: 0.02, pairs=1, calls=calls)
-        assert calls == ["candidate"] * runs + ["reference"] * 2
-        assert found.ratio == pytest.approx(milliseconds / 20)
-
-    def test_runs_that_warm_up_do_not_count(self) -> None:
-        def seconds(n: int) -> float:
-            return 9.0 if n == 0 else 0.004 if n <= 4 else 0.001
-
-        found = self.measure(seconds, lambda _: 0.002, pairs=2)
-        assert found.p90_ms == pytest.approx(1.0)
-        assert found.ratio == pytest.approx(0.5)
-
-    def test_one_seed_gives_one_interval(self) -> None:
-        rng = np.random.default_rng(0)
-        pairs = [scoring.Pair(rng.lognormal(-5, 0.3, 10), rng.lognormal(-5, 0.3, 2)) for _ in range(400)]
-        assert scoring.summarize([pairs], seed=1) == scoring.summarize([pairs], seed=1)
-        assert scoring.summarize([pairs], seed=1) != scoring.summarize([pairs], seed=2)
-
-    @pytest.mark.parametrize("which", ["candidate", "reference"])
-    @pytest.mark.parametrize("seconds", [0.0, -0.001])
-    def test_runs_that_took_no_time_are_refused(self, which: str, seconds: float) -> None:
-        def odd(n: int) -> float:
-            return seconds if n == 15 else 0.001
-
-        def even(_: int) -> float:
-            return 0.001
-
-        pair = (odd, even) if which == "candidate" else (even, odd)
-        with pytest.raises(MeasurementError, match="latency: 1 of 10 runs took no measurable time"):
-            self.measure(*pair, pairs=10)
-
-
-class TestInputs:
-    def test_they_have_exactly_the_targets_shape(self) -> None:
-        target = TargetConfig(batch_size=3, tokens=9)
-        names = ("attention_mask", "input_ids", "token_type_ids")
-        found = scoring.timing_inputs(names, target, len(VOCABULARY), seed=0)
-        assert tuple(found) == names
-        assert all(array.shape == (3, 9) and array.dtype == np.int64 for array in found.values())
-        assert found["attention_mask"].all()
-        assert not found["token_type_ids"].any()
-        assert found["input_ids"].min() >= 5
-        assert found["input_ids"].max() < len(VOCABULARY)
-
-    def test_they_follow_the_seed(self) -> None:
-        def ids(seed: int) -> Any:
-            return scoring.timing_inputs(("input_ids",), TargetConfig(), 1000, seed)["input_ids"].tolist()
-
-        assert ids(0) == ids(0)
-        assert ids(0) != ids(1)
-
-    def test_the_clock_is_cpu_time_at_one_thread(self) -> None:
-        assert scoring.clock_of(TargetConfig(threads=1)) is time.process_time
-        assert scoring.clock_of(TargetConfig(threads=2)) is time.perf_counter

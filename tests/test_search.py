@@ -83,6 +83,7 @@ def searched(workplace: Path) -> Path:
     done = command("search", "run.yaml", cwd=workplace)
     assert done.code == 0, done.err
     assert "[  6/6] trial " in done.err
+    assert " 6 trials leave nothing to search for beyond them" in done.err
     assert "times smaller" in done.out
     assert done.out.endswith("next: autocompress export results/tiny --pick knee --format openvino -o OUT\n")
     return workplace / "results" / "tiny"

@@ -26,7 +26,7 @@ from autocompress.decisions import (
 )
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.products import Sizes, products_of
-from autocompress.seeds import allocate, sensitivity_ladder
+from autocompress.seeds import allocate, count_uniform, sensitivity_ladder, uniform_ladder
 from autocompress.space import SearchSpace, Value, shipped_spaces
 
 SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4, vocabulary=1000)
@@ -261,3 +261,17 @@ def test_each_rung_asks_what_is_known_by_then() -> None:
     assert count > 0
     next(ladder)
     assert len(fake.asked) > count
+
+
+def test_uniform_plans_are_counted_without_asking_which_blocks_go() -> None:
+    asked: list[str] = []
+
+    def order(name: str) -> tuple[int, ...]:
+        asked.append(name)
+        return tuple(range(4 if name == NO_STUDENT else len(JOINT.shape.of_student(JOINT.students[name]).blocks)))
+
+    space = bind(JOINT.space, JOINT.shape, tokens=JOINT.tokens, drop_order=order)
+    count = count_uniform(space)
+    assert not asked
+    assert count == len(list(uniform_ladder(space))) > 10
+    assert asked

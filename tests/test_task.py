@@ -239,7 +239,7 @@ class TestRefusals:
     def test_a_missing_value_names_its_row(self, tmp_path: Path, column: str) -> None:
         data = frame()
         data.loc[[6, 40], column] = None
-        self.refused(saved(tmp_path, data), "2 rows miss a text or label, the first is row 7")
+        self.refused(saved(tmp_path, data), "2 of 100 rows miss a text or label, the first is row 7")
 
     def test_not_enough_rows(self, tmp_path: Path) -> None:
         data = frame().assign(split=["train"] * 79 + ["test"] * 21)
@@ -310,7 +310,9 @@ class TestTokens:
     def test_longer_texts_are_truncated_and_stay_whole_sequences(self, loaded: task.Task, limit: int) -> None:
         tokenizer = make_tokenizer("bert")
         whole = loaded.tokenized(tokenizer, 64)["train"].input_ids
-        cut = loaded.tokenized(tokenizer, limit)["train"].input_ids
+        split = loaded.tokenized(tokenizer, limit)["train"]
+        cut = split.input_ids
+        assert split.cut == sum(len(row) > limit for row in whole)
         assert max(map(len, whole)) > limit
         for long, short in zip(whole, cut, strict=True):
             assert len(short) == min(len(long), limit)

@@ -179,7 +179,7 @@ def _explorer(front: Front) -> str:
 <figure><div id="figure-front"></div><figcaption>{_CAPTION}{together}<span id="thinned"></span></figcaption></figure>
 <section id="detail" aria-label="Selected candidate" aria-live="polite"></section>
 </div>
-<noscript><p>The picture needs JavaScript; the tables below do not.</p></noscript>"""
+<noscript><p>The picture and the table of all candidates need JavaScript; that of the front does not.</p></noscript>"""
 
 
 _CAPTION = (
@@ -195,9 +195,9 @@ _ONE_RUN_CAPTION = " One run of each is shown; with another seed a small differe
 def _measured(front: Front) -> str:
     return f"""<p>Accuracy is the share of {front.reference.rows} search rows that the artefact classifies rightly, with
 its 95 % Wilson interval. The points were chosen by these rows, so confirm a pick on the held-out test rows. Size is the
-bytes of the artefact's model files, 1 MB = 1,000,000 bytes. Latency is the median time of one call in milliseconds; the
-ratio is the median over paired runs of candidate over reference, with its 95 % bootstrap
-interval{_drifting(front)}.</p>"""
+bytes of the artefact's model files, 1 MB = 1,000,000 bytes. Milliseconds are the median time of one call. The
+ratio of candidate to reference is that of the lower quartiles of their runs, taken in turn, with its 95 % bootstrap
+interval{_drifting(front)}; it is not the quotient of the milliseconds, which disturbed runs move more.</p>"""
 
 
 def _remarks(notes: Sequence[str]) -> str:

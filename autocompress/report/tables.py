@@ -246,8 +246,8 @@ def front_rows(front: Front) -> list[tuple[str, ...]]:
     return rows
 
 
-def front_table(front: Front) -> Table:
-    """Return the front as a table for the terminal, in the front's order."""
+def front_table(front: Front, *, plans: bool = True) -> Table:
+    """Return the front as a table for the terminal, in the front's order; without ``plans`` where they have no room."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -264,7 +264,8 @@ def front_table(front: Front) -> Table:
     for heading in ("trial", "accuracy, %", "MB", "times smaller", "ms", "times faster"):
         # On a narrow terminal the intervals may break, single numbers never.
         table.add_column(heading, justify="right", no_wrap=" " not in heading)
-    table.add_column("plan", overflow="fold")
+    if plans:
+        table.add_column("plan", overflow="fold")
     for candidate in front.points:
         score = candidate.score
         table.add_row(
@@ -274,9 +275,22 @@ def front_table(front: Front) -> Table:
             f"{reference.size_bytes / score.size_bytes:.1f}",
             short(score.latency_ms),
             f"{1 / score.latency_ratio:.2f} ({1 / score.latency_ratio_high:.2f}-{1 / score.latency_ratio_low:.2f})",
-            escape(one_line(candidate.plan.words())),
+            *([escape(one_line(candidate.plan.words()))] if plans else []),
         )
     return table
+
+
+def plan_lines(front: Front) -> list[str]:
+    """Return the plans of a front, a line each."""
+    return [f"trial {candidate.number}: {one_line(candidate.plan.words())}" for candidate in front.points]
+
+
+def cut_words(cut: int, rows: int, tokens: int) -> str:
+    """Say how many texts are read in part."""
+    return (
+        f"{cut} of {rows} search rows ({cut / rows:.0%}) are longer than {tokens} tokens, and what comes after is not "
+        "read; see data.max_tokens"
+    )
 
 
 def size_mb(score: Measurement) -> float:
