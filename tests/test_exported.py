@@ -52,7 +52,7 @@ class Runtime:
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     found = Runtime()
     monkeypatch.setattr(exported_folder, "get_runtime", lambda _: found)
-    monkeypatch.setattr(exported_folder.scoring, "clock_of", lambda _: lambda: found.now)
+    monkeypatch.setattr(exported_folder.timing, "clock_of", lambda _: lambda: found.now)
     return found
 
 
