@@ -34,6 +34,8 @@ from autocompress.binding import bind
 from autocompress.desk import Job, Result
 from autocompress.plan import CompressionPlan
 from autocompress.space import SearchSpace
+from autocompress.trackers import Trackers
+from autocompress.trained import silent
 
 RECORDED = ROOT / "results" / "minilm-movies-openvino" / "study.csv"
 SIZES = (1, 10, 50, 100, 200, 500, 1000)
@@ -150,11 +152,13 @@ def simulate(workers: int, trials: int) -> dict[str, float]:
             workshop: Any = SimpleNamespace(
                 artefacts=folder / "artefacts",
                 majority=0.5,
+                space=space,
                 runtime=SimpleNamespace(name="simulated"),
                 prepare=lambda _: None,
                 needs_training=lambda _: False,
             )
-            driver._evaluate(study, workshop, cluster, lambda _: None, None)  # type: ignore[arg-type]
+            trackers = Trackers(study.run, folder, silent)
+            driver._evaluate(study, workshop, cluster, trackers, silent, None)  # type: ignore[arg-type]
             assert study.finished == trials, "none is lost"
             assert len({c.plan.plan_id for c in study.candidates()}) == trials, "none is doubled"
             asks = study.ask_seconds
