@@ -81,7 +81,7 @@ def ray_main() -> None:
         def _work(self, count: int) -> None:
             names = [[f"w{n}" for n in range(part, count, ACTORS)] for part in range(ACTORS)]
             actor = ray.remote(num_cpus=0)(Sleepers)
-            ray.get([actor.remote(self._desk, some).work.remote() for some in names])
+            ray.get([actor.remote(self._desk, some).work.remote() for some in names])  # type: ignore[attr-defined]
 
     Site(Connection(int(sys.argv[1]))).live()
 

@@ -45,7 +45,7 @@ def main() -> None:
         workshop = Workshop(run, Path(scratch))
         workshop.build(CompressionPlan(), workshop.reference_folder)
         workshop.ready()
-        plan = workshop.space.plan(workshop.space.ladder()[0]) if len(sys.argv) < 3 else CompressionPlan()
+        plan = workshop.space.plan(workshop.space.ladder()[0]) if len(sys.argv) < 3 else CompressionPlan()  # type: ignore[attr-defined]
         timed(openvino, "_convert", "convert")
         timed(openvino, "activation_ranges", "activation ranges")
         timed(workshop.runtime, "load", "load")
