@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ JOURNAL, DATABASE = "study.journal", "study.json"
 DATABASE_SCHEMA = 1
 _IN_JOURNAL = "autocompress"
 """Name of the one study in a journal."""
+_LET_GO_S = 5.0
+"""Time within which a database learns that a driver was killed, and lets its study go."""
 
 
 class Records:
@@ -154,9 +157,12 @@ class _Database(Records):
 
         key = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big", signed=True)
         self._held = self._storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        if not self._held.execute(sqlalchemy.text("SELECT pg_try_advisory_lock(:key)"), {"key": key}).scalar():
-            self.close()
-            raise StudyError(f"{self.where}: another search drives the study {self.name}; wait for it")
+        asked, until = sqlalchemy.text("SELECT pg_try_advisory_lock(:key)"), time.monotonic() + _LET_GO_S
+        while not self._held.execute(asked, {"key": key}).scalar():
+            if time.monotonic() > until:
+                self.close()
+                raise StudyError(f"{self.where}: another search drives the study {self.name}; wait for it")
+            time.sleep(0.1)
 
     def names(self) -> list[str]:
         import sqlalchemy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -88,6 +89,17 @@ class TestDatabase:
             opened(elsewhere)
         first.close()
         opened(elsewhere).close()
+
+    def test_a_driver_that_the_server_has_not_let_go_yet_is_waited_for(
+        self, folder: Path, tmp_path: Path, postgresql: str
+    ) -> None:
+        """As after a SIGKILL, which the server learns of a moment later."""
+        first, elsewhere = opened(folder, f"storage.study={postgresql}"), results_in(tmp_path / "elsewhere")
+        (elsewhere / DATABASE).write_bytes((folder / DATABASE).read_bytes())
+        letting_go = threading.Timer(1.0, first.close)
+        letting_go.start()
+        opened(elsewhere).close()
+        letting_go.join()
 
     def test_a_connection_that_was_lost_is_made_again(self, folder: Path, postgresql: str) -> None:
         import psycopg
