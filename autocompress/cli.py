@@ -112,11 +112,12 @@ def init(
         target = target or typer.prompt("runtime: openvino or onnxruntime", default="openvino")
     rows = None
     if data is not None:
-        columns = runfile.columns_of(data)
-        text, label = (_column(name, given, columns, asks) for name, given in (("text", text), ("label", label)))
-        for name, given in (("text", text), ("label", label)):
-            runfile.check_column(given or name, columns, data)
-        rows = runfile.search_rows_of(data, text, label)
+        known = runfile.Known(data)
+        if asks:
+            text, label = _column("text", text, known.columns), _column("label", label, known.columns)
+        for column in (text or "text", label or "label"):
+            known.check_column(column)
+        rows = known.search_rows(text, label)
         name_ = name_ or runfile.name_of(data)
     wanted = {"name": name_, "model": model, "data": data, "text": text, "label": label, "target": target}
     content = runfile.run_text(out.name, {**wanted, "search_rows": rows})
@@ -124,9 +125,9 @@ def init(
     typer.echo(f"wrote {out}; next: autocompress search {out}")
 
 
-def _column(name: str, given: str | None, columns: list[str] | None, asks: bool) -> str | None:
+def _column(name: str, given: str | None, columns: list[str] | None) -> str | None:
     """Return the column that was given, or, where the data have none called ``name``, one that is asked for."""
-    if given is not None or columns is None or name in columns or not asks:
+    if given is not None or columns is None or name in columns:
         return given
     found: str = typer.prompt(f"column of the {name}: {', '.join(columns)}", default=columns[0])
     return found
@@ -211,8 +212,11 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search for compressed models; run again to continue."""
-    config = _named(run, _run(run, model, data, space, target, set_), data, out)
-    from autocompress import api
+    config = _run(run, model, data, space, target, set_)
+    from autocompress import api, runfile
+
+    if data is not None:
+        config = runfile.named(config, run, out)
 
     cluster = _cluster(address, insecure)
     try:
@@ -225,21 +229,6 @@ def search(
     if not as_json:
         typer.echo(f"report: {study.folder / 'report.html'}")
         typer.echo(f"next: autocompress export {study.folder} --pick knee --format openvino -o OUT")
-
-
-def _named(run: str, config: Any, data: str | None, out: Path | None) -> Any:
-    """Return a run of the demo's file on other data by the name of these, where it is not that of a study already."""
-    from autocompress import runfile
-    from autocompress.api import results_of
-    from autocompress.config import RunConfig
-
-    name = None if run != "demo" or data is None or config.name != "demo" else runfile.name_of(data)
-    if name is None:
-        return config
-    begun = results_of(config, out) / "run.yaml"
-    if begun.is_file() and (known := RunConfig.from_file(begun)).name == "demo" and (out or known.data == config.data):
-        return config
-    return config.model_copy(update={"name": name})
 
 
 def _cluster(address: str | None, insecure: bool) -> Cluster | None:

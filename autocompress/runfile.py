@@ -1,4 +1,4 @@
-"""A run file to begin with: the demo's, comments and all, with what was asked for in its place."""
+"""A run file to begin with: the demo's, comments and all, with what was asked for in its place; and its name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from autocompress import strict_yaml
 from autocompress.config import DataConfig, RunConfig, demo_run_text
 from autocompress.errors import ConfigError, DataError
+from autocompress.sources import read_table
 
 _KEYS = {
     "name": ("name", "demo"),
@@ -55,38 +56,67 @@ def name_of(data: str) -> str | None:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", word).strip("-_")[:_LONGEST_NAME] or None
 
 
-def columns_of(data: str) -> list[str] | None:
-    """Return the columns of a local file; None of what is no such file, whose columns are known once it is read."""
-    if not Path(data).expanduser().is_file():
-        return None
-    from autocompress import task
+def named(run: RunConfig, source: str, out: Path | None) -> RunConfig:
+    """Return a run by the name of its data, where these were given in place of the demo's.
 
-    return task.columns(DataConfig(source=data))
+    Args:
+        run: with what was given put in.
+        source: the run file that was named; only the demo's own gets another name.
+        out: the results folder that was given. A study that was begun there keeps its name.
+    """
+    from autocompress.api import results_of
+
+    name = name_of(run.data.source) if source == run.name == "demo" else None
+    if name is None:
+        return run
+    begun = results_of(run, out) / "run.yaml"
+    if begun.is_file() and (known := RunConfig.from_file(begun)).name == "demo" and (out or known.data == run.data):
+        return run
+    return run.model_copy(update={"name": name})
 
 
-def check_column(column: str, columns: list[str] | None, data: str) -> None:
-    """Refuse a column that the data are known not to have.
+class Known:
+    """What is known of data before a run file is written for them: of a local file all, of others nothing yet.
+
+    Args:
+        data: as a run file names them.
 
     Raises:
-        ConfigError: naming those that they have.
+        DataError: if it is a local file that cannot be read.
     """
-    if columns is not None and column not in columns:
-        raise ConfigError(f"init: {data}: has no column {column}; it has {', '.join(columns)}; give --text and --label")
 
+    def __init__(self, data: str) -> None:
+        self._data = data
+        self._table = read_table(DataConfig(source=data)) if Path(data).expanduser().is_file() else None
 
-def search_rows_of(data: str, text: str | None, label: str | None) -> int | None:
-    """Return how many rows a search on a local file can be scored on, where that is fewer than the demo has.
+    @property
+    def columns(self) -> list[str] | None:
+        """Their columns, None where these are not known."""
+        return None if self._table is None else [str(name) for name in self._table.columns]
 
-    None, too, where the file cannot be used at all: what is wrong with it is for the search to say.
-    """
-    if not Path(data).expanduser().is_file():
-        return None
-    from autocompress import task
+    def check_column(self, column: str) -> None:
+        """Refuse a column that the data are known not to have.
 
-    named = {name: column for name, column in (("text", text), ("label", label)) if column is not None}
-    config = DataConfig(source=data, **named)
-    try:
-        rows = task.training_rows(config)
-    except DataError:
-        return None
-    return None if rows >= 2 * config.search_rows else task.fitting_search_rows(rows)
+        Raises:
+            ConfigError: naming those that they have.
+        """
+        if self.columns is not None and column not in self.columns:
+            have = ", ".join(self.columns)
+            raise ConfigError(f"init: {self._data}: has no column {column}; it has {have}; give --text and --label")
+
+    def search_rows(self, text: str | None, label: str | None) -> int | None:
+        """Return how many rows a search can be scored on, where that is known to be fewer than the demo has.
+
+        None, too, where the data cannot be used at all: what is wrong with them is for the search to say.
+        """
+        if self._table is None:
+            return None
+        from autocompress import task
+
+        given = {name: column for name, column in (("text", text), ("label", label)) if column is not None}
+        config = DataConfig(source=self._data, **given)
+        try:
+            rows = task.training_rows(config, self._table)
+        except DataError:
+            return None
+        return None if rows >= 2 * config.search_rows else task.fitting_search_rows(rows)

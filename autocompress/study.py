@@ -6,9 +6,7 @@ evaluated once per study, whatever the sampler proposes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -21,12 +19,13 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from autocompress.binding import BoundSpace
-from autocompress.config import ConstraintsConfig, RunConfig
+from autocompress.config import RunConfig
 from autocompress.errors import ConfigError, MeasurementError, StudyError
 from autocompress.front import Front
 from autocompress.garbage import without_collection
 from autocompress.identity import difference
 from autocompress.journal import hold
+from autocompress.ledger import Ledger
 from autocompress.pareto import Unbeaten, contenders, costs
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
@@ -38,8 +37,6 @@ from autocompress.storage import open_records
 STUDY_SCHEMA = 1
 _ASKS = 8
 """Proposals of the sampler that may repeat a known plan before a random new one is taken."""
-_CONFIRMED = "confirmed:"
-"""Start of the study attributes that hold measurements with a latency taken anew, by trial number."""
 _TELL_DRIFT = 5
 """Latencies that, taken twice, tell how far they drift."""
 
@@ -98,17 +95,9 @@ class Study:
         self.repaired = self._records.repaired
         self._study = self._open(identity, writable)
         self._asked: dict[int, optuna.Trial] = {}
-        self._confirmed = {
-            int(key.removeprefix(_CONFIRMED)): value
-            for key, value in self._study.user_attrs.items()
-            if key.startswith(_CONFIRMED)
-        }
         self.interrupted = self._reconcile() if writable else 0
-        self._candidates = {
-            trial.number: candidate
-            for trial in self._study.get_trials(deepcopy=False)
-            if (candidate := self._read(trial)) is not None
-        }
+        self._ledger = Ledger(self._study, self.run, self.folder, lambda: self.reference)
+        self._candidates = self._ledger.candidates()
         self._recovered = sum(c.origin == "recover" for c in self._candidates.values())
         self._of_plan: dict[str, int] = {}
         for candidate in self._candidates.values():
@@ -267,43 +256,12 @@ class Study:
             except MeasurementError as error:
                 result = str(error)
         with self._records.batch():
-            state = self._record(trial, result)
-        measured = result if isinstance(result, Measurement) else None
-        candidate = Candidate(
-            number=number,
-            state=state,
-            plan=plan,
-            params=dict(trial.params),
-            measurement=measured,
-            failure=result.reason if isinstance(result, Stopped) else result if isinstance(result, str) else None,
-            feasible=measured is None or self._feasible(measured),
-            origin=trial.user_attrs.get("origin", "sampler"),
-            folder=self.folder,
-        )
+            candidate = self._ledger.record(trial, plan, result)
         if self.predictor is not None:
             self.predictor.note(candidate)
         self._candidates[number] = candidate
         self._note(candidate)
         return candidate
-
-    def _record(self, trial: optuna.Trial, result: Measurement | Stopped | str) -> str:
-        """Write the end of a trial; returns its state."""
-        if isinstance(result, Measurement):
-            trial.set_user_attr("measurement", json.loads(result.to_json()))
-            for name, excess in self._excesses(result).items():
-                trial.set_constraint(name, excess)
-            self._study.tell(trial, self._values(result))
-            return "COMPLETE"
-        if isinstance(result, Stopped):
-            trial.set_user_attr("stopped", dataclasses.asdict(result))
-            self._study.tell(trial, state=TrialState.PRUNED)
-            return "PRUNED"
-        trial.set_user_attr("failure", result)
-        self._study.tell(trial, state=TrialState.FAIL)
-        return "FAIL"
-
-    def _values(self, measured: Measurement) -> list[float]:
-        return [float(getattr(measured, OBJECTIVES[name][0])) for name in self.told]
 
     def confirm(self, latest: Mapping[int, Measurement]) -> list[Candidate]:
         """Put latencies that were taken anew, by trial, in place of those that the search saw.
@@ -322,10 +280,7 @@ class Study:
             drift = max((c.score.latency_drift for c in self.candidates() if c.measurement is not None), default=0.0)
         found = []
         for candidate in known:
-            measured = latest[candidate.number].drifting(drift)
-            # Beside the trials: Optuna lets nobody change one that has finished.
-            self._study.set_user_attr(f"{_CONFIRMED}{candidate.number}", dataclasses.asdict(measured))
-            found.append(dataclasses.replace(candidate, measurement=measured, feasible=self._feasible(measured)))
+            found.append(self._ledger.confirm(candidate, latest[candidate.number].drifting(drift)))
             self._candidates[candidate.number] = found[-1]
         self._forget_fronts()
         return found
@@ -334,26 +289,8 @@ class Study:
         """Record a candidate that was not asked for, such as a recovered point."""
         if (known := self.measured(plan)) is not None:
             return known
-        trial = optuna.trial.create_trial(
-            values=self._values(measured.check()),
-            user_attrs={
-                "plan": json.loads(plan.to_json()),
-                "measurement": json.loads(measured.to_json()),
-                "origin": origin,
-            },
-        )
-        self._study.add_trial(trial)
-        number = len(self._study.get_trials(deepcopy=False)) - 1
-        candidate = Candidate(
-            number=number,
-            state="COMPLETE",
-            plan=plan,
-            measurement=measured,
-            feasible=self._feasible(measured),
-            origin=origin,
-            folder=self.folder,
-        )
-        self._candidates[number] = candidate
+        candidate = self._ledger.add(plan, measured, origin)
+        self._candidates[candidate.number] = candidate
         self._recovered += origin == "recover"
         self._note(candidate)
         self.known.add(plan.plan_id)
@@ -426,45 +363,3 @@ class Study:
     def close(self) -> None:
         """Let another driver have the study."""
         self._held.close()
-
-    def _feasible(self, measured: Measurement) -> bool:
-        return all(excess <= 0 for excess in self._excesses(measured).values())
-
-    def _excesses(self, measured: Measurement) -> dict[str, float]:
-        return excesses(measured, self.run.constraints, self.reference)
-
-    def _read(self, trial: optuna.trial.FrozenTrial) -> Candidate | None:
-        attrs = trial.user_attrs
-        if not trial.state.is_finished() or "plan" not in attrs or "interrupted" in attrs:
-            return None
-        measured = None
-        if trial.state == TrialState.COMPLETE:
-            confirmed = self._confirmed.get(trial.number)
-            measured = Measurement(**(confirmed if confirmed is not None else attrs["measurement"]))
-        failure = attrs["stopped"]["reason"] if "stopped" in attrs else attrs.get("failure")
-        origin = attrs.get("origin", "sampler")
-        return Candidate(
-            number=trial.number,
-            state=trial.state.name,
-            plan=CompressionPlan.from_dict(attrs["plan"]),
-            params=dict(trial.params),
-            measurement=measured,
-            failure=failure if measured is None else None,
-            feasible=measured is None or self._feasible(measured),
-            # Version 0.1 knew one kind of seeds.
-            origin="uniform" if origin == "seed" else origin,
-            folder=self.folder,
-        )
-
-
-def excesses(measured: Measurement, constraints: ConstraintsConfig, reference: Measurement) -> dict[str, float]:
-    """Return by how much each constraint of the run file is exceeded; not above 0 is feasible."""
-    limits = {
-        "accuracy_drop": (constraints.max_accuracy_drop, reference.accuracy - measured.accuracy),
-        "size_mb": (constraints.max_size_mb, measured.size_bytes / 1e6),
-        "latency_ms": (constraints.max_latency_ms, measured.latency_ms),
-        "latency_ratio": (constraints.max_latency_ratio, measured.latency_ratio),
-        "memory_mb": (constraints.max_memory_mb, (measured.peak_memory_bytes or math.inf) / 1e6),
-    }
-    # Rounded so that a drop of exactly the limit is not refused for its last binary digit.
-    return {name: round(value - limit, 12) for name, (limit, value) in limits.items() if limit is not None}

@@ -10,24 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from autocompress.config import DataConfig
-from autocompress.errors import DataError, ModelError
+from autocompress.errors import DataError
+from autocompress.sources import TEST_NAMES, read_table
 
 if TYPE_CHECKING:
     import pandas as pd
-
-DEMO_DATA = ("demo/movies", "demo/tweets")
-_TEST_NAMES = ("test", "validation", "eval", "dev")
 
 Row = tuple[str, str | None, int]
 """Text, second text or None, and class of a row."""
@@ -218,13 +213,13 @@ def load(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> Task:
     return Task(tuple(names), splits, shared)
 
 
-def training_rows(config: DataConfig) -> int:
-    """Return how many rows are not held out for the test, of which those of the search are cut.
+def training_rows(config: DataConfig, table: pd.DataFrame) -> int:
+    """Return how many rows of a table that was read are not held out; those of the search are cut of them.
 
     Raises:
-        DataError: if they cannot be read.
+        DataError: if nothing can be trained on them.
     """
-    return len(_held_apart(config, None)[1])
+    return len(_held_apart(config, table=table)[1])
 
 
 def fitting_search_rows(training_rows: int) -> int:
@@ -232,9 +227,11 @@ def fitting_search_rows(training_rows: int) -> int:
     return max(10, training_rows // 3)
 
 
-def _held_apart(config: DataConfig, labels: tuple[str, ...] | None) -> tuple[list[str], list[Row], list[Row]]:
+def _held_apart(
+    config: DataConfig, labels: tuple[str, ...] | None = None, table: pd.DataFrame | None = None
+) -> tuple[list[str], list[Row], list[Row]]:
     """Return the names of the classes, the rows to train and search on, and those held out for the test."""
-    frame = _clean(_read(config), config)
+    frame = _clean(read_table(config) if table is None else table, config)
     names = _class_names(frame, labels, config)
     rows = [
         (str(text), None if pair is None else str(pair), names.index(label))
@@ -246,93 +243,6 @@ def _held_apart(config: DataConfig, labels: tuple[str, ...] | None) -> tuple[lis
     test = [row for row, out in zip(rows, held_out, strict=True) if out]
     train = [row for row, out in zip(rows, held_out, strict=True) if not out]
     return names, train, test
-
-
-def _read(config: DataConfig) -> pd.DataFrame:
-    import pandas as pd
-
-    if config.source in DEMO_DATA:
-        name = config.source.split("/")[1] + ".csv.gz"
-        with resources.as_file(resources.files("autocompress").joinpath("demo", name)) as file:
-            return pd.read_csv(file)
-    path = Path(config.source).expanduser()
-    suffix = next((s for s in reversed(path.suffixes) if s not in (".gz", ".bz2", ".xz", ".zip")), "").lower()
-    if suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
-        if not path.is_file():
-            raise DataError(f"data: {path}: no such file")
-        try:
-            if suffix == ".parquet":
-                return pd.read_parquet(path)
-            if suffix in (".jsonl", ".json"):
-                return pd.DataFrame(pd.read_json(path, lines=True, dtype=False))
-            # Only an empty field is missing: None, NA and null are words, and names of classes.
-            return pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", keep_default_na=False, na_values=[""])
-        except pd.errors.EmptyDataError:
-            raise DataError(f"data: {path}: is empty") from None
-        except Exception as error:
-            # Readers and decompressors have no class of errors in common.
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"data: {path}: cannot be read ({line})") from None
-    if path.exists():
-        raise DataError(f"data: {path}: must be a .csv, .tsv, .jsonl or .parquet file (or a compressed one)")
-    return _read_hub(config)
-
-
-def columns(config: DataConfig) -> list[str]:
-    """Return the names of the columns of the data.
-
-    Raises:
-        DataError: if they cannot be read.
-    """
-    return [str(name) for name in _read(config).columns]
-
-
-@contextmanager
-def _hub_switched_off() -> Iterator[None]:
-    """Let `datasets` look into its cache only; asked for local files, it still tries the network, for half a minute."""
-    import datasets
-    import huggingface_hub
-
-    switches: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [switch.HF_HUB_OFFLINE for switch in switches]
-    try:
-        for switch in switches:
-            switch.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.HF_HUB_OFFLINE = value
-
-
-def _read_hub(config: DataConfig) -> pd.DataFrame:
-    import datasets
-    import pandas as pd
-
-    from autocompress.model import from_hub
-
-    datasets.disable_progress_bars()
-
-    def fetch(local: bool) -> Any:
-        with _hub_switched_off() if local else nullcontext():
-            return datasets.load_dataset(config.source, revision=config.revision)
-
-    def probe() -> None:
-        from huggingface_hub import HfApi
-
-        HfApi().dataset_info(config.source, revision=config.revision, timeout=4.0)
-
-    try:
-        found = from_hub(f"data: {config.source}", fetch, probe)
-    except ModelError as error:
-        raise DataError(str(error)) from None
-    frames: list[pd.DataFrame] = []
-    for name, part in found.items():
-        frame = part.to_pandas()
-        feature = part.features.get(config.label)
-        if isinstance(feature, datasets.ClassLabel):
-            frame[config.label] = [feature.int2str(int(v)) if v >= 0 else None for v in frame[config.label]]
-        frames.append(frame.assign(**{config.split: "test" if name in _TEST_NAMES else str(name)}))
-    return pd.concat(frames, ignore_index=True)
 
 
 def _clean(raw: pd.DataFrame, config: DataConfig) -> pd.DataFrame:
@@ -352,7 +262,7 @@ def _clean(raw: pd.DataFrame, config: DataConfig) -> pd.DataFrame:
             )
     frame = pd.DataFrame({key: raw[column] for key, column in wanted.items()})
     if config.split in raw.columns:
-        marked = raw[config.split].astype(str).str.lower().isin(_TEST_NAMES)
+        marked = raw[config.split].astype(str).str.lower().isin(TEST_NAMES)
         if marked.any():
             frame["test"] = marked
     missing = frame[list(wanted)].isna().any(axis=1)

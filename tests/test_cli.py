@@ -415,22 +415,6 @@ def test_a_refused_search_leaves_no_folder(call: Call, run_yaml: Path, tmp_path:
     assert (tmp_path / "kept").is_dir()
 
 
-def test_a_search_of_the_demos_file_on_other_data_is_called_as_these(tmp_path: Path) -> None:
-    def name(data: str | None, out: Path, *overrides: str, run: str = "demo") -> str:
-        given = [] if data is None else [f"data.source={json.dumps(data)}"]
-        config = RunConfig.from_file("demo", overrides=[*given, *overrides])
-        return str(cli._named(run, config, data, out).name)
-
-    assert name("sub/tickets.csv", tmp_path / "new") == "tickets"
-    assert name(None, tmp_path / "new") == "demo"
-    assert name("tickets.csv", tmp_path / "new", "name=mine") == "mine"
-    assert name("tickets.csv", tmp_path / "new", run="run.yaml") == "demo"
-    begun = tmp_path / "begun"
-    begun.mkdir()
-    write(begun / "run.yaml", RunConfig.from_file("demo", overrides=["data.source=tickets.csv"]).to_yaml())
-    assert name("tickets.csv", begun) == "demo", "a study that was begun keeps its name"
-
-
 def test_a_default_output_that_cannot_be_written_fails_too(call: Call, run_yaml: Path) -> None:
     write(run_yaml.with_name("results"), "a file")
     assert "results/tiny: cannot be written to (" in call("search", run_yaml).line(1)

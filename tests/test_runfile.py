@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from autocompress import strict_yaml, task
 from autocompress.config import RunConfig
 from autocompress.errors import ConfigError
-from autocompress.runfile import check_column, columns_of, name_of, run_text, search_rows_of
+from autocompress.runfile import Known, name_of, named, run_text
 
 
 def test_what_is_not_asked_for_stays_the_demos() -> None:
@@ -34,15 +35,15 @@ def test_what_would_be_no_run_file_is_refused() -> None:
 
 def test_columns_are_known_of_local_files(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("review,mood\nfine,good\n", encoding="utf-8")
-    found = columns_of(str(tmp_path / "mine.csv"))
-    assert found == ["review", "mood"]
-    check_column("mood", found, "mine.csv")
+    known = Known(str(tmp_path / "mine.csv"))
+    assert known.columns == ["review", "mood"]
+    known.check_column("mood")
     with pytest.raises(
         ConfigError, match=r"mine\.csv: has no column text; it has review, mood; give --text and --label"
     ):
-        check_column("text", found, "mine.csv")
-    assert columns_of("demo/movies") is None
-    check_column("anything", None, "demo/movies")
+        known.check_column("text")
+    assert Known("demo/movies").columns is None
+    Known("demo/movies").check_column("anything")
 
 
 def test_a_file_for_other_data_does_not_tell_of_the_demos() -> None:
@@ -72,7 +73,7 @@ def test_a_run_is_called_as_its_data(data: str, expected: str | None) -> None:
 
 
 def test_few_rows_are_cut_in_proportion(tmp_path: Path, tiny_csv: Path) -> None:
-    rows = search_rows_of(str(tiny_csv), None, None)
+    rows = Known(str(tiny_csv)).search_rows(None, None)
     assert rows is not None
     read = RunConfig.from_mapping(
         strict_yaml.parse(run_text("run.yaml", {"data": str(tiny_csv), "search_rows": rows}), "run.yaml")
@@ -80,6 +81,21 @@ def test_few_rows_are_cut_in_proportion(tmp_path: Path, tiny_csv: Path) -> None:
     splits = task.load(read.data).splits
     assert len(splits["search"]) == rows
     assert len(splits["train"]) >= 2 * rows - 2
-    assert search_rows_of("demo/movies", None, None) is None
+    assert Known("demo/movies").search_rows(None, None) is None
     (tmp_path / "mine.csv").write_text("text,label\nfine,good\n", encoding="utf-8")
-    assert search_rows_of(str(tmp_path / "mine.csv"), None, None) is None
+    assert Known(str(tmp_path / "mine.csv")).search_rows(None, None) is None
+
+
+def test_a_search_of_the_demos_file_on_other_data_is_called_as_these(tmp_path: Path) -> None:
+    def name(data: str, out: Path, *overrides: str, source: str = "demo") -> str:
+        run = RunConfig.from_file("demo", overrides=[f"data.source={json.dumps(data)}", *overrides])
+        return named(run, source, out).name
+
+    assert name("sub/tickets.csv", tmp_path / "new") == "tickets"
+    assert name("tickets.csv", tmp_path / "new", "name=mine") == "mine"
+    assert name("tickets.csv", tmp_path / "new", source="run.yaml") == "demo"
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    run = RunConfig.from_file("demo", overrides=["data.source=tickets.csv"])
+    (begun / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    assert name("tickets.csv", begun) == "demo", "a study that was begun keeps its name"

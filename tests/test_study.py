@@ -33,11 +33,12 @@ from autocompress.decisions import Recover, Student
 from autocompress.errors import MeasurementError, NoFeasiblePointError, StudyError
 from autocompress.identity import identity_of
 from autocompress.journal import repair_tail
+from autocompress.ledger import excesses
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate, Measurement, Stopped, drift_of
 from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace
-from autocompress.study import Study, excesses
+from autocompress.study import Study
 
 SHAPE = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),) * 4, vocabulary=1000)
 TINY_SPACE = "rules: [{match: block.*.ffn, bits: {choices: [8, 4, 16], tie: all}}, {match: embeddings, bits: [8, 16]}]"

@@ -1,0 +1,142 @@
+"""The ledger: how candidates stand in the trials of an Optuna study, what is written of each and what is read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from autocompress.config import ConstraintsConfig, RunConfig
+from autocompress.plan import CompressionPlan
+from autocompress.records import OBJECTIVES, Candidate, Measurement, Stopped
+
+_CONFIRMED = "confirmed:"
+"""Start of the study attributes that hold measurements with a latency taken anew, by trial number."""
+
+
+class Ledger:
+    """What a study's trials say of its candidates.
+
+    Args:
+        study: whose trials they are.
+        run: the resolved run file.
+        folder: the results folder.
+        reference: gives the score of the uncompressed model, which constraints may be relative to.
+    """
+
+    def __init__(self, study: optuna.Study, run: RunConfig, folder: Path, reference: Callable[[], Measurement]) -> None:
+        self._study, self._run, self._folder, self._reference = study, run, folder, reference
+
+    def candidates(self) -> dict[int, Candidate]:
+        """Return all evaluated candidates by number; interrupted and repeated trials are none."""
+        confirmed = {
+            int(key.removeprefix(_CONFIRMED)): value
+            for key, value in self._study.user_attrs.items()
+            if key.startswith(_CONFIRMED)
+        }
+        found = (self._read(trial, confirmed) for trial in self._study.get_trials(deepcopy=False))
+        return {candidate.number: candidate for candidate in found if candidate is not None}
+
+    def record(self, trial: optuna.Trial, plan: CompressionPlan, result: Measurement | Stopped | str) -> Candidate:
+        """Write the end of a trial: a measurement, or the reason why there is none."""
+        state, measured, failure = TrialState.FAIL, None, None
+        if isinstance(result, Measurement):
+            state, measured = TrialState.COMPLETE, result
+            trial.set_user_attr("measurement", json.loads(result.to_json()))
+            for name, excess in self._excesses(result).items():
+                trial.set_constraint(name, excess)
+        elif isinstance(result, Stopped):
+            state, failure = TrialState.PRUNED, result.reason
+            trial.set_user_attr("stopped", dataclasses.asdict(result))
+        else:
+            failure = result
+            trial.set_user_attr("failure", result)
+        self._study.tell(trial, None if measured is None else self._values(measured), state=state)
+        return Candidate(
+            number=trial.number,
+            state=state.name,
+            plan=plan,
+            params=dict(trial.params),
+            measurement=measured,
+            failure=failure,
+            feasible=measured is None or self._feasible(measured),
+            origin=trial.user_attrs.get("origin", "sampler"),
+            folder=self._folder,
+        )
+
+    def add(self, plan: CompressionPlan, measured: Measurement, origin: str) -> Candidate:
+        """Write a trial for a candidate that was not asked for."""
+        trial = optuna.trial.create_trial(
+            values=self._values(measured.check()),
+            user_attrs={
+                "plan": json.loads(plan.to_json()),
+                "measurement": json.loads(measured.to_json()),
+                "origin": origin,
+            },
+        )
+        self._study.add_trial(trial)
+        return Candidate(
+            number=len(self._study.get_trials(deepcopy=False)) - 1,
+            state="COMPLETE",
+            plan=plan,
+            measurement=measured,
+            feasible=self._feasible(measured),
+            origin=origin,
+            folder=self._folder,
+        )
+
+    def confirm(self, candidate: Candidate, measured: Measurement) -> Candidate:
+        """Write a measurement with a latency taken anew; what the sampler was told stays as it is."""
+        # Beside the trials: Optuna lets nobody change one that has finished.
+        self._study.set_user_attr(f"{_CONFIRMED}{candidate.number}", dataclasses.asdict(measured))
+        return dataclasses.replace(candidate, measurement=measured, feasible=self._feasible(measured))
+
+    def _values(self, measured: Measurement) -> list[float]:
+        return [float(getattr(measured, OBJECTIVES[name][0])) for name in self._run.told]
+
+    def _feasible(self, measured: Measurement) -> bool:
+        return all(excess <= 0 for excess in self._excesses(measured).values())
+
+    def _excesses(self, measured: Measurement) -> dict[str, float]:
+        return excesses(measured, self._run.constraints, self._reference())
+
+    def _read(self, trial: optuna.trial.FrozenTrial, confirmed: Mapping[int, dict[str, Any]]) -> Candidate | None:
+        attrs = trial.user_attrs
+        if not trial.state.is_finished() or "plan" not in attrs or "interrupted" in attrs:
+            return None
+        measured = None
+        if trial.state == TrialState.COMPLETE:
+            measured = Measurement(**confirmed.get(trial.number, attrs["measurement"]))
+        failure = attrs["stopped"]["reason"] if "stopped" in attrs else attrs.get("failure")
+        origin = attrs.get("origin", "sampler")
+        return Candidate(
+            number=trial.number,
+            state=trial.state.name,
+            plan=CompressionPlan.from_dict(attrs["plan"]),
+            params=dict(trial.params),
+            measurement=measured,
+            failure=failure if measured is None else None,
+            feasible=measured is None or self._feasible(measured),
+            # Version 0.1 knew one kind of seeds.
+            origin="uniform" if origin == "seed" else origin,
+            folder=self._folder,
+        )
+
+
+def excesses(measured: Measurement, constraints: ConstraintsConfig, reference: Measurement) -> dict[str, float]:
+    """Return by how much each constraint of the run file is exceeded; not above 0 is feasible."""
+    limits = {
+        "accuracy_drop": (constraints.max_accuracy_drop, reference.accuracy - measured.accuracy),
+        "size_mb": (constraints.max_size_mb, measured.size_bytes / 1e6),
+        "latency_ms": (constraints.max_latency_ms, measured.latency_ms),
+        "latency_ratio": (constraints.max_latency_ratio, measured.latency_ratio),
+        "memory_mb": (constraints.max_memory_mb, (measured.peak_memory_bytes or math.inf) / 1e6),
+    }
+    # Rounded so that a drop of exactly the limit is not refused for its last binary digit.
+    return {name: round(value - limit, 12) for name, (limit, value) in limits.items() if limit is not None}
