@@ -30,7 +30,6 @@ from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace
 from autocompress.study import Study
 from autocompress.trained import Progress, bank_root, silent
-from autocompress.transforms import check_plan
 
 RESULTS = Path("results")
 
@@ -221,7 +220,7 @@ def export(
     candidate: Candidate,
     out: str | Path,
     *,
-    formats: Sequence[str] = ("openvino",),
+    formats: Sequence[str] = (),
     force: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -232,7 +231,8 @@ def export(
     Args:
         candidate: a point of a study's front.
         out: an empty or new folder; with several formats each gets a folder of its name in it.
-        formats: ``openvino``, ``onnx``, ``hf`` for transformers, ``torch`` for a program of ``torch.export``.
+        formats: ``openvino``, ``onnx``, ``hf`` for transformers, ``torch`` for a program of ``torch.export``; without
+            any, that of the runtime that the study is for.
         force: accept a folder that is not empty.
         push_to_hub: repository, ``OWNER/NAME``, that what was exported is put into, with one format.
         private: make that repository private where it is not there yet.
@@ -249,7 +249,13 @@ def export(
     run = RunConfig.from_file(folder / "run.yaml")
     repository = None if push_to_hub is None else hub.Repository(push_to_hub, private)
     return delivery.export(
-        candidate, run, Path(out), formats=formats, force=force, repository=repository, progress=progress
+        candidate,
+        run,
+        Path(out),
+        formats=formats or [delivery.format_of(run)],
+        force=force,
+        repository=repository,
+        progress=progress,
     )
 
 
@@ -284,9 +290,7 @@ def validate(run: RunConfig) -> dict[str, Any]:
     space = bind(space_file, loaded.shape, tokens=run.target.tokens)
     ladder = list(uniform_ladder(space))
     for params in ladder:
-        plan = space.plan(params)
-        check_plan(plan, loaded.shape)
-        workshop.runtime.check(plan, loaded.shape)
+        workshop.check(space.plan(params), loaded.shape)
     return {
         "model": {
             "id": run.model.id,

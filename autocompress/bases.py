@@ -70,10 +70,8 @@ class Bases(Trained):
         self._observed: dict[str, Activations] = {}
         self._sensitivities: dict[str, Sensitivity] = {}
 
-    @cached_property
-    def special_tokens(self) -> frozenset[int]:
-        """Tokens that are no part of any text; a tokenizer may have more of them than the model has rows."""
-        rows = self.teacher.shape.vocabulary
+    def special_tokens(self, rows: int) -> frozenset[int]:
+        """Return the tokens that are no part of any text; a tokenizer may have more of them than the model has rows."""
         return frozenset(token for token in self.tokenizer.all_special_ids if token < rows)
 
     def base(self, student: Student | None) -> tuple[EncoderModel, Importance]:
@@ -163,7 +161,7 @@ class Bases(Trained):
             rows = head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
         read = torch.tensor([token for row in rows.input_ids for token in row])
         found = torch.bincount(read, minlength=self.teacher.shape.vocabulary).double()
-        found[list(self.special_tokens)] = torch.inf
+        found[list(self.special_tokens(self.teacher.shape.vocabulary))] = torch.inf
         return found
 
     def _moments(self, base: EncoderModel, block: int, role: str) -> Moments:
@@ -236,6 +234,12 @@ class Bases(Trained):
     def untrained(self) -> int:
         """How many students plans may start from that have not been distilled yet."""
         return sum(not self._is_trained(s) for s in students_of(self._space_file, self.teacher.shape).values())
+
+    def make_students(self) -> None:
+        """Distil every student that plans may start from and that is not there yet."""
+        for student in students_of(self._space_file, self.teacher.shape).values():
+            if not self._is_trained(student):
+                self.base(student)
 
     def _student(self, student: Student) -> EncoderModel:
         # From the teacher's logits alone, which are there for all students: a search waits for them.

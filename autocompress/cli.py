@@ -228,7 +228,7 @@ def search(
     console.front_of(study, as_json)
     if not as_json:
         typer.echo(f"report: {study.folder / 'report.html'}")
-        typer.echo(f"next: autocompress export {study.folder} --pick knee --format openvino -o OUT")
+        typer.echo(f"next: autocompress export {study.folder} --pick knee -o OUT")
 
 
 def _cluster(address: str | None, insecure: bool) -> Cluster | None:
@@ -333,7 +333,7 @@ def pick(
     chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
     console.result(console.about_choice(chosen), as_json)
     if not as_json:
-        typer.echo(f"next: autocompress export {folder} --trial {chosen.point.number} --format openvino -o OUT")
+        typer.echo(f"next: autocompress export {folder} --trial {chosen.point.number} -o OUT")
 
 
 @app.command()
@@ -368,7 +368,10 @@ def export(
     folder: Folder,
     out: Annotated[Path, typer.Option("-o", "--out", help="An empty or new folder.")],
     format_: Annotated[
-        list[str] | None, typer.Option("--format", help="openvino, onnx, hf (for transformers), torch. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--format", help="openvino, onnx, hf (for transformers), torch; default: as searched. Repeatable."
+        ),
     ] = None,
     prefer: Annotated[Prefer, typer.Option("--prefer", "--pick", help="What to optimise.")] = Prefer.knee,
     trial: Trial = None,
@@ -391,7 +394,7 @@ def export(
     found = api.export(
         chosen,
         out,
-        formats=format_ or ["openvino"],
+        formats=format_ or (),
         force=force,
         push_to_hub=push_to_hub,
         private=private,

@@ -64,7 +64,9 @@ class DataConfig(Section):
     text: str = Field("text", description="column of the text")
     text_pair: str | None = Field(None, description="column of the second text, for tasks on pairs")
     label: str = Field("label", description="column of the class")
-    split: str = Field("split", description="column whose value 'test' marks held-out rows, where there is one")
+    split: str = Field(
+        "split", description="column whose values test, validation, eval or dev mark held-out rows, where there is one"
+    )
     test_fraction: float = Field(0.2, gt=0, lt=1, description="held-out share when the data bring no test split")
     search_rows: int = Field(1000, ge=10, description="rows cut from the training rows to score candidates on")
     reconstruction_rows: int = Field(

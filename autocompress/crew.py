@@ -28,7 +28,7 @@ import ray  # isort: skip
 from ray import tune  # isort: skip
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # isort: skip
 
-from autocompress import garbage
+from autocompress import garbage, machine
 from autocompress.desk import Crew, Desk, Result
 from autocompress.errors import AutocompressError, DeviceError
 
@@ -275,6 +275,11 @@ class _Site:
         cpus = sorted({about["cpu"]["name"] for about in found})
         if len({about["id"] for about in found}) > 1:
             raise _Refused(f"devices differ ({', '.join(cpus)}); give each kind a name of its own in search.device")
+        if machine.adds_in_16_bits(found[0]) and not machine.adds_in_16_bits(crew.driver):
+            raise _Refused(
+                f"the device {cpus[0]} adds 8-bit products in 16 bits, where models that are built here overflow and "
+                "predict otherwise than they are scored; search on machines of its kind"
+            )
         for name in ("autocompress", target["runtime"]):
             for about in found:
                 if (has := about["versions"].get(name)) != (wanted := crew.driver["versions"].get(name)):

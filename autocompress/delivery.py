@@ -71,6 +71,11 @@ class Export:
     pushed: str | None = None
 
 
+def format_of(run: RunConfig) -> str:
+    """Return the format of the artefacts that a run's candidates are scored as."""
+    return next(name for name, runtime in FORMATS.items() if runtime == run.target.runtime)
+
+
 def export(
     candidate: Candidate,
     run: RunConfig,
@@ -175,6 +180,8 @@ def _export(
     if not workshop.run.search.device:  # what was measured on a device is not what this machine measures
         latest = dataclasses.replace(measured, **timed.fields(), confirmed=True, fingerprint=workshop.fingerprint)
         confirmed = latest.check()
+        if measured.fingerprint.get("id") == workshop.fingerprint["id"]:  # here latencies drift as they were seen to
+            confirmed = confirmed.drifting(measured.latency_drift)
     agreement = float((expected.argmax(1) == kept_logits(scored.folder).argmax(1)).mean())
     about = {
         "schema": MEASUREMENT_SCHEMA,

@@ -146,7 +146,8 @@ class Desk:
         deaths = self._deaths[worker]
         async with self._changed:
             given = self._given.setdefault(worker, [])
-            if result is not None:
+            # What was given to somebody else meanwhile is theirs to hand in.
+            if result is not None and any(job.number == result[0] for job in given):
                 self._results.append(result)
                 given[:] = [job for job in given if job.number != result[0]]
                 self._changed.notify_all()

@@ -116,6 +116,8 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
             exchange = None if cluster is None else _exchange(workshop, folder)
             workers = None if idle else stack.enter_context(_workers(workshop, cluster, exchange))
             workshop.space  # noqa: B018 - loads the model, which is then there for the workers, too
+            if not _is_measured(folder, workshop):  # workers must not load one of another model
+                shutil.rmtree(folder / "artefacts" / "reference", ignore_errors=True)
             if workers is not None:
                 workers.open()
         with clock("reference"):
@@ -125,8 +127,15 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 progress(f"the study's last record was torn and was cut off; the file as it was: {study.repaired.name}")
             if study.interrupted:
                 progress(f"{study.interrupted} interrupted candidates are evaluated again")
+            unknown = sum(c.measurement is not None and not c.score.peak_memory_bytes for c in study.candidates())
+            if unknown and run.constraints.max_memory_mb is not None:
+                progress(f"{unknown} candidates were measured without their memory and cannot keep to max_memory_mb")
             write_aside(folder / "run.yaml", run.to_yaml())
             trackers.tell(study.candidates())
+            if exchange is not None:  # what was told before the driver could fetch it
+                for candidate in study.front().points:
+                    if not (workshop.artefacts / candidate.plan.plan_id).is_dir():
+                        _fetch(exchange, study, candidate, workshop.artefacts)
             if study.remaining:
                 workers = workers or stack.enter_context(_workers(workshop, cluster, exchange))
                 with clock("candidates"):
@@ -198,6 +207,8 @@ def _evaluate(
             f"a search starts with {uniform} uniform plans, and {total} trials leave nothing to search for beyond "
             f"them; give more, such as --set search.trials={2 * uniform}"
         )
+    if not run.search.seeds and workshop.space.space.drop_blocks is not None:
+        workshop.make_students()  # a plan that drops blocks of one needs it when it is drawn
     began, before, due = time.perf_counter(), study.finished, 0.0
 
     def told(candidate: Candidate) -> None:
@@ -254,7 +265,7 @@ def _status(study: Study, reference: Any, majority: float, each: float, untraine
         failed=states["FAIL"],
         stopped=states["PRUNED"],
         front=front,
-        gain=volume(front.points, reference, majority) / ladder if ladder > 0 else None,
+        gain=volume(candidates, reference, majority) / ladder if ladder > 0 else None,
         seconds_each=each,
         untrained=untrained,
     )
@@ -298,28 +309,45 @@ def _run_for_workers(workshop: Workshop, *, elsewhere: bool) -> RunConfig:
     return RunConfig.from_mapping(settings)
 
 
+def _environment_key(workshop: Workshop) -> dict[str, Any]:
+    """Return what the reference is measured of."""
+    run = workshop.run
+    rows = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
+    return {"model": workshop.teacher.base, "data": rows, "target": run.target.model_dump()}
+
+
+def _is_measured(folder: Path, workshop: Workshop) -> bool:
+    """Return whether the reference is there, measured for this model, data and target or for the study that is there.
+
+    Raises:
+        StudyError: if it cannot be read.
+    """
+    file = folder / "environment.json"
+    if not file.exists() or not (folder / "artefacts" / "reference").is_dir():
+        return False
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StudyError(f"{file}: not readable as JSON ({error})") from None
+    if found.get("schema") != ENVIRONMENT_SCHEMA:
+        raise StudyError(f"{file}: schema must be {ENVIRONMENT_SCHEMA}, got {found.get('schema')!r}")
+    return holds_study(folder) or found.get("key") == _environment_key(workshop)
+
+
 def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) -> None:
     """Write ``environment.json``, measuring the reference, unless both are there for this model, data and target."""
     file = folder / "environment.json"
-    target = workshop.run.target.model_dump()
-    key = {"model": workshop.teacher.base, "data": workshop.task.fingerprint, "target": target}
-    if file.exists() and (folder / "artefacts" / "reference").is_dir():
-        try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise StudyError(f"{file}: not readable as JSON ({error})") from None
-        if found.get("schema") != ENVIRONMENT_SCHEMA:
-            raise StudyError(f"{file}: schema must be {ENVIRONMENT_SCHEMA}, got {found.get('schema')!r}")
-        if holds_study(folder) or found.get("key") == key:
-            # Written by an earlier version.
-            later = {
-                "majority": workshop.majority,
-                "shared_rows": workshop.task.shared_rows,
-                "shape": dataclasses.asdict(workshop.teacher.shape),
-            }
-            if not later.keys() <= found.keys():
-                write_aside(file, json.dumps(later | found, indent=1))
-            return
+    if _is_measured(folder, workshop):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        # Written by an earlier version.
+        later = {
+            "majority": workshop.majority,
+            "shared_rows": workshop.task.shared_rows,
+            "shape": dataclasses.asdict(workshop.teacher.shape),
+        }
+        if not later.keys() <= found.keys():
+            write_aside(file, json.dumps(later | found, indent=1))
+        return
     progress("measuring the uncompressed model")
     cut = workshop.splits["search"].cut
     if cut:
@@ -334,7 +362,7 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
         "shape": dataclasses.asdict(workshop.teacher.shape),
         "cut_rows": cut,
         "machine": workshop.timed_on,
-        "target": target,
+        "target": run.target.model_dump(),
         "runtime_options": workshop.fingerprint["runtime_options"],
         "protocol": {
             "accuracy": f"through the artefact, {measured.rows} search rows, real lengths up to "
@@ -349,7 +377,7 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
             "over moments and pairs; where those of a front were taken twice it includes by how much they drift from "
             "one time to another",
         },
-        "key": key,
+        "key": _environment_key(workshop),
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(file, json.dumps(environment, indent=1))

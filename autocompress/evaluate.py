@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from autocompress import machine, recovery, scoring, slot, timing
-from autocompress.anatomy import before_drop
+from autocompress.anatomy import ModelShape, before_drop
 from autocompress.bases import RANGE_ROWS, Bases
 from autocompress.config import RunConfig
 from autocompress.decisions import Decision, DropBlocks, Recover, Student, TrimVocabulary
@@ -78,16 +78,21 @@ class Workshop(Bases):
             self.run.target.tokens,
         )
 
-    def check(self, plan: CompressionPlan) -> None:
+    def check(self, plan: CompressionPlan, shape: ModelShape | None = None) -> None:
         """Refuse a plan that cannot be carried out, before any work.
+
+        Args:
+            plan: to be carried out.
+            shape: of the model, by default that of the teacher, which is fine-tuned for it where it has no head.
 
         Raises:
             PlanError: naming the site and what is allowed there.
         """
-        check_plan(plan, self.teacher.shape)
+        shape = shape or self.teacher.shape
+        check_plan(plan, shape)
         for trim in plan.of_type(TrimVocabulary).values():
-            check_needed(trim, len(self.special_tokens))
-        self.runtime.check(plan, self.teacher.shape)
+            check_needed(trim, len(self.special_tokens(shape.vocabulary)))
+        self.runtime.check(plan, shape)
 
     def stitched(self, plan: CompressionPlan) -> tuple[Template, dict[str, Piece]]:
         """Return the template that ``plan`` starts from and a piece for each site that it decides."""
@@ -243,7 +248,7 @@ class Workshop(Bases):
         memory = None
         if self._wants_memory:
             with watch("memory"):
-                memory = (self.device or self.stand).memory(artifact)
+                memory = self.memory(artifact)
         trial = Trial(self, session, artifact, memory)
         try:
             trial.run(front, watch)
@@ -282,6 +287,10 @@ class Workshop(Bases):
         if self.device is None and (wanted := self.run.search.device):
             offered = ", ".join(f"{name}: {amount:g}" for name, amount in wanted.items())
             raise StudyError(f"search.device: latency is measured on a node with {offered}; give its --address")
+
+    def memory(self, artifact: Artifact) -> int | None:
+        """Return the bytes that running an artefact adds to a fresh process; None where the run does not ask."""
+        return (self.device or self.stand).memory(artifact) if self._wants_memory else None
 
     @property
     def _wants_memory(self) -> bool:

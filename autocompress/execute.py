@@ -119,7 +119,7 @@ def _execute(
         while running and alone(plan) and tell_next():
             pass
         running[number] = plan
-        if gone:
+        if gone or leaving.asked:
             return
         with leaving.at_once():
             prepare(plan)

@@ -8,7 +8,7 @@ from typing import Any
 
 from autocompress import machine, timing
 from autocompress.config import TargetConfig
-from autocompress.errors import ExportError
+from autocompress.errors import ConfigError, ExportError
 from autocompress.records import Measurement
 from autocompress.runtimes import Artifact, get_runtime
 
@@ -21,6 +21,8 @@ _LOADS = 4
 
 def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
     """Time an exported folder against its reference; see `autocompress.measure`."""
+    if pairs < _LOADS:
+        raise ConfigError(f"measure: pairs must be >= {_LOADS}, one for each time that both are loaded, got {pairs}")
     artifact = Artifact.open(folder)
     try:
         about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))

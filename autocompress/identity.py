@@ -23,6 +23,7 @@ def identity_of(run: RunConfig, *, model: str, data: str, space: BoundSpace) -> 
         "model": model,
         "data": data,
         "rows": {name: getattr(run.data, name) for name in _ROWS},
+        "seed": run.seed,  # of students, too; search.seed is that of proposals
         "space": f"{space.space.name} {hashlib.sha256(choices.encode()).hexdigest()[:12]}",
         "target": run.target.model_dump(),
         "objectives": run.told,
@@ -47,9 +48,9 @@ def _choices_of(space: SearchSpace) -> str:
 def difference(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
     """Say in what two identities differ, or return None.
 
-    Their schema is not compared, nor are numbers of rows where a study is from before they were told.
+    Their schema is not compared, nor are numbers of rows and the seed where a study is from before they were told.
     """
-    compared = {*stored, *found} - {"schema"} - ({"rows"} - stored.keys())
+    compared = {*stored, *found} - {"schema"} - ({"rows", "seed"} - stored.keys())
     names = (name for name in sorted(compared) if stored.get(name) != found.get(name))
     return "; ".join(f"{name}: {_brief(stored.get(name))} became {_brief(found.get(name))}" for name in names) or None
 

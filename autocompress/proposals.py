@@ -45,9 +45,12 @@ class Proposals:
         self._mutations: list[dict[str, Any]] = []
         self._rng = random.Random(f"{study.seed}:{len(trials.get_trials(deepcopy=False))}")  # noqa: S311
 
-    def _make_seeds(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _make_seeds(self) -> Iterator[tuple[str, dict[str, Any]] | None]:
+        """Yield origin and parameters of each seed; None while too little is measured to allocate the next one."""
         yield from (("uniform", params) for params in uniform_ladder(self._space))
-        if self._of.predictor is not None and self._of.learn():
+        if self._of.predictor is not None:
+            while not self._of.learn():
+                yield None
             most = int(_SENSITIVITY_SHARE * self._of.run.search.trials)
             ladder = sensitivity_ladder(self._space, self._of.predictor, self._of.reference.size_bytes)
             for params in itertools.islice(ladder, most):
@@ -68,7 +71,10 @@ class Proposals:
         """
         if self._trials.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return
-        for origin, params in self._seeds:
+        for seed in self._seeds:
+            if seed is None:
+                break
+            origin, params = seed
             if self._space.plan(params).plan_id not in self._of.known:
                 self._trials.enqueue_trial(params, user_attrs={"origin": origin})
                 return

@@ -88,21 +88,26 @@ def _add(
 
 def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
     """Distil the most promising structures (rung 2), best non-dominated rank first, as many as the run file asks."""
-    trained = [c for c in study.candidates() if c.plan.trained]
-    wanted = study.run.search.recover - len(trained)
+    trains = bool(study.run.recovery.epochs)
+    done = [c for c in study.candidates() if c.origin == "recover" and c.plan.trained == trains]
+    wanted = study.run.search.recover - len(done)
     if wanted <= 0:
         return
     usable = [c for c in study.candidates() if c.measurement is not None and c.feasible and c.origin != "recover"]
     ranks = nondominated_ranks(costs(usable, study.run.objectives))
     known = {c.plan.plan_id for c in study.candidates()}
     for candidate in sorted(usable, key=lambda c: (ranks[usable.index(c)], -c.score.accuracy)):
-        plan = workshop.recovering(candidate.plan)
         # Without structural decisions there is nothing that distillation could win back.
-        if not candidate.plan.structural() or plan.plan_id in known or wanted <= 0:
+        if not candidate.plan.structural() or wanted <= 0:
             continue
-        _add(study, workshop, candidate, plan, "recover", progress)
-        known.add(plan.plan_id)
-        wanted -= 1
+        try:
+            plan = workshop.recovering(candidate.plan)
+            if plan.plan_id not in known:
+                _add(study, workshop, candidate, plan, "recover", progress)
+                known.add(plan.plan_id)
+                wanted -= 1
+        except AutocompressError as error:  # a point of which nothing comes must not cost the others
+            progress(f"trial {candidate.number} cannot be recovered: {error}")
 
 
 def _confirm(study: Study, workshop: Workshop, quiet: Callable[[], None] | None, progress: Progress) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from autocompress.anatomy import ModelShape
 from autocompress.config import RunConfig
-from autocompress.delivery import FORMATS
+from autocompress.delivery import format_of
 from autocompress.records import Candidate
 from autocompress.report import tables
 from autocompress.report.comparison import Comparison
@@ -60,9 +60,12 @@ def report_of(study: Study) -> Report:
 
 def _export_command(study: Study) -> list[str]:
     """Return the command that exports a point, in parts between which its trial's number stands."""
-    named = next(name for name, runtime in FORMATS.items() if runtime == study.run.target.runtime)
     folder = shlex.quote(str(study.folder))
-    return [f"autocompress export {folder} --trial ", f" --format {named} -o {study.run.name}-trial-", ""]
+    return [
+        f"autocompress export {folder} --trial ",
+        f" --format {format_of(study.run)} -o {study.run.name}-trial-",
+        "",
+    ]
 
 
 def comparison_of(study: Study) -> Comparison | None:

@@ -21,6 +21,7 @@ from autocompress.pareto import costs, nondominated_ranks
 from autocompress.records import Candidate, Measurement
 from autocompress.report.tables import write_aside
 from autocompress.results import write_results
+from autocompress.runtimes import Artifact, get_runtime
 from autocompress.study import Study
 from autocompress.trained import Progress
 
@@ -87,7 +88,8 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
         pairs = run.search.confirm_pairs or run.search.latency_pairs
         timed = workshop.confirmed([(c.plan, c.score) for c in copied], pairs=pairs, progress=progress)
         for candidate, measured in zip(copied, timed, strict=True):
-            here = dataclasses.replace(measured, fingerprint=workshop.fingerprint)
+            memory = workshop.memory(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
+            here = dataclasses.replace(measured, peak_memory_bytes=memory, fingerprint=workshop.fingerprint)
             made[candidate.number] = study.add(candidate.plan, here, origin="retarget")
         for candidate in chosen:
             if candidate.number not in made:
@@ -113,6 +115,9 @@ def _runs_as_it_is(candidate: Candidate, old: Study, run: RunConfig) -> bool:
     """Return whether the artefact that was scored computes the same for the new target."""
     here, there = machine.fingerprint(), candidate.score.fingerprint
     same = run.target.runtime == old.run.target.runtime and run.target.precision == old.run.target.precision
+    # Where logits depend on the batch, another size of it gives others.
+    invariant = get_runtime(run.target.runtime).batch_invariant
+    same = same and (invariant or run.target.batch_size == old.run.target.batch_size)
     # Another version may compute otherwise.
     same = same and here["versions"].get(run.target.runtime) == there["versions"].get(run.target.runtime)
     overflows = machine.adds_in_16_bits(here) != machine.adds_in_16_bits(there)

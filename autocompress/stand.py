@@ -68,10 +68,10 @@ class Stand:
     def _loaded(self, artifact: Artifact) -> Session:
         return timing.ready(self._runtime.load(artifact, self._target), self._of(artifact))
 
-    def pairs(self, session: Session, artifact: Artifact, count: int) -> list[timing.Pair]:
-        """Time a loaded artefact against the reference."""
-        clock = timing.clock_of(self._target)
-        return timing.paired_times(session, self.reference, self._of(artifact), pairs=count, clock=clock)
+    def pairs(self, session: Session, artifact: Artifact, count: int, *, before: int = 0) -> list[timing.Pair]:
+        """Time a loaded artefact against the reference; ``before`` says how many pairs of it were taken already."""
+        clock, inputs = timing.clock_of(self._target), self._of(artifact)
+        return timing.paired_times(session, self.reference, inputs, pairs=count, clock=clock, before=before)
 
     def _of(self, artifact: Artifact) -> Mapping[str, np.ndarray]:
         """Return what an artefact reads of the inputs."""
@@ -160,7 +160,12 @@ class Outpost:
         return machine.fingerprint()
 
     def equip(self, reference: Files, inputs: Mapping[str, np.ndarray]) -> None:
-        """Time against this model on these inputs from now on; begun anew, an outpost has none."""
+        """Time against this model on these inputs from now on; begun anew, an outpost has none.
+
+        Several workers may find that at once; what comes after the first is the same.
+        """
+        if self._stand is not None:
+            return
         runtime = get_runtime(self._target.runtime)
         self._stand = Stand(runtime, self._target, self._written(reference).folder, inputs)
 
@@ -171,7 +176,12 @@ class Outpost:
         with self._unpacked([files]) as [artifact]:
             session = self._stand.load(artifact)
             try:
-                return [self._stand.pairs(session, artifact, count) for count in counts if count]
+                found: Moments = []
+                for count in counts:
+                    if count:
+                        taken = sum(map(len, found))
+                        found.append(self._stand.pairs(session, artifact, count, before=taken))
+                return found
             finally:
                 session.close()
 

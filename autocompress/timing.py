@@ -125,7 +125,13 @@ class Pair:
 
 
 def paired_times(
-    candidate: Session, reference: Session, inputs: Mapping[str, np.ndarray], *, pairs: int, clock: Callable[[], float]
+    candidate: Session,
+    reference: Session,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    pairs: int,
+    clock: Callable[[], float],
+    before: int = 0,
 ) -> list[Pair]:
     """Time blocks of runs, of the candidate and the reference in turn; who goes first alternates.
 
@@ -139,13 +145,14 @@ def paired_times(
         inputs: of the target's shape, for both.
         pairs: of blocks.
         clock: seconds.
+        before: how many pairs were taken at other moments, so that who goes first alternates over all of them.
 
     Raises:
         MeasurementError: if a run took no measurable time.
     """
     found = []
     with slot.timing():
-        for number in range(pairs):
+        for number in range(before, before + pairs):
             if number % 2 == 0:
                 first = block(candidate, inputs, clock)
                 found.append(Pair.of(first, block(reference, inputs, clock)))

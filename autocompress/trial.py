@@ -74,7 +74,8 @@ class Trial:
 
     def _time(self, pairs: int) -> None:
         if pairs:
-            self._times.append(self._workshop.stand.pairs(self._session, self._artifact, pairs))
+            before = sum(map(len, self._times))
+            self._times.append(self._workshop.stand.pairs(self._session, self._artifact, pairs, before=before))
 
     def _classify(self, part: Sequence[Batch]) -> None:
         rows = self._workshop.splits["search"]

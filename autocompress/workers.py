@@ -76,6 +76,12 @@ def answer_of(begun: Any, device: dict[str, float], wait: float) -> Any:
             raise DeviceError(f"the device cannot be reached ({type(error).__name__})") from None
 
 
+def _words(error: Exception) -> str:
+    """Say what went wrong on one line; the class name tells a defect from a refusal."""
+    text = (str(error).strip().splitlines() or ["no message"])[0][:200]
+    return text if isinstance(error, AutocompressError) else f"{type(error).__name__}: {text}"
+
+
 class Worker(tune.Trainable):
     """Evaluates plans until none is left, all in one step; the teacher, the rows and the reference stay loaded."""
 
@@ -125,10 +131,16 @@ class Worker(tune.Trainable):
             return {"end": elsewhere}
         try:
             # Not in setup: what fails there reaches the driver without its reason.
-            self._workshop = self._workshop or self._opened()
-            self._get_ready(self._workshop)
+            workshop = self._workshop = self._workshop or self._opened()
+            self._get_ready(workshop)
+        except (DepotError, DeviceError) as error:
+            return {"end": str(error)}
+        except Exception as error:
+            # It would fail so with each candidate, sooner than another worker is done with one.
+            return {"end": self._without_room(error) or f"{self._node()} cannot begin: {_words(error)}"}
+        try:
             plan = CompressionPlan.from_json(job.plan)
-            found = self._workshop.attempt(plan, job.front)
+            found = workshop.attempt(plan, job.front)
             kind = "measurement" if isinstance(found, Measurement) else "stopped"
             if self._exchange is not None and kind == "measurement":
                 self._exchange.put(plan.plan_id, self._artefacts / plan.plan_id)
@@ -139,16 +151,17 @@ class Worker(tune.Trainable):
         except AutocompressError as error:
             return {"failure": str(error)}
         except Exception as error:
-            if (folder := self._full()) is not None:
-                return {"end": f"no space is left in {folder} ({type(error).__name__}); make room"}
-            # A defect in one candidate's path must not end the search; the class name tells it from a refusal.
-            text = str(error).strip().splitlines()
-            return {"failure": f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"}
+            if (full := self._without_room(error)) is not None:
+                return {"end": full}
+            # A defect in one candidate's path must not end the search.
+            return {"failure": _words(error)}
+
+    def _node(self) -> str:
+        return f"node {ray.util.get_node_ip_address()}"  # type: ignore[no-untyped-call]
 
     def _elsewhere(self) -> str | None:
         """Return why what is measured here does not belong in the study, and what to do about it; None if it does."""
-        node = f"node {ray.util.get_node_ip_address()}"  # type: ignore[no-untyped-call]
-        here = machine.fingerprint()
+        node, here = self._node(), machine.fingerprint()
         if not self._artefacts.is_dir():
             where = "put --out and storage.bank where all nodes see them, or name a URL in storage.shared"
             return f"{node} has no folder {self._artefacts}; {where}"
@@ -161,8 +174,8 @@ class Worker(tune.Trainable):
                 return f"{node} has {name} {found}, the driver {known.get(name)}; install the same on all nodes"
         return None
 
-    def _full(self) -> Path | None:
-        """Return the folder in which nothing more can be written, if there is one.
+    def _without_room(self, error: Exception) -> str | None:
+        """Say which folder nothing more can be written in, if an error may come of that.
 
         Asked of the disk and not of the error: libraries say it in words of their own.
         """
@@ -172,9 +185,9 @@ class Worker(tune.Trainable):
                 with tempfile.TemporaryFile(dir=folder) as probe:
                     probe.write(bytes(_ROOM))
                     probe.flush()
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    return folder
+            except OSError as full:
+                if full.errno in (errno.ENOSPC, errno.EDQUOT):
+                    return f"no space is left in {folder} ({type(error).__name__}); make room"
         return None
 
     def _opened(self) -> Workshop:

@@ -60,6 +60,12 @@ FILLER = _words(
 VOCABULARY = (*SPECIAL, *GOOD, *BAD, *MIXED, *FILLER)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with files that hold slow tests: begun last, one keeps a process busy while all others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def make_tokenizer(family: str) -> Any:
     """Return a fast word-level tokenizer with the special tokens and inputs of ``family``."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

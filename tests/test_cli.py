@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import yaml
 from helpers_records import make_measurement
 from test_study import CSV_COLUMNS, SMALL, evaluate, results_in
 
-from autocompress import __version__, api, cli
+from autocompress import __version__, api, cli, delivery
 from autocompress.config import RunConfig
 from autocompress.identity import identity_of
 from autocompress.study import Study
@@ -260,6 +260,17 @@ def test_a_space_out_of_range_is_refused_with_the_range(
     line = call("validate", run_yaml, "--space", space).line(2)
     for part in parts:
         assert part in line
+
+
+def test_a_uniform_plan_that_cannot_be_carried_out_is_refused_by_validate(
+    call: Call, tmp_path: Path, run_yaml: Path, bert_folder: Path
+) -> None:
+    rules = "[{match: embeddings, vocabulary: [1.0, 3]}]"
+    space = write(tmp_path / "mine.yaml", f"schema: 1\nname: mine\nrules: {rules}\n")
+    for model in ([], ["--model", bert_folder]):  # with a head, and without one, which is not trained for it
+        line = call("validate", run_yaml, "--space", space, *model).line(1)
+        assert "TrimVocabulary.keep must be >= 5, which are special tokens, got 3" in line
+    assert tree(tmp_path) == {"run.yaml", "mine.yaml"}
 
 
 @pytest.mark.parametrize(
@@ -725,6 +736,20 @@ def test_an_unknown_trial_names_the_nearest(call: Call, results: Callable[..., P
     assert not folder.with_name("out").exists()
 
 
+@pytest.mark.parametrize(("runtime", "expected"), [("openvino", "openvino"), ("onnxruntime", "onnx")])
+def test_what_is_exported_by_default_is_what_was_searched(
+    call: Call, results: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, runtime: str, expected: str
+) -> None:
+    folder = results()
+    text = (folder / "run.yaml").read_text(encoding="utf-8")
+    write(folder / "run.yaml", text.replace("runtime: openvino", f"runtime: {runtime}"))
+    asked: list[Sequence[str]] = []
+    monkeypatch.setattr(delivery, "export", lambda *_, formats, **__: asked.append(formats) or {})
+    assert call("export", folder, "-o", folder.with_name("out")).code == 0
+    assert call("export", folder, "-o", folder.with_name("out"), "--format", "hf").code == 0
+    assert asked == [[expected], ["hf"]]
+
+
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
@@ -760,7 +785,7 @@ def test_a_pick_says_why_and_what_its_neighbours_trade(call: Call, results: Call
     numbers = {point["number"] for point in front} - {found["trial"]}
     assert {near["trial"] for near in found["neighbours"].values()} <= numbers
     said = call("pick", folder, "--prefer", "latency").out
-    assert said.rstrip().endswith(f"autocompress export {folder} --trial {found['trial']} --format openvino -o OUT")
+    assert said.rstrip().endswith(f"autocompress export {folder} --trial {found['trial']} -o OUT")
 
 
 def test_percent_and_share_are_the_same_drop(call: Call, results: Callable[..., Path]) -> None:

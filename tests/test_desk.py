@@ -64,6 +64,22 @@ def test_what_a_lost_worker_had_is_given_to_whoever_comes() -> None:
     assert asyncio.run(asyncio.wait_for(day(), 10)) == [(7, 1), (7, 2), None, (8, 1)]
 
 
+def test_a_result_that_comes_late_from_a_worker_that_was_lost_is_not_told_twice() -> None:
+    async def day() -> list[Any]:
+        desk = Desk()
+        await desk.put(Job(7, "{}", []))
+        await desk.close()
+        await desk.exchange("a", None)
+        await desk.lost("a")
+        again = await desk.exchange("b", None)
+        late = await desk.exchange("a", (7, {"failure": "late"}))
+        await desk.exchange("b", (7, {"failure": "in time"}))
+        await desk.end()
+        return [again and again.number, late, await desk.result(), await desk.result()]
+
+    assert asyncio.run(asyncio.wait_for(day(), 10)) == [7, None, (7, {"failure": "in time"}), None]
+
+
 def test_what_is_withdrawn_is_given_to_nobody() -> None:
     async def day() -> list[Any]:
         desk = Desk()

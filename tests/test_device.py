@@ -21,14 +21,15 @@ DEVICE = "search.device={device_test: 1}"
 OTHER_CPU = """
 import autocompress.machine as machine
 real = machine.cpu()
-machine.cpu = lambda: {**real, "name": "a device"}
+machine.cpu = lambda: {{**real, **{changed!r}}}
 """
 
 
-def add_device(nodes: Nodes, folder: Path) -> None:
+def add_device(nodes: Nodes, folder: Path, name: str = "device_test", **changed: object) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(OTHER_CPU, encoding="utf-8")
-    offered = ("--num-cpus=0", "--resources", json.dumps({"device_test": 1}))
+    code = OTHER_CPU.format(changed={"name": "a device", **changed})
+    (folder / "sitecustomize.py").write_text(code, encoding="utf-8")
+    offered = ("--num-cpus=0", "--resources", json.dumps({name: 1}))
     nodes.grow(*offered, environment={"PYTHONPATH": str(folder)})
 
 
@@ -94,3 +95,15 @@ def test_a_search_waits_for_its_device_to_come_back_but_not_for_ever(
     candidates = by_number(workplace / "out").values()
     assert len(candidates) >= 4
     assert {c.state for c in candidates} == {"COMPLETE"}
+
+
+@pytest.mark.skipif(machine.adds_in_16_bits(), reason="weights that are made here overflow nowhere")
+def test_a_device_on_which_sums_of_eight_bits_overflow_is_refused(
+    nodes: Nodes, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(nodes, monkeypatch)
+    add_device(nodes, workplace / "device", "device_old", features=["avx2"])
+    options = ("--address", nodes.address, "--set", "search.device={device_old: 1}")
+    done = command("search", "run.yaml", "--out", "out", *options, cwd=workplace)
+    assert done.code == 1
+    assert "the device a device adds 8-bit products in 16 bits" in done.err

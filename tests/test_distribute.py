@@ -171,7 +171,12 @@ def job(plan: str = CompressionPlan().to_json(), front: list[list[float]] | None
 
 
 def test_what_fails_while_a_worker_gets_ready_is_said(worker: Any) -> None:
-    assert worker.outcome(job())["failure"].endswith("holds no artefact.json; give a folder that export wrote")
+    """And ends the search: candidate after candidate would fail of it while others work on one."""
+    [(kind, reason)] = worker.outcome(job()).items()
+    assert kind == "end"
+    assert reason.startswith("node ")
+    assert " cannot begin: " in reason
+    assert reason.endswith("holds no artefact.json; give a folder that export wrote")
 
 
 def test_a_defect_in_one_candidate_is_its_reason(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:

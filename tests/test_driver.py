@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +97,37 @@ def test_a_torn_record_that_was_cut_off_is_said(tmp_path: Path, monkeypatch: pyt
     assert backup.read_bytes() == torn
     assert Study(folder, run).candidates() == told
     assert len(pd.read_csv(folder / "study.csv")) == len(told)
+
+
+@pytest.mark.parametrize("there", ["nothing", "another model's", "its own"])
+def test_workers_find_no_reference_of_another_model(
+    tiny_run: Callable[..., RunConfig],
+    bert_headed_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    there: str,
+) -> None:
+    """As where a search was ended while it measured the reference, and goes on with another model."""
+    run, folder = tiny_run([f"model.id={json.dumps(str(bert_headed_folder))}"]), tmp_path / "results"
+    (reference := folder / "artefacts" / "reference").mkdir(parents=True)
+    if there != "nothing":
+        key = driver._environment_key(Workshop(run, folder / "artefacts"))
+        known = {"schema": driver.ENVIRONMENT_SCHEMA, "key": key if there == "its own" else {**key, "model": "m"}}
+        (folder / "environment.json").write_text(json.dumps(known), encoding="utf-8")
+    seen: list[bool] = []
+
+    class Paper:
+        def open(self) -> None:
+            seen.append(reference.exists())
+
+    def ended(*_: object) -> Study:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "_workers", lambda *_: nullcontext(Paper()))
+    monkeypatch.setattr(driver, "open_for_writing", ended)
+    with pytest.raises(KeyboardInterrupt):
+        drive(run, folder, progress=lambda _: None)
+    assert seen == [there == "its own"]
 
 
 # --- a search

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -174,6 +174,20 @@ class TestCtrlC:
 
     def test_a_distillation_is_let_go(self) -> None:
         assert interrupted(Interrupted(presses=0), lambda _: signal.raise_signal(signal.SIGINT)) == []
+
+    def test_while_a_distillation_waits_for_what_runs_it_does_not_begin(self) -> None:
+        paper, trained = Interrupted(), list[CompressionPlan]()
+        third = CompressionPlan(((MODEL_SITE, MaxTokens(tokens=3)),))
+        with pytest.raises(KeyboardInterrupt):
+            execute(
+                cast(Any, paper),
+                workers=cast(Any, paper),
+                prepare=trained.append,
+                alone=lambda plan: plan == third,
+                told=lambda _: None,
+            )
+        assert paper.happened == ["withdrawn", "told 0", "told 1"]
+        assert third not in trained
 
     def test_in_another_thread_it_is_left_alone(self) -> None:
         done: Any = SimpleNamespace(run=RunConfig(), ask=lambda: None, rivals=list, count=1)

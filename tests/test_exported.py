@@ -15,7 +15,7 @@ from helpers_records import make_measurement
 from autocompress import exported as exported_folder
 from autocompress.config import TargetConfig
 from autocompress.decisions import Quantize
-from autocompress.errors import ExportError
+from autocompress.errors import ConfigError, ExportError
 from autocompress.plan import CompressionPlan
 from autocompress.runtimes import Artifact
 
@@ -97,6 +97,12 @@ def test_a_folder_is_held_against_what_it_says(runtime: Runtime, exported: Path)
     assert found["stored_latency_ratio"] == 0.5
     assert found["difference"] == pytest.approx(2 / 3 - 1)
     assert found["latency_ratio_in_search"] == 0.4
+
+
+def test_fewer_pairs_than_loads_are_refused(runtime: Runtime, exported: Path) -> None:
+    with pytest.raises(ConfigError, match=r"measure: pairs must be >= 4, .* got 3"):
+        exported_folder.measure(exported, pairs=3)
+    assert not runtime.loaded
 
 
 def test_latencies_of_another_protocol_are_not_compared(runtime: Runtime, exported: Path) -> None:

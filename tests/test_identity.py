@@ -29,6 +29,7 @@ def identity(space: str = "encoder-small", **sections: object) -> dict[str, obje
         ({"space": "encoder-bits"}, ["space"]),
         ({"data": {"calibration_rows": 512}}, ["rows"]),
         ({"data": {"reconstruction_rows": 512}}, ["rows"]),
+        ({"seed": 9}, ["seed"]),
     ],
 )
 def test_what_belongs_to_a_study_is_told_apart(changed: dict[str, object], named: list[str]) -> None:
@@ -48,9 +49,9 @@ def test_latencies_that_were_taken_otherwise_make_another_study() -> None:
     assert difference(before, identity()) == f"latency: null became {LATENCY_PROTOCOL}"
 
 
-def test_studies_from_before_rows_were_told_go_on() -> None:
-    before = {name: value for name, value in identity().items() if name != "rows"}
-    assert difference(before, identity(data={"calibration_rows": 512})) is None
+def test_studies_from_before_rows_and_seed_were_told_go_on() -> None:
+    before = {name: value for name, value in identity().items() if name not in ("rows", "seed")}
+    assert difference(before, identity(data={"calibration_rows": 512}, seed=9)) is None
 
 
 def test_a_difference_is_said_in_short() -> None:

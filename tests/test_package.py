@@ -66,6 +66,31 @@ def test_no_module_has_the_name_of_a_public_function() -> None:
     assert not modules & set(autocompress.__all__)
 
 
+def _imported(file: Path) -> set[str]:
+    """Return the modules and folders of the package that a file imports when it is itself imported."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            package, *inside = node.module.split(".")
+            if package == "autocompress":
+                found |= {inside[0]} if inside else {alias.name for alias in node.names}
+    return found - {"__version__"}
+
+
+def test_modules_import_from_above_them_in_the_table_alone() -> None:
+    root = Path(autocompress.__file__).parent
+    text = (root.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text[text.index("| module | one job |") :].split("\n\n")[0].splitlines()[2:]
+    rows = [re.findall(r"`([\w/.]+)`", line.split("|")[1]) for line in table]
+    place = {name.removesuffix(".py").rstrip("/"): n for n, names in enumerate(rows) for name in names}
+    files = [file for file in root.rglob("*.py") if file.name != "__init__.py"]
+    assert len(files) > 80
+    for file in files:
+        own = file.relative_to(root).parts[0].removesuffix(".py")
+        for other in _imported(file):
+            assert place[other] <= place[own], f"{own} imports {other}, which stands below it"
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'autocompress' has no attribute 'serach'"):
         _ = autocompress.serach

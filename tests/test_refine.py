@@ -8,14 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from helpers_records import make_candidate, make_reference
 
-from autocompress.decisions import MaxTokens
+from autocompress.decisions import MaxTokens, PruneNeurons, Recover
+from autocompress.errors import PlanError
 from autocompress.front import Front
 from autocompress.pareto import contenders
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate, Measurement
-from autocompress.refine import _confirm, drop_dominated
+from autocompress.refine import _confirm, _recover, drop_dominated
 
 ALL = ("accuracy", "size_bytes", "latency")
 
@@ -106,6 +108,38 @@ def test_a_latency_that_does_not_hold_lets_others_on_the_front_and_is_told_once(
     assert paper.left() == {1}
     _confirm(paper, paper, None, lambda _: None)
     assert len(paper.rounds) == 2, "nothing is left to be timed"
+
+
+@pytest.mark.parametrize("epochs", [1.0, 0.0])
+def test_as_many_points_are_recovered_as_are_asked_for_and_one_that_cannot_be_costs_no_other(
+    tmp_path: Path, epochs: float
+) -> None:
+    plans = [CompressionPlan(((f"block.{n}.ffn", PruneNeurons(keep=8)),)) for n in range(4)]
+    candidates = [make_candidate(n, plan=plan, accuracy=0.9 - n / 100) for n, plan in enumerate(plans)]
+    paper: Any = Paper(tmp_path, candidates, {})
+    paper.run.search.recover, paper.run.objectives = 2, ALL
+    paper.run.recovery = SimpleNamespace(epochs=epochs)
+    said: list[str] = []
+
+    def recovering(plan: CompressionPlan) -> CompressionPlan:
+        if plan == plans[0]:
+            raise PlanError("nothing is left of it")
+        return plan.with_decision(MODEL_SITE, Recover(epochs=epochs, reconstruct=True))
+
+    def add(plan: CompressionPlan, measured: Measurement, *, origin: str) -> Candidate:
+        number = len(paper.known)
+        paper.known[number] = dataclasses.replace(
+            make_candidate(number, plan=plan), measurement=measured, origin=origin
+        )
+        return paper.known[number]
+
+    paper.recovering, paper.add = recovering, add
+    paper.evaluate = lambda plan: make_candidate(0, plan=plan, accuracy=0.95).score
+    for _ in range(2):
+        _recover(paper, paper, said.append)
+        made = [c.plan.without(Recover) for c in paper.candidates() if c.origin == "recover"]
+        assert made == plans[1:3]
+    assert said.count("trial 0 cannot be recovered: nothing is left of it") == 1
 
 
 def test_no_more_contenders_are_timed_than_the_front_has_points(tmp_path: Path) -> None:

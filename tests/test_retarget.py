@@ -14,9 +14,10 @@ from autocompress import api
 from autocompress.config import RunConfig
 from autocompress.driver import drive
 from autocompress.errors import ConfigError, StudyError
+from autocompress.evaluate import Workshop
 from autocompress.records import Candidate
-from autocompress.retarget import Moved
-from autocompress.runtimes import Artifact
+from autocompress.retarget import Moved, _runs_as_it_is
+from autocompress.runtimes import Artifact, get_runtime
 from autocompress.study import Study
 
 pytestmark = pytest.mark.slow
@@ -99,6 +100,27 @@ def test_a_study_of_another_machine_goes_on_elsewhere(first: Path, tmp_path: Pat
         progress=lambda _: None,
     )
     assert api.open_study(tmp_path / "here").finished == trials, "it can be searched on"
+
+
+def test_what_depends_on_the_target_is_not_copied(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = api.open_study(first)
+    [point, *_] = old.front().points
+
+    def runs(*overrides: str) -> bool:
+        return _runs_as_it_is(point, old, RunConfig.from_file(first / "run.yaml", overrides=overrides))
+
+    assert runs("target.tokens=8")
+    assert runs("target.batch_size=2"), "logits of OpenVINO do not depend on it"
+    monkeypatch.setattr(type(get_runtime("openvino")), "batch_invariant", False)
+    assert not runs("target.batch_size=2")
+    assert runs("target.tokens=8")
+
+
+def test_memory_is_measured_anew(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workshop, "memory", lambda *_: 123_000_000)
+    study, moved = api.retarget(first, tmp_path / "out", overrides=["target.tokens=8"], ranks=1)
+    assert moved
+    assert {c.score.peak_memory_bytes for c in study.candidates()} == {123_000_000}
 
 
 def test_only_the_target_can_be_another(first: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def searched(workplace: Path) -> Path:
     assert "[  6/6] trial " in done.err
     assert " 6 trials leave nothing to search for beyond them" in done.err
     assert "times smaller" in done.out
-    assert done.out.endswith("next: autocompress export results/tiny --pick knee --format openvino -o OUT\n")
+    assert done.out.endswith("next: autocompress export results/tiny --pick knee -o OUT\n")
     return workplace / "results" / "tiny"
 
 
@@ -414,6 +414,7 @@ def test_the_artefact_that_was_scored_is_the_one_that_ships(exported: Path, sear
     about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
     assert about["agreement_with_scored_candidate"] == 1
     assert about["latency_ratio_in_search"] == point.score.latency_ratio
+    assert about["search"]["latency_drift"] == point.score.latency_drift
     for name in ("accuracy", "loss", "rows", "predictions", "size_bytes"):
         assert about["search"][name] == getattr(point.score, name)
 

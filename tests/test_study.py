@@ -7,15 +7,17 @@ import hashlib
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import pandas as pd
@@ -35,6 +37,7 @@ from autocompress.identity import identity_of
 from autocompress.journal import repair_tail
 from autocompress.ledger import excesses
 from autocompress.plan import MODEL_SITE, CompressionPlan
+from autocompress.predict import Predictor
 from autocompress.records import Candidate, Measurement, Stopped, drift_of
 from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace
@@ -180,6 +183,38 @@ def test_seeds_come_first_in_the_order_of_the_ladder(drive: Callable[..., Study]
     assert [c.origin for c in told[: len(ladder)]] == ["uniform"] * len(ladder)
     assert {c.origin for c in told[len(ladder) :]} <= {"sampler", "mutation"}
     assert told[0].params == next(uniform_ladder(SMALL))
+
+
+def test_seeds_made_from_sensitivities_wait_until_predictions_can_be_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a predictor of paper that is ready three candidates after the uniform plans."""
+    ladder = [SMALL.plan(params).plan_id for params in uniform_ladder(SMALL)]
+    drawn = random.Random(1)
+    chosen: list[dict[str, Any]] = [{}, {}]
+    for params in chosen:
+        SMALL.decode(lambda name, choices, into=params: into.setdefault(name, drawn.choice(choices)))
+    monkeypatch.setattr("autocompress.proposals.sensitivity_ladder", lambda *_: iter(chosen))
+
+    class Paper:
+        ready = False
+
+        def learn(self, known: Sequence[Candidate]) -> None:
+            self.ready = len(known) >= len(ladder) + 3
+
+        def behind(self, *_: Any) -> None: ...
+
+        def expected(self, *_: Any) -> None: ...
+
+        def note(self, _: Candidate) -> None: ...
+
+    run = run_of(f"search.trials={len(ladder) + 12}")
+    identity, paper = identity_of(run, model="m", data="d", space=SMALL), cast(Predictor, Paper())
+    with closing(Study(folder, run, identity=identity, space=SMALL, writable=True, predictor=paper)) as study:
+        origins = [c.origin for c in evaluate(study)]
+    assert origins[: len(ladder)] == ["uniform"] * len(ladder)
+    assert set(origins[len(ladder) : len(ladder) + 3]) <= {"sampler", "mutation"}, "nobody waits for them"
+    assert origins[len(ladder) + 3 :].count("sensitivity") == 2
 
 
 def test_a_search_without_seeds_has_none(drive: Callable[..., Study]) -> None:
@@ -894,8 +929,8 @@ def test_another_space_is_refused_even_under_the_same_name(drive: Callable[..., 
 
 def test_what_may_change_does(drive: Callable[..., Study]) -> None:
     drive().close()
-    overrides = ("search.trials=9", "search.workers=3", "search.latency_pairs=7", "constraints.max_size_mb=3", "seed=9")
-    assert drive(*overrides).remaining == 9
+    overrides = ("search.trials=9", "search.workers=3", "search.latency_pairs=7", "constraints.max_size_mb=3")
+    assert drive(*overrides, "search.seed=9").remaining == 9
 
 
 # --- the journal

@@ -100,6 +100,15 @@ class TestLatency:
         )
         return timing.summarize([taken], seed=seed)
 
+    def test_who_goes_first_alternates_over_all_moments(self) -> None:
+        firsts = []
+        for before in range(4):
+            clock, noted = Clock(), list[str]()
+            ours, beside = (Timed(clock, lambda _: 0.02, noted, name) for name in ("candidate", "reference"))
+            timing.paired_times(ours, beside, {}, pairs=1, clock=clock, before=before)
+            firsts.append(noted[0])
+        assert firsts == ["candidate", "reference"] * 2
+
     def test_constant_times_give_the_exact_ratio(self) -> None:
         found = self.measure(lambda _: 0.003, lambda _: 0.012)
         assert found.p50_ms == pytest.approx(3.0)

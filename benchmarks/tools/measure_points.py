@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from autocompress import machine, scoring
+from autocompress import machine, scoring, timing
 from autocompress.config import RunConfig
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Workshop
@@ -87,14 +87,14 @@ class Bench:
         session = Foreign(workshop.runtime.load(artifact, workshop.run.target))
         rows = workshop.splits["search"]
         scored = scoring.accuracy(scoring.logits_of(session, rows, workshop.batches("search")), rows)
-        pairs_taken = scoring.paired_times(
+        pairs_taken = timing.paired_times(
             session,
             workshop.stand.reference,
             self.inputs,
             pairs=pairs,
-            clock=scoring.clock_of(workshop.run.target),
+            clock=timing.clock_of(workshop.run.target),
         )
-        timed = scoring.summarize([pairs_taken], seed=workshop.run.seed)
+        timed = timing.summarize([pairs_taken], seed=workshop.run.seed)
         return {
             "accuracy": scored.value,
             "accuracy_low": scored.low,
