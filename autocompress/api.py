@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -350,20 +351,30 @@ def serve(folder: str | Path, *, port: int = 0) -> Iterator[str]:
         thread.join()
 
 
+def _bytes_in(folder: Path) -> int:
+    """Return how large the files below a folder are, from which a search may take some meanwhile."""
+    found = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += (Path(place) / name).stat().st_size
+    return found
+
+
 def status(folder: str | Path) -> dict[str, Any]:
     """Return how far a study is: counts by state, the front's size, and what is on disk."""
     study = open_study(folder)
     candidates = study.candidates()
     bank = Bank(bank_root(study.run))
-    artefacts = study.folder / "artefacts"
-    sizes = [f.stat().st_size for f in artefacts.rglob("*") if f.is_file()] if artefacts.is_dir() else []
+    searched = [c for c in candidates if c.origin != "recover"]
     return {
         "study": study.run.name,
-        "complete": sum(c.state == "COMPLETE" for c in candidates),
+        "complete": sum(c.state == "COMPLETE" for c in searched),
         "failed": sum(c.state == "FAIL" for c in candidates),
         "stopped_early": sum(c.state == "PRUNED" for c in candidates),
         "wanted": study.run.search.trials,
+        "recovered": len(candidates) - len(searched),
         "front": len(study.front()),
-        "artefact_bytes": sum(sizes),
+        "artefact_bytes": _bytes_in(study.folder / "artefacts"),
         "bank": {kind: f"{used.entries} entries, {used.bytes / 1e6:.1f} MB" for kind, used in bank.usage().items()},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from enum import StrEnum
@@ -14,7 +15,7 @@ import typer
 
 from autocompress import __version__, console, garbage
 from autocompress.cluster import Cluster
-from autocompress.errors import AutocompressError, ConfigError
+from autocompress.errors import AutocompressError, ConfigError, StudyError
 
 if TYPE_CHECKING:
     from autocompress.front import Choice
@@ -122,7 +123,7 @@ def init(
     wanted = {"name": name_, "model": model, "data": data, "text": text, "label": label, "target": target}
     content = runfile.run_text(out.name, {**wanted, "search_rows": rows})
     out.write_text(content, encoding="utf-8")
-    typer.echo(f"wrote {out}; next: autocompress search {out}")
+    typer.echo(f"wrote {out}; next: autocompress search {_quoted(out)}")
 
 
 def _column(name: str, given: str | None, columns: list[str] | None) -> str | None:
@@ -228,7 +229,12 @@ def search(
     console.front_of(study, as_json)
     if not as_json:
         typer.echo(f"report: {study.folder / 'report.html'}")
-        typer.echo(f"next: autocompress export {study.folder} --pick knee -o OUT")
+        typer.echo(f"next: autocompress export {_quoted(study.folder)} --pick knee -o OUT")
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def _cluster(address: str | None, insecure: bool) -> Cluster | None:
@@ -247,7 +253,12 @@ def status(
     """Say how far a search is."""
     from autocompress import api
 
-    console.result(api.status(folder), as_json)
+    try:
+        console.result(api.status(folder), as_json)
+    except StudyError as error:
+        if not (serve and folder.is_dir()):
+            raise
+        console.progress(f"{error}; the page waits for it")  # as while the model is fine-tuned
     if serve:
         with api.serve(folder, port=port) as address:
             console.progress(f"the report is at {address} until this command ends (Ctrl-C)")
@@ -291,7 +302,7 @@ def salvage(folder: Folder, as_json: Json = False) -> None:
     told = {"file": str(found.file), "damaged": found.damaged, "left_out": found.left_out, "again": found.again}
     console.result(told, as_json)
     if not as_json:
-        typer.echo(f"next: mv {found.file} {folder / 'study.journal'}, then search again")
+        typer.echo(f"next: mv {_quoted(found.file)} {_quoted(folder / 'study.journal')}, then search again")
 
 
 def _picked(
@@ -301,8 +312,14 @@ def _picked(
     from autocompress.front import Limits
 
     limits = Limits(max_accuracy_drop=_share(drop), max_latency_ms=ms, max_size_mb=mb)
+    _alone(trial, drop, ms, mb)
     front = api.open_study(folder).front()
     return front.choose(limits, prefer.value) if trial is None else front.chosen(trial)
+
+
+def _alone(trial: int | None, *limits: object) -> None:
+    if trial is not None and any(limit is not None for limit in limits):
+        raise ConfigError("--trial: names the point; leave out the limits, which would choose one")
 
 
 def _share(text: str | None) -> float | None:
@@ -333,7 +350,7 @@ def pick(
     chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
     console.result(console.about_choice(chosen), as_json)
     if not as_json:
-        typer.echo(f"next: autocompress export {folder} --trial {chosen.point.number} -o OUT")
+        typer.echo(f"next: autocompress export {_quoted(folder)} --trial {chosen.point.number} -o OUT")
 
 
 @app.command()
@@ -353,6 +370,7 @@ def recover(
     """Distil a picked point from the teacher, measure it again and add it to the study."""
     from autocompress import api
 
+    _alone(trial, max_accuracy_drop, max_latency_ms, max_size_mb)
     if trial is not None:  # its plan is enough: what is recovered may push the point that it came from off the front
         chosen = api.open_study(folder).candidate(trial)
     else:
@@ -451,7 +469,10 @@ def ls(what: Listing, as_json: Json = False) -> None:
         from autocompress.storage import holds_study
 
         for folder in sorted(filter(holds_study, Path("results").glob("*"))):
-            found[str(folder)] = api.status(folder)
+            try:
+                found[str(folder)] = api.status(folder)
+            except AutocompressError as error:  # such as a damaged journal, which must not hide the others
+                found[str(folder)] = str(error)
     console.result(found, as_json)
 
 

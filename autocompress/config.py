@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import yaml
 from pydantic import (
@@ -241,7 +241,7 @@ class StorageConfig(Section):
         parts = urlsplit(url)
         if parts.scheme != "postgresql" or not parts.path.strip("/"):
             raise ValueError("must read postgresql://USER@HOST/DATABASE")  # not shown: it may hold a password
-        if parts.password is not None:
+        if parts.password is not None or any("password" in name.lower() for name in parse_qs(parts.query)):
             raise ValueError("holds a password, which would be copied with the run file; use ~/.pgpass or PGPASSWORD")
         return url
 

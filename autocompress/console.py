@@ -141,6 +141,7 @@ def about(candidate: Candidate) -> dict[str, Any]:
         "size_bytes": score.size_bytes,
         "latency_ms": score.latency_ms,
         "latency_ratio": Interval([score.latency_ratio, score.latency_ratio_low, score.latency_ratio_high]),
+        **({"peak_memory_bytes": score.peak_memory_bytes} if score.peak_memory_bytes else {}),
     }
 
 
@@ -151,7 +152,7 @@ def about_choice(choice: Choice) -> dict[str, Any]:
     traded = {
         BETTER[near.better]: {
             "trial": near.point.number,
-            "instead": trade_words(choice.point.score, near.point.score),
+            "instead": trade_words(choice.point.score, near.point.score, near.better),
         }
         for near in choice.neighbours
     }
@@ -189,13 +190,13 @@ def _times_of(shipped: Export) -> dict[str, Any]:
 
 
 def words_of_measured(found: Mapping[str, Any]) -> str:
-    """Say what `autocompress.measure` found, held against what the search stored."""
+    """Say what `autocompress.measure` found, held against what the export stored."""
     now, low, high = (found[f"latency_ratio{end}"] for end in ("", "_low", "_high"))
     stored = found["stored_latency_ratio"]
     where = "" if found["same_machine"] else ", which is of another machine"
     verdict = "within" if low <= stored <= high else "beyond"
     return (
-        f"{1 / now:.2f}x as fast as the reference, {1 / high:.2f} to {1 / low:.2f} with 95 % confidence; the search "
+        f"{1 / now:.2f}x as fast as the reference, {1 / high:.2f} to {1 / low:.2f} with 95 % confidence; the export "
         f"stored {1 / stored:.2f}x{where}: {verdict} this interval. Ratios are of lower quartiles of runs in turn, "
         "milliseconds are medians, so that they do not divide to the same."
     )

@@ -11,6 +11,7 @@ import html
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,15 +58,15 @@ class Live:
         with self._lock:  # of several that ask at once, one makes it
             version = self.version()
             if self._made is None or self._made[0] != version:
-                self._made = version, self._make(version)
+                try:
+                    self._made = version, self._make(version)
+                except AutocompressError as error:  # asked again, it may be mended
+                    return _waiting(str(error))
             return self._made[1]
 
     def _make(self, version: str) -> str:
-        try:
-            study = self._open(self._folder)
+        with closing(self._open(self._folder)) as study:
             report = report_of(study)
-        except AutocompressError as error:
-            return _waiting(str(error))
         missing = study.run.search.trials - study.finished
         at = time.strftime("%H:%M:%S")
         said = f"{study.finished} of {study.run.search.trials} candidates at {at}; this page follows the search."
@@ -96,7 +97,8 @@ def server_of(live: Live, port: int) -> ThreadingHTTPServer:
         timeout = 30
 
         def do_GET(self) -> None:
-            if (self.headers.get("Host") or "").rpartition(":")[0] not in _NAMES:
+            # Browsers leave out the port 80.
+            if (self.headers.get("Host") or "").rsplit(":", 1)[0] not in _NAMES:
                 self.send_error(HTTPStatus.FORBIDDEN)
                 return
             path = self.path.partition("?")[0]
@@ -118,8 +120,9 @@ def server_of(live: Live, port: int) -> ThreadingHTTPServer:
                 ("X-Frame-Options", "DENY"),
             ):
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # the page was closed meanwhile
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             """Keep the terminal for what matters."""

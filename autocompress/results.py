@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from contextlib import closing
 
 from autocompress.anatomy import ModelShape
 from autocompress.config import RunConfig
@@ -80,7 +81,8 @@ def comparison_of(study: Study) -> Comparison | None:
     random: Sequence[Candidate] | None = None
     # A baseline that was interrupted early holds no study yet.
     if (folder / "run.yaml").exists() and holds_study(folder):
-        random = _searched(Study(folder, RunConfig.from_file(folder / "run.yaml")))
+        with closing(Study(folder, RunConfig.from_file(folder / "run.yaml"))) as baseline:
+            random = _searched(baseline)
     predictor: dict[str, float] = {}
     for name, values in _predictions(study).items():
         sizes = [abs(value) for value in values]

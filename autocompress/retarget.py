@@ -19,7 +19,7 @@ from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluate import Workshop
 from autocompress.pareto import costs, nondominated_ranks
 from autocompress.records import Candidate, Measurement
-from autocompress.report.tables import write_aside
+from autocompress.report.tables import times_faster, write_aside
 from autocompress.results import write_results
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.study import Study
@@ -46,12 +46,12 @@ class Moved:
 
     def words(self) -> str:
         """Say it on one line."""
-        said = f"trial {self.number}, {1 / self.before.latency_ratio:.2f}x faster"
+        said = f"trial {self.number}, {times_faster(self.before)}"
         if self.candidate is None:
             return f"{said}: cannot be built for this target"
         front = {(True, False): ", left the front", (False, True): ", came onto the front"}
         moved = front.get((self.was_on_front, self.is_on_front), "")
-        return f"{said}: trial {self.candidate.number}, {1 / self.candidate.score.latency_ratio:.2f}x faster{moved}"
+        return f"{said}: trial {self.candidate.number}, {times_faster(self.candidate.score)}{moved}"
 
 
 def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: Progress) -> list[Moved]:

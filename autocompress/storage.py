@@ -80,7 +80,9 @@ def open_records(folder: Path, url: str | None, *, name: str, writable: bool) ->
     # Several folders may have runs of one name in a database.
     found = _Database(url, f"{name}-{secrets.token_hex(8)}", writable)
     content = {"schema": DATABASE_SCHEMA, "database": url, "study": found.name}
-    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    aside.replace(file)
     return found
 
 

@@ -65,7 +65,7 @@ class TensorBoard(Tracker):
         self._place, self._writer = folder / "tensorboard", SummaryWriter
         for there in self._place.glob("trial-*"):
             # The suffix of an events file is the step that it was written for.
-            steps = [int(file.suffix[1:]) for file in there.iterdir()]
+            steps = [int(file.suffix[1:]) for file in there.iterdir() if file.suffix[1:].isdigit()]
             self.known[int(there.name.removeprefix("trial-"))] = 1 + max(steps, default=-1)
 
     def log(self, number: int, about: dict[str, Any], metrics: dict[str, float], step: int) -> None:

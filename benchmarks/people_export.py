@@ -55,6 +55,9 @@ def main() -> None:
                 print(name, *rows[-1], flush=True)
         what = f"{name}, {len(chosen)} points"
         figures.add(f"{what}: refused", len(refused), "points", "0", not refused)
+        figures.more[f"{name}: refused"] = refused
+        if not found:
+            continue
         agreed = [shipped.agreement for shipped in found]
         share = mean(agreement >= AGREE for agreement in agreed)
         figures.add(f"{what}: predict at least {AGREE:.1%} of rows as scored", share, "of the points", "1", share == 1)
@@ -66,9 +69,8 @@ def main() -> None:
             figures.add(said, within, "of the points", "1", within == 1)
         figures.add(f"{what}: an export takes", (time.perf_counter() - started) / len(chosen), "seconds")
         figures.more[f"{name}: trial, agreement, shift of the ratio, accuracy on search rows, on test rows"] = rows
-        figures.more[f"{name}: refused"] = refused
-        if options.points >= POINTS:
-            figures.write()
+    if options.points >= POINTS:
+        figures.write()
 
 
 if __name__ == "__main__":

@@ -58,11 +58,11 @@ def candidates(space: BoundSpace, *, seed: int) -> list[Candidate]:
     rng, found, known = random.Random(seed), [], set()
     ladder = [(space.plan(params), params) for params in uniform_ladder(space)]
     while len(found) < CANDIDATES:
+        origin = "uniform" if ladder else "sampler"
         plan, params = ladder.pop(0) if ladder else drawn(space, rng)
         if plan.plan_id in known:
             continue
         known.add(plan.plan_id)
-        origin = "uniform" if ladder else "sampler"
         found.append(
             Candidate(
                 number=len(found), state="COMPLETE", plan=plan, params=params, measurement=score_of(plan), origin=origin
@@ -92,7 +92,8 @@ def large(figures: Figures, browser: Any) -> None:
         ready = [ready_ms(browser, file) / 1000 for _ in range(LOADS)]
     what = f"report of {CANDIDATES} candidates: ready in Chromium, median of {LOADS}"
     found = median(ready)
-    figures.add(what, found, "seconds", f"<= {SECONDS:g}", found <= SECONDS, [min(ready), max(ready)])
+    figures.add(what, found, "seconds", f"<= {SECONDS:g}", found <= SECONDS)
+    figures.add(f"{what}: slowest load", max(ready), "seconds")
 
 
 def ready_ms(browser: Any, file: Path) -> float:

@@ -117,7 +117,8 @@ def candidates(reference: Measurement) -> list[Candidate]:
         score: dict[str, Any] = {k: row[k] for k in row if k in Measurement.__dataclass_fields__}
         rest = {"loss": 0.0, "rows": reference.rows, "reference_ms": reference.latency_ms, "predictions": ""}
         measured = Measurement(**{**rest, **score})
-        found.append(Candidate(number=row["number"], state="COMPLETE", plan=_Named(row["plan"]), measurement=measured))
+        told = {"number": row["number"], "feasible": bool(row["feasible"]), "plan": _Named(row["plan"])}
+        found.append(Candidate(state="COMPLETE", measurement=measured, **told))
     return found
 
 

@@ -102,6 +102,13 @@ def test_a_local_folder_is_no_name_of_a_hub(tmp_path: Path, monkeypatch: pytest.
     assert "base_model" not in yaml.safe_load(front_matter)
 
 
+def test_it_names_no_path_of_the_machine_that_made_it(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    found = card(model=str(tmp_path / "model"))
+    assert str(tmp_path) not in found
+    assert "| Model | model (local) |" in found
+
+
 def test_its_plan_can_be_read_back() -> None:
     [plan] = re.findall(r"```json\n(.*)\n```", card(), flags=re.DOTALL)
     assert CompressionPlan.from_json(plan) == PLAN

@@ -23,7 +23,7 @@ import yaml
 from helpers_records import make_measurement
 from test_study import CSV_COLUMNS, SMALL, evaluate, results_in
 
-from autocompress import __version__, api, cli, delivery
+from autocompress import __version__, api, cli, console, delivery
 from autocompress.config import RunConfig
 from autocompress.identity import identity_of
 from autocompress.study import Study
@@ -625,6 +625,13 @@ def test_ls_lists_the_studies_under_results(call: Call, results: Callable[..., P
     found = call("ls", "studies", "--json").json()
     assert list(found) == ["results/one"]
     assert found["results/one"]["complete"] == 2
+    results("results/two", trials=2)
+    journal = tmp_path / "results" / "two" / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:3], b"no JSON\n", *lines[4:]]))
+    found = call("ls", "studies", "--json").json()
+    assert found["results/one"]["complete"] == 2
+    assert "study.journal" in found["results/two"], "one that is damaged does not hide the others"
 
 
 def test_ls_of_something_else_is_a_usage_error(call: Call) -> None:
@@ -766,6 +773,24 @@ def test_limits_that_nothing_satisfies_name_the_nearest(
     line = call("pick", folder, *limit).line(1)
     assert re.match(r"autocompress: pick: no point is feasible; the nearest is trial \d+: ", line)
     assert said in line
+
+
+@pytest.mark.parametrize("command", ["pick", "export", "recover"])
+def test_limits_beside_a_trial_are_refused(call: Call, results: Callable[..., Path], command: str) -> None:
+    extra = ["-o", "out"] if command == "export" else []
+    line = call(command, results(), "--trial", 0, "--max-accuracy-drop", "1%", *extra).line(2)
+    assert line == "--trial: names the point; leave out the limits, which would choose one"
+
+
+def test_a_page_is_served_before_there_is_a_study(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "wait", lambda: None)
+    (tmp_path / "begun").mkdir()
+    assert "holds no run.yaml" in call("status", "begun").line(1)
+    done = call("status", "begun", "--serve", "--port", 0)
+    assert done.code == 0
+    assert "the page waits for it" in done.err
+    assert "the report is at http://127.0.0.1:" in done.err
+    assert call("status", "none", "--serve", "--port", 0).code == 1
 
 
 @pytest.mark.parametrize("drop", ["x", "-1%", "101%", "1", "1.01", "nan", "", "%"])

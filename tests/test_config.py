@@ -88,6 +88,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(text: str, message: 
         ("storage: {shared: bucket/folder}", ("storage.shared:", "must read PROTOCOL://PLACE/FOLDER")),
         ("storage: {shared: 's3://'}", ("storage.shared:", "must read PROTOCOL://PLACE/FOLDER")),
         ("storage: {shared: 'ftp://me:secret@here/x'}", ("storage.shared:", "holds a password")),
+        ("storage: {study: 'postgresql://me@here/x?password=secret'}", ("storage.study:", "holds a password")),
         ("storage: {bank_gb: 0}", ("storage.bank_gb:", "greater than 0", "got 0")),
         ("constraints: {max_memory_mb: 0}", ("constraints.max_memory_mb:", "greater than 0", "got 0")),
         ("objectives: [latency, latency]", ("run.yaml: objectives: each may be named once",)),

@@ -218,6 +218,11 @@ def test_a_trade_is_said_in_factors_and_points() -> None:
     assert trade_words(two, one) == "+1.0 points of accuracy (within the interval), 2.00x slower, 1.76x larger"
     assert trade_words(one, three) == "-8.0 points of accuracy, 3.00x faster, 2.00x smaller"
     assert trade_words(one, one) == "the same"
+    sizes = (10**8, 2 * 10**8)
+    small, large = (dataclasses.replace(one, peak_memory_bytes=n, divergence=n / 1e9) for n in sizes)
+    assert trade_words(large, small, "peak_memory") == "2.00x less memory"
+    assert trade_words(large, small, "divergence") == "divergence 0.1 and not 0.2"
+    assert trade_words(large, small, "latency") == "the same"
 
 
 def test_recommended_are_the_fastest_and_the_smallest_that_lose_little_and_the_knee() -> None:

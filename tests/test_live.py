@@ -74,6 +74,14 @@ def test_what_is_written_gives_another_version(address: str, folder: Path) -> No
     assert f'"version":"{second}"' in ask(address)[1]
 
 
+def test_what_could_not_be_shown_is_asked_for_again(address: str, folder: Path) -> None:
+    run, aside = folder / "run.yaml", folder / "aside.yaml"
+    run.rename(aside)
+    assert "Nothing to show yet" in ask(address)[1]
+    aside.rename(run)  # of which the version knows nothing
+    assert "<h1>made</h1>" in ask(address)[1]
+
+
 @pytest.mark.parametrize("path", ["/run.yaml", "/../run.yaml", "/%2e%2e/run.yaml", "/version/", "/study.journal"])
 def test_nothing_else_is_served(address: str, path: str) -> None:
     assert ask(address, path)[0] == 404
@@ -87,7 +95,8 @@ def test_another_hosts_name_is_refused(address: str, host: str) -> None:
 
 
 def test_localhost_is_this_host(address: str) -> None:
-    assert ask(address, host="localhost:1")[0] == 200
+    for host in ("localhost:1", "127.0.0.1", "localhost"):
+        assert ask(address, host=host)[0] == 200
 
 
 def test_there_is_nothing_to_be_changed(address: str) -> None:

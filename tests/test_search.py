@@ -197,7 +197,8 @@ def test_recovery_adds_one_candidate(copy: Path, workplace: Path) -> None:
     assert len(table) == TRIALS + 1
     added = table.set_index("number").loc[found["trial"]]
     assert (added["origin"], added["state"], added["plan_id"]) == ("recover", "COMPLETE", found["plan_id"])
-    assert command("status", copy, "--json", cwd=workplace).json()["complete"] == TRIALS + 1
+    told = command("status", copy, "--json", cwd=workplace).json()
+    assert (told["complete"], told["recovered"], told["wanted"]) == (TRIALS, 1, TRIALS)
     artefact = copy / "artefacts" / found["plan_id"] / "artefact.json"
     built = artefact.stat().st_mtime_ns
     # It may have pushed the point that it came from off the front; that one can still be recovered in other ways.
@@ -354,6 +355,16 @@ def test_an_exported_folder_predicts_as_its_card_says(exported: Path, searched: 
     assert about["search"]["size_bytes"] == Artifact.open(folder).size_bytes
     assert 0.8 <= about["agreement_with_scored_candidate"] <= 1
     assert (folder / "README.md").read_text(encoding="utf-8").startswith("---")
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_its_program_reads_a_line_as_one_text(exported: Path, format_: str) -> None:
+    program = [sys.executable, str(exported / format_ / "predict.py")]
+    told = "good\tbad\nodd\u2028film\ngood bad\n"
+    done = subprocess.run(program, input=told.encode(), capture_output=True, check=True, timeout=120)
+    lines = [line.split("\t", 2) for line in done.stdout.decode().rstrip("\n").split("\n")]
+    assert [text for _, _, text in lines] == told.rstrip("\n").split("\n")
+    assert lines[0][:2] == lines[2][:2], "a tab is a blank where a model reads one text"
 
 
 @pytest.mark.parametrize("format_", FORMATS)

@@ -29,6 +29,8 @@ COLUMNS = [
     "accuracy_drop",
     "accuracy_drop_low",
     "accuracy_drop_high",
+    "loss",
+    "divergence",
     "size_bytes",
     "latency_ms",
     "latency_p90_ms",
@@ -37,6 +39,7 @@ COLUMNS = [
     "latency_ratio_high",
     "latency_waited",
     "latency_drift",
+    "peak_memory_bytes",
     "seconds",
     "feasible",
     "origin",
@@ -96,6 +99,7 @@ def test_csv_keeps_integers_beside_a_failure_and_leaves_what_is_missing_empty(tm
     assert rows[0]["param.keep"] == "8"
     assert rows[1]["size_bytes"] == rows[1]["accuracy"] == rows[1]["param.keep"] == ""
     assert rows[1]["failure"] == "out of memory"
+    assert [row["feasible"] for row in rows] == ["True", ""], "nothing is known of what failed"
 
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 _LATENCY, _RATIO, _AS = "Latency", "Latency over the uncompressed model's", "Measured as"
 _OF_TIMES = (_LATENCY, _RATIO, _AS)
+
+
+def _public(source: str) -> str:
+    """Return what a card calls a model or data: of a path on this machine its last part alone."""
+    path = Path(source).expanduser()
+    return f"{path.name} (local)" if path.exists() else source
 
 
 def model_card(
@@ -60,8 +67,8 @@ def model_card(
         ("Measured on", cpu),
         ("Versions", said),
         ("Same predictions as the study's candidate", f"{agreement * 100:.1f} % of the search rows"),
-        ("Model", run.model.id),
-        ("Data", run.data.source),
+        ("Model", _public(run.model.id)),
+        ("Data", _public(run.data.source)),
         ("Seed", str(run.seed)),
         ("Trial, plan", f"{candidate.number}, {candidate.plan.plan_id}"),
     ]

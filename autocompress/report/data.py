@@ -92,7 +92,7 @@ def _short(value: float | None) -> float | None:
 
 def _neighbours(front: Front, point: Candidate) -> list[tuple[str, int, str]]:
     return [
-        (BETTER[near.better], near.point.number, trade_words(point.score, near.point.score))
+        (BETTER[near.better], near.point.number, trade_words(point.score, near.point.score, near.better))
         for near in front.neighbours(point)
     ]
 

@@ -142,10 +142,16 @@
     const kept = front.filter(keeps);
     const others = measured.filter((i) => keeps(i) && all.feasible[i]);
     const place = byId("count");
-    place.replaceChildren(
-      `${kept.length} of ${front.length} points of the front and ${others.length} of ${measured.length} candidates ` +
-        (limited() ? "keep to the limits." : "are shown."),
-    );
+    const broken = measured.filter((i) => !all.feasible[i]).length;
+    const words = limited()
+      ? `${kept.length} of ${front.length} points of the front and ${others.length} of ${measured.length} candidates keep to the limits.`
+      : `${front.length} points of the front, ${measured.length} measured candidates` +
+        (broken ? `, of which ${broken} break a constraint of the run file.` : ".");
+    // Filled anew only where something changed, so that the keyboard's focus stays on its buttons.
+    const shown = `${words} ${kept.join()}`;
+    if (place.dataset.shown === shown) return;
+    place.dataset.shown = shown;
+    place.replaceChildren(words);
     if (!kept.length) return;
     const best = { fastest: (i) => all.ratio[i], smallest: (i) => all.size[i], "most accurate": (i) => -all.accuracy[i] };
     for (const [name, cost] of Object.entries(best)) {
@@ -428,7 +434,7 @@
     if (tokens) said.push(`first ${tokens} tokens`);
     const table = make("table", { className: "plan" }, make("thead", {}, groups, heading), make("tbody", {}, ...lines));
     table.setAttribute("aria-label", "What is kept of each block");
-    return make("div", {}, make("div", { className: "scroll" }, table), make("p", { className: "soft", textContent: `${said.join("; ")}. Darker is more of the uncompressed model.` }));
+    return make("div", {}, make("div", { className: "scroll" }, table), make("p", { className: "soft", textContent: `${said.join("; ")}. The stronger a colour, the more is left of the uncompressed model.` }));
   }
   function command(i) {
     const text = data.command.join(all.number[i]);
@@ -541,7 +547,12 @@
       const slider = byId(`limit-${name}`);
       slider.value = values.filter((value) => value <= limit + 1e-9).length - 1;
       slider.dispatchEvent(new Event("input"));
+      // What was asked for stands, and not the step that is nearest to it.
+      view.limits[name] = limit;
+      byId(`limit-${name}-value`).textContent = LIMITS[name].words(limit);
+      slider.setAttribute("aria-valuetext", LIMITS[name].words(limit));
     }
+    draw();
     window.scrollTo(0, kept.scroll);
   }
   function follow() {

@@ -283,8 +283,8 @@ def _place(name: str, caption: str) -> str:
 
 
 _PARALLEL_CAPTION = (
-    "A line for each candidate, coloured by its accuracy. Drag along an axis to keep a range of it, and again beside "
-    "the range to let go."
+    "A line for each point of the front and, where there are not too many, for each candidate beside it, coloured by "
+    "its accuracy. Drag along an axis to keep a range of it, and again beside the range to let go."
 )
 _IMPORTANCE_CAPTION = (
     "Share of the variance that a parameter explains by itself, among the candidates that have it (omega squared of a "

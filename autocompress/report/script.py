@@ -26,8 +26,8 @@ tokenizer.no_padding()
 tokenizer.enable_truncation(about["max_tokens"])
 LOAD
 
-for text in sys.argv[1:] or sys.stdin.read().splitlines():
-    read = tokenizer.encode(*text.split("\\t", 1))
+for text in sys.argv[1:] or [line.rstrip("\\n") for line in sys.stdin]:
+    read = tokenizer.encode(*(text.split("\\t", 1) if about["pair"] else [text]))
     known = {"input_ids": read.ids, "attention_mask": read.attention_mask, "token_type_ids": read.type_ids}
     logits = RUN[0]
     shares = np.exp(logits - logits.max())
@@ -81,8 +81,9 @@ about = json.loads((HERE / "measurement.json").read_text(encoding="utf-8"))
 tokenizer = AutoTokenizer.from_pretrained(HERE)
 model = AutoModelForSequenceClassification.from_pretrained(HERE).eval()
 
-for text in sys.argv[1:] or sys.stdin.read().splitlines():
-    read = tokenizer(*text.split("\\t", 1), truncation=True, max_length=about["max_tokens"], return_tensors="pt")
+for text in sys.argv[1:] or [line.rstrip("\\n") for line in sys.stdin]:
+    texts = text.split("\\t", 1) if about["pair"] else [text]
+    read = tokenizer(*texts, truncation=True, max_length=about["max_tokens"], return_tensors="pt")
     with torch.no_grad():
         shares = model(**read).logits[0].softmax(0)
     best = int(shares.argmax())

@@ -34,6 +34,8 @@ _COLUMNS: dict[str, tuple[str, Callable[[Candidate], Any]]] = {
     "accuracy_drop": ("float64", _score("accuracy_drop")),
     "accuracy_drop_low": ("float64", _score("accuracy_drop_low")),
     "accuracy_drop_high": ("float64", _score("accuracy_drop_high")),
+    "loss": ("float64", _score("loss")),
+    "divergence": ("float64", _score("divergence")),
     "size_bytes": ("Int64", _score("size_bytes")),
     "latency_ms": ("float64", _score("latency_ms")),
     "latency_p90_ms": ("float64", _score("latency_p90_ms")),
@@ -42,8 +44,9 @@ _COLUMNS: dict[str, tuple[str, Callable[[Candidate], Any]]] = {
     "latency_ratio_high": ("float64", _score("latency_ratio_high")),
     "latency_waited": ("float64", _score("latency_waited")),
     "latency_drift": ("float64", _score("latency_drift")),
+    "peak_memory_bytes": ("Int64", _score("peak_memory_bytes")),
     "seconds": ("float64", _score("seconds")),
-    "feasible": ("bool", lambda c: c.feasible),
+    "feasible": ("boolean", lambda c: None if c.measurement is None else c.feasible),
     "origin": ("object", lambda c: c.origin),
     "plan": ("object", lambda c: c.plan.words()),
     "failure": ("object", lambda c: c.failure),
@@ -156,10 +159,11 @@ def times_faster(score: Measurement, *, interval: bool = False) -> str:
     return f"{said}, {1 / score.latency_ratio_high:.2f} to {1 / score.latency_ratio_low:.2f}"
 
 
-def trade_words(point: Measurement, other: Measurement) -> str:
+def trade_words(point: Measurement, other: Measurement, better: str = "accuracy") -> str:
     """Say what one gets and gives by taking ``other`` instead of ``point``; both were scored on the same rows.
 
     A difference in accuracy that is within the point's own interval is marked: so few rows do not tell them apart.
+    ``better`` is the objective in which the other one is; what it is worth there is said, too.
     """
     said = []
     gained = 100 * (other.accuracy - point.accuracy)
@@ -172,6 +176,10 @@ def trade_words(point: Measurement, other: Measurement) -> str:
     ):
         if abs(ratio - 1) >= _SAME_SHARE:
             said.append(f"{max(ratio, 1 / ratio):.2f}x {less if ratio < 1 else more}")
+    if better in ("loss", "divergence"):
+        said.append(f"{better} {getattr(other, better):.3g} and not {getattr(point, better):.3g}")
+    if better == "peak_memory" and other.peak_memory_bytes and point.peak_memory_bytes:
+        said.append(f"{point.peak_memory_bytes / other.peak_memory_bytes:.2f}x less memory")
     return ", ".join(said) or "the same"
 
 
