@@ -142,6 +142,7 @@ class Workshop(Bases):
                 {
                     "base": base.base,
                     "kept": kept,
+                    "inputs": list(example.inputs()),  # those of text pairs have segments
                     "runtime": f"{runtime.name} {runtime.version()}",
                     "converted_with": {name: machine.versions()[name] for name in ("torch", "transformers")},
                     "code": code_version(sources),

@@ -195,10 +195,12 @@ class _Rows:
         self.inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         """What the block that is up next is called with, by batch."""
         handle = self.blocks[0].register_forward_pre_hook(self._note_inputs, with_kwargs=True)
-        for batch in batches:
-            with slot.working(), self._running(), suppress(_Stop):
-                model.module(**batch.inputs())
-        handle.remove()
+        try:
+            for batch in batches:
+                with slot.working(), self._running(), suppress(_Stop):
+                    model.module(**batch.inputs())
+        finally:
+            handle.remove()
 
     def _note_inputs(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.inputs.append((inputs, named))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -224,7 +225,8 @@ def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator, autocas
         rows = len(batch.labels)
         if len(read) != rows:  # positions are looked up once for all rows
             read = read.expand(rows, *read.shape[1:])
-            slope = slope.expand(rows, *slope.shape[1:]) / rows
+            # Their slope is the sum over rows, of which each has its own signs: its square is that of all together.
+            slope = slope.expand(rows, *slope.shape[1:]) / math.sqrt(rows)
         flows.setdefault(path, []).append(_Flow(read, slope))
     return flows
 

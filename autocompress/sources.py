@@ -97,6 +97,8 @@ def _read_hub(config: DataConfig) -> pd.DataFrame:
         frame = part.to_pandas()
         feature = part.features.get(config.label)
         if isinstance(feature, datasets.ClassLabel):
+            if len(frame) and (frame[config.label] < 0).all():  # such as the hidden labels of a competition
+                continue
             frame[config.label] = [feature.int2str(int(v)) if v >= 0 else None for v in frame[config.label]]
         frames.append(frame.assign(**{config.split: "test" if name in TEST_NAMES else str(name)}))
     return pd.concat(frames, ignore_index=True)

@@ -195,7 +195,11 @@ def load(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> Task:
             f"{config.search_rows}; give fewer, such as --set data.search_rows={fitting_search_rows(len(train))}"
         )
     train.sort(key=_hash_of)
-    search, train = train[: config.search_rows], train[config.search_rows :]
+    cut = config.search_rows
+    if not config.allow_shared_rows:  # equal texts stay together
+        while cut < len(train) and _hash_of(train[cut]) == _hash_of(train[cut - 1]):
+            cut += 1
+    search, train = train[:cut], train[cut:]
     if config.max_train_rows is not None:
         train = train[: config.max_train_rows]
     if not test:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import SPECIAL
@@ -396,3 +397,22 @@ def test_a_students_key_is_that_of_before_other_architectures(shop: Workshop) ->
     student = Student(blocks=(0, 2), heads=2, neurons=32, epochs=0.1)
     made_from = shop._distilled_from(student.to_dict(), shop._budget(student), shop.run.seed)
     assert made_from["what"] == {"type": "Student", "blocks": (0, 2), "heads": 2, "neurons": 32, "epochs": 0.1}
+
+
+def test_a_bank_that_knows_a_model_of_single_texts_serves_pairs_too(
+    tiny_run: Callable[..., RunConfig], bert_headed_folder: Path, tiny_pairs_csv: Path, tmp_path: Path
+) -> None:
+    """In either order: what a graph reads depends on the task, and not on the model alone."""
+    table = pd.read_csv(tiny_pairs_csv)
+    table["label"] = table["label"].map({"same": "positive", "different": "negative"})
+    table.to_csv(source := tmp_path / "pairs.csv", index=False)
+    for place, order in enumerate((["first", "pair"], ["pair", "first"])):
+        bank = f"storage.bank={json.dumps(str(tmp_path / f'bank-{place}'))}"
+        for task in order:
+            data = [f"data.source={json.dumps(str(source))}", "data.text=first", "data.search_rows=20"]
+            overrides = [f"model.id={json.dumps(str(bert_headed_folder))}", bank, *data]
+            run = tiny_run([*overrides, *(["data.text_pair=second"] if task == "pair" else [])])
+            workshop = Workshop(run, tmp_path / f"{place}-{task}")
+            built = workshop.build(CompressionPlan(), workshop.reference_folder)
+            assert ("token_type_ids" in built.inputs) == (task == "pair")
+            assert workshop.score(built).rows >= 20

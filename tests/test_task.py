@@ -256,6 +256,13 @@ class TestRefusals:
         assert accepted.shared_rows == 3
         assert len(all_rows(accepted)) == 100
 
+    def test_equal_texts_stay_on_one_side_of_the_cut(self, tmp_path: Path) -> None:
+        data = pd.DataFrame({"text": [f"text {n // 3}" for n in range(300)], "label": ["a", "b", "b"] * 100})
+        for rows in (20, 21, 22):
+            loaded = task.load(config(saved(tmp_path, data), search_rows=rows))
+            assert rows <= len(loaded.splits["search"]) < rows + 3
+            assert loaded.shared_rows == 0
+
     def test_rows_in_two_splits_with_different_classes_are_still_shared(self, tmp_path: Path) -> None:
         data = frame().assign(split=["train"] * 70 + ["test"] * 30)
         first = data.loc[0]
