@@ -163,8 +163,8 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
 def open_for_writing(run: RunConfig, folder: Path, workshop: Workshop, progress: Progress) -> Study:
     """Begin or continue the study of ``run`` in ``folder``, with the uncompressed model measured."""
     _ensure_environment(folder, workshop, progress)
-    data = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
-    identity = identity_of(run, model=workshop.teacher.base, data=data, space=workshop.space)
+    key = _environment_key(workshop)
+    identity = identity_of(run, model=key["model"], data=key["data"], space=workshop.space)
     # Latencies of two machines are not to be mixed in one study.
     identity["machine"] = workshop.timed_on["id"]
     return Study(folder, run, identity=identity, space=workshop.space, writable=True, predictor=workshop.predictor)
