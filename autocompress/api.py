@@ -230,7 +230,7 @@ def export(
     """Ship a candidate: its artefact, tokenizer, card and reference, reloaded and compared in a fresh process.
 
     Args:
-        candidate: a point of a study's front.
+        candidate: of a study; what was not kept of it is built again.
         out: an empty or new folder; with several formats each gets a folder of its name in it.
         formats: ``openvino``, ``onnx``, ``hf`` for transformers, ``torch`` for a program of ``torch.export``; without
             any, that of the runtime that the study is for.
@@ -243,7 +243,7 @@ def export(
         What was exported, by format, with the accuracy on the held-out test split.
 
     Raises:
-        ExportError: if the folder is taken, the artefact is gone, the copy does not reproduce its score, or the hub
+        ExportError: if the folder is taken, the copy or what is built again does not reproduce the score, or the hub
             does not take it; what was exported by then stays.
     """
     folder = _home(candidate)
@@ -287,7 +287,7 @@ def validate(run: RunConfig) -> dict[str, Any]:
     space_file = SearchSpace.load(run.space)
     with tempfile.TemporaryDirectory() as scratch:
         workshop = Workshop(run, Path(scratch))
-        loaded = model.load(workshop.source, labels=workshop.task.labels)
+        loaded = model.load(workshop.source, labels=workshop.task.labels, tokens=run.data.max_tokens)
     space = bind(space_file, loaded.shape, tokens=run.target.tokens)
     ladder = list(uniform_ladder(space))
     for params in ladder:

@@ -9,16 +9,33 @@ import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from autocompress import __version__, console, garbage
 from autocompress.cluster import Cluster
 from autocompress.errors import AutocompressError, ConfigError, StudyError
-
-if TYPE_CHECKING:
-    from autocompress.front import Choice
+from autocompress.options import (
+    Address,
+    Data,
+    Folder,
+    Insecure,
+    Json,
+    MaxDrop,
+    MaxMb,
+    MaxMs,
+    MaxRatio,
+    Model,
+    Prefer,
+    Preferred,
+    Run,
+    Set,
+    Space,
+    Target,
+    Trial,
+    picked,
+)
 
 app = typer.Typer(
     name="autocompress",
@@ -27,36 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-
-
-class Prefer(StrEnum):
-    """What `pick` optimises among the points within the limits."""
-
-    knee = "knee"
-    latency = "latency"
-    size = "size"
-    accuracy = "accuracy"
-
-
-Run = Annotated[str, typer.Argument(help="A run file, or demo for the one that ships with the package.")]
-Model = Annotated[str | None, typer.Option("--model", help="demo/minilm, a local folder or a hub id.")]
-Data = Annotated[str | None, typer.Option("--data", help="demo/movies, a csv, jsonl or parquet file, a datasets id.")]
-Space = Annotated[str | None, typer.Option("--space", help="A shipped search space or a YAML file.")]
-Target = Annotated[str | None, typer.Option("--target", help="Runtime: openvino or onnxruntime.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: search.trials=60. Repeatable.")]
-Folder = Annotated[Path, typer.Argument(help="The results folder of a search.")]
-Address = Annotated[
-    str | None,
-    typer.Option("--address", help="A Ray cluster: auto or HOST:PORT from one of its machines, ray://HOST:PORT."),
-]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Accept a cluster that asks nobody for a token.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Trial = Annotated[int | None, typer.Option("--trial", help="Take this trial of the front.")]
-MaxDrop = Annotated[
-    str | None, typer.Option("--max-accuracy-drop", help="Against the reference: 1% (percentage points) or 0.01.")
-]
-MaxMs = Annotated[float | None, typer.Option("--max-latency-ms", help="Median latency in milliseconds.")]
-MaxMb = Annotated[float | None, typer.Option("--max-size-mb", help="Size in megabytes of 1e6 bytes.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -108,9 +95,9 @@ def init(
     if demo:
         model = data = None
     elif asks:
-        model = model or typer.prompt("model: demo/minilm, a local folder or a hub id", default="demo/minilm")
-        data = data or typer.prompt("data: demo/movies, a file or a datasets id", default="demo/movies")
-        target = target or typer.prompt("runtime: openvino or onnxruntime", default="openvino")
+        model = model or _answer("model: demo/minilm, a local folder or a hub id", default="demo/minilm")
+        data = data or _answer("data: demo/movies, a file or a datasets id", default="demo/movies")
+        target = target or _answer("runtime: openvino or onnxruntime", default="openvino")
     rows = None
     if data is not None:
         known = runfile.Known(data)
@@ -130,7 +117,19 @@ def _column(name: str, given: str | None, columns: list[str] | None) -> str | No
     """Return the column that was given, or, where the data have none called ``name``, one that is asked for."""
     if given is not None or columns is None or name in columns:
         return given
-    found: str = typer.prompt(f"column of the {name}: {', '.join(columns)}", default=columns[0])
+    return _answer(f"column of the {name}: {', '.join(columns)}", default=columns[0])
+
+
+def _answer(question: str, default: str) -> str:
+    """Ask on the terminal.
+
+    Raises:
+        KeyboardInterrupt: at Ctrl-C or the end of what is typed, of which the prompt makes an error like others.
+    """
+    try:
+        found: str = typer.prompt(question, default=default)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     return found
 
 
@@ -305,49 +304,19 @@ def salvage(folder: Folder, as_json: Json = False) -> None:
         typer.echo(f"next: mv {_quoted(found.file)} {_quoted(folder / 'study.journal')}, then search again")
 
 
-def _picked(
-    folder: Path, prefer: Prefer, trial: int | None, drop: str | None, ms: float | None, mb: float | None
-) -> Choice:
-    from autocompress import api
-    from autocompress.front import Limits
-
-    limits = Limits(max_accuracy_drop=_share(drop), max_latency_ms=ms, max_size_mb=mb)
-    _alone(trial, drop, ms, mb)
-    front = api.open_study(folder).front()
-    return front.choose(limits, prefer.value) if trial is None else front.chosen(trial)
-
-
-def _alone(trial: int | None, *limits: object) -> None:
-    if trial is not None and any(limit is not None for limit in limits):
-        raise ConfigError("--trial: names the point; leave out the limits, which would choose one")
-
-
-def _share(text: str | None) -> float | None:
-    if text is None:
-        return None
-    in_percent = text.strip().endswith("%")
-    try:
-        value = float(text.strip().removesuffix("%")) / (100 if in_percent else 1)
-    except ValueError:
-        value = float("nan")
-    # Who writes 1 means 1 %, and would get no limit at all.
-    if not 0 <= value <= 1 or (value == 1 and not in_percent):
-        raise ConfigError(f"--max-accuracy-drop: must be 0%..100% or a share below 1, such as 0.01, got {text!r}")
-    return value
-
-
 @app.command()
 def pick(
     folder: Folder,
-    prefer: Annotated[Prefer, typer.Option("--prefer", "--pick", help="What to optimise.")] = Prefer.knee,
+    prefer: Preferred = Prefer.knee,
     trial: Trial = None,
     max_accuracy_drop: MaxDrop = None,
     max_latency_ms: MaxMs = None,
+    max_latency_ratio: MaxRatio = None,
     max_size_mb: MaxMb = None,
     as_json: Json = False,
 ) -> None:
-    """Pick a point of the front: which one, why, and what its neighbours would trade for it."""
-    chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb)
+    """Pick a point, of the front unless it is named: which one, why, and what its neighbours would trade for it."""
+    chosen = picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_latency_ratio, max_size_mb)
     console.result(console.about_choice(chosen), as_json)
     if not as_json:
         typer.echo(f"next: autocompress export {_quoted(folder)} --trial {chosen.point.number} -o OUT")
@@ -356,10 +325,11 @@ def pick(
 @app.command()
 def recover(
     folder: Folder,
-    prefer: Annotated[Prefer, typer.Option("--prefer", "--pick", help="What to optimise.")] = Prefer.knee,
-    trial: Annotated[int | None, typer.Option("--trial", help="Take this trial of the study.")] = None,
+    prefer: Preferred = Prefer.knee,
+    trial: Trial = None,
     max_accuracy_drop: MaxDrop = None,
     max_latency_ms: MaxMs = None,
+    max_latency_ratio: MaxRatio = None,
     max_size_mb: MaxMb = None,
     epochs: Annotated[str | None, typer.Option("--epochs", help="Passes over the training rows, or auto.")] = None,
     set_: Set = None,
@@ -370,11 +340,8 @@ def recover(
     """Distil a picked point from the teacher, measure it again and add it to the study."""
     from autocompress import api
 
-    _alone(trial, max_accuracy_drop, max_latency_ms, max_size_mb)
-    if trial is not None:  # its plan is enough: what is recovered may push the point that it came from off the front
-        chosen = api.open_study(folder).candidate(trial)
-    else:
-        chosen = _picked(folder, prefer, None, max_accuracy_drop, max_latency_ms, max_size_mb).point
+    # Its plan is enough: what is recovered may push the point that it came from off the front.
+    chosen = picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_latency_ratio, max_size_mb).point
     named = [] if epochs is None else [f"recovery.epochs={json.dumps(epochs)}"]
     overrides, cluster = [*(set_ or []), *named], _cluster(address, insecure)
     recovered = api.recover(chosen, overrides=overrides, progress=console.progress, cluster=cluster)
@@ -391,10 +358,11 @@ def export(
             "--format", help="openvino, onnx, hf (for transformers), torch; default: as searched. Repeatable."
         ),
     ] = None,
-    prefer: Annotated[Prefer, typer.Option("--prefer", "--pick", help="What to optimise.")] = Prefer.knee,
+    prefer: Preferred = Prefer.knee,
     trial: Trial = None,
     max_accuracy_drop: MaxDrop = None,
     max_latency_ms: MaxMs = None,
+    max_latency_ratio: MaxRatio = None,
     max_size_mb: MaxMb = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     push_to_hub: Annotated[
@@ -403,10 +371,10 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="Make that repository private if it is new.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Ship a point: copy its artefact, reload it in a fresh process, compare, score on the held-out test rows."""
+    """Ship a point: copy what was scored, reload it in a fresh process, compare, score on the held-out test rows."""
     if private and push_to_hub is None:
         raise ConfigError("--private: goes with --push-to-hub")
-    chosen = _picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_size_mb).point
+    chosen = picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_latency_ratio, max_size_mb).point
     from autocompress import api
 
     found = api.export(

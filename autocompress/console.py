@@ -138,6 +138,7 @@ def about(candidate: Candidate) -> dict[str, Any]:
         "plan": candidate.plan.words(),
         "accuracy": Interval([score.accuracy, score.accuracy_low, score.accuracy_high]),
         **({"accuracy_drop": Interval(score.drop)} if score.drop is not None else {}),
+        **({"divergence": score.divergence} if score.divergence is not None else {}),
         "size_bytes": score.size_bytes,
         "latency_ms": score.latency_ms,
         "latency_ratio": Interval([score.latency_ratio, score.latency_ratio_low, score.latency_ratio_high]),

@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # iso
 
 from autocompress import garbage, machine
 from autocompress.desk import Crew, Desk, Result
-from autocompress.errors import AutocompressError, DeviceError
+from autocompress.errors import AutocompressError, DeviceError, first_line
 
 LATENCY_SLOT = "latency_slot"
 """Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
@@ -139,7 +139,7 @@ class _Site:
         except Exception as error:
             if self._started.is_set():
                 raise  # the driver starts another Ray
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             failure = f"Ray cannot be started ({reason})"
         self._say("ended", failure)
         if self._outposts and failure is None:
@@ -240,7 +240,7 @@ class _Site:
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
                 return
             except Exception as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
             if left:
                 ray.shutdown()
                 time.sleep(_JOIN_AGAIN_S)

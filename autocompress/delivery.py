@@ -14,6 +14,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from autocompress import hub, scoring, timing
 from autocompress.config import RunConfig
-from autocompress.errors import ExportError
+from autocompress.errors import ExportError, RuntimeBuildError
 from autocompress.evaluate import Workshop, kept_logits
 from autocompress.exported import CONFIRMING_PAIRS, MEASUREMENT_SCHEMA
 from autocompress.plan import CompressionPlan
@@ -43,7 +44,16 @@ LEAST_AGREEMENT = 0.98
 The grids are the same. Where floats are added in another order, though, some come to lie on the other side of a step of
 8 bits, and from layer to layer that grows.
 """
-RELOAD_SECONDS = 300
+MEASUREMENT = "measurement.json"
+"""What every export holds: its scores, and what is needed to run it."""
+_LEFT = (
+    *(MEASUREMENT, "README.md", "predict.py", "artefact.json", "reference", "model.xml", "model.bin", "model.onnx"),
+    *("program.pt2", "config.json", "*.safetensors*", "tokenizer", "tokenizer*.json", "vocab.*", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+"""What an export of any format may have put into a folder."""
+LEAST_PATIENCE_S, PATIENCE = 300, 20
+"""Seconds that a fresh process has at least, and how many times what its rows should take."""
 
 
 @dataclass(frozen=True)
@@ -97,45 +107,64 @@ def export(
             raise ExportError(f"export: --push-to-hub takes one format at a time, got {', '.join(formats)}")
         hub.check(repository)
     if candidate.measurement is None or candidate.folder is None:
-        raise ExportError(f"export: trial {candidate.number} failed ({candidate.failure}); pick another")
+        ended = "was stopped early" if candidate.state == "PRUNED" else "failed"
+        raise ExportError(f"export: trial {candidate.number} {ended} ({candidate.failure}); pick another")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise ExportError(f"export: {out} is not empty; give another folder or --force")
-    scored = Artifact.open(_artefact_of(candidate))
-    if scored.plan != candidate.plan or scored.size_bytes != candidate.score.size_bytes:
-        raise ExportError(
-            f"export: trial {candidate.number}: the artefact no longer matches: {scored.folder} has "
-            f"{scored.size_bytes} bytes of {scored.plan.words()}, scored were {candidate.score.size_bytes} of "
-            f"{candidate.plan.words()}"
-        )
-    found = {}
-    for name in formats:
-        target = out if len(formats) == 1 else out / name
-        with tempfile.TemporaryDirectory(prefix="autocompress-export-") as scratch:
-            aside = Path(scratch) / "export"
-            aside.mkdir()
-            if name in UNPACKED:
-                shipped = _export_unpacked(candidate, run, name, scored, aside, progress)
-            else:
-                shipped = _export(candidate, run, FORMATS[name], scored, aside, progress)
-            _put(aside, target)
-            found[name] = dataclasses.replace(shipped, folder=target)
-            if repository is not None:
-                progress(f"{target} is ready; pushing it to {repository.name}")
-                # From here, where nothing else is: a folder that was forced may hold what is nobody's business.
-                address = hub.push(aside, repository, f"Trial {candidate.number} of {run.name}: {name}")
-                found[name] = dataclasses.replace(found[name], pushed=address)
+    with tempfile.TemporaryDirectory(prefix="autocompress-export-") as artefacts:
+        scored = _scored(candidate, run, Path(artefacts), progress)
+        found = {}
+        for name in formats:
+            target = out if len(formats) == 1 else out / name
+            with tempfile.TemporaryDirectory(prefix="autocompress-export-") as scratch:
+                aside = Path(scratch) / "export"
+                aside.mkdir()
+                if name in UNPACKED:
+                    shipped = _export_unpacked(candidate, run, name, scored, aside, progress)
+                else:
+                    shipped = _export(candidate, run, FORMATS[name], scored, aside, progress)
+                _put(aside, target)
+                found[name] = dataclasses.replace(shipped, folder=target)
+                if repository is not None:
+                    progress(f"{target} is ready; pushing it to {repository.name}")
+                    # From here, where nothing else is: a folder that was forced may hold what is nobody's business.
+                    address = hub.push(aside, repository, f"Trial {candidate.number} of {run.name}: {name}")
+                    found[name] = dataclasses.replace(found[name], pushed=address)
     return found
 
 
-def _artefact_of(candidate: Candidate) -> Path:
+def _scored(candidate: Candidate, run: RunConfig, artefacts: Path, progress: Progress) -> Artifact:
+    """Return what was scored, beside the reference, in ``artefacts``, from where no search that goes on takes it away.
+
+    It is copied, or, where it was not kept, built anew; it then has to predict the same.
+    """
     assert candidate.folder is not None
-    folder = candidate.folder / "artefacts" / candidate.plan.plan_id
-    if not folder.is_dir():
+    there, score = candidate.folder / "artefacts", candidate.score
+    kept, copy = there / candidate.plan.plan_id, artefacts / candidate.plan.plan_id
+    reference = artefacts / "reference"
+    if (there / "reference").is_dir():
+        reference.symlink_to((there / "reference").absolute())
+    else:
+        progress("building the uncompressed model again")
+        Workshop(run.timed_here(), artefacts, progress).build(CompressionPlan(), reference)
+    with suppress(OSError, RuntimeBuildError):  # a search may take some of it meanwhile
+        shutil.copytree(kept, copy)
+        kept_logits(copy)
+        scored = Artifact.open(copy)
+        if scored.plan != candidate.plan or scored.size_bytes != score.size_bytes:
+            raise ExportError(
+                f"export: trial {candidate.number}: the artefact no longer matches: {kept} has {scored.size_bytes} "
+                f"bytes of {scored.plan.words()}, scored were {score.size_bytes} of {candidate.plan.words()}"
+            )
+        return scored
+    progress(f"building trial {candidate.number} again, which is not among the artefacts that were kept")
+    built = Workshop(run.timed_here(), artefacts, progress).evaluate(candidate.plan)
+    if (built.predictions, built.size_bytes) != (score.predictions, score.size_bytes):
         raise ExportError(
-            f"export: the artefact of trial {candidate.number} was not kept; points of the front are, and all are "
-            "with search.keep_artefacts=all"
+            f"export: trial {candidate.number}: its artefact was not kept, and what is built again is not what was "
+            "scored; points of the front are kept, and all are with search.keep_artefacts=all"
         )
-    return folder
+    return Artifact.open(copy)
 
 
 def _export(
@@ -162,7 +191,7 @@ def _export(
     progress("reloading in a fresh process")
     expected = kept_logits(artifact.folder)
     try:
-        reloaded, timed = _reload(aside, workshop, scratch)
+        reloaded, timed = _reload(aside, workshop, scratch, measured)
     except ExportError as error:
         raise ExportError(f"export: trial {candidate.number}: {error}") from None
     if scoring.predictions_hash(reloaded) != measured.predictions:
@@ -192,6 +221,7 @@ def _export(
         "labels": list(workshop.task.labels),
         "max_tokens": run.data.max_tokens,
         "pair": run.data.text_pair is not None,
+        "truncation_side": workshop.tokenizer.truncation_side,
         "vocabulary": workshop.vocabulary,
         "search": dataclasses.asdict(confirmed),
         "latency_ratio_in_search": measured.latency_ratio,
@@ -200,7 +230,7 @@ def _export(
         "test_drop": test_drop._asdict(),
         "agreement_with_scored_candidate": agreement,
     }
-    (aside / "measurement.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (aside / MEASUREMENT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     (aside / "predict.py").write_text(predict_script(runtime), encoding="utf-8")
     card = model_card(candidate, run, runtime, confirmed, test, test_drop, agreement)
     (aside / "README.md").write_text(card, encoding="utf-8")
@@ -228,7 +258,7 @@ def _export_unpacked(
         workshop.tokenizer.save_pretrained(aside / "tokenizer")
     progress("reloading in a fresh process")
     expected = kept_logits(scored.folder)
-    found = _run_unpacked(aside, workshop, "search")
+    found = _run_unpacked(aside, workshop, "search", candidate.score)
     agreement = float((found.argmax(1) == expected.argmax(1)).mean())
     if agreement < LEAST_AGREEMENT:
         raise ExportError(
@@ -237,7 +267,7 @@ def _export_unpacked(
         )
     progress("scoring on the held-out test split")
     own = scoring.accuracy(found, workshop.splits["search"])
-    on_test = _run_unpacked(aside, workshop, "test")
+    on_test = _run_unpacked(aside, workshop, "test", candidate.score)
     test = scoring.accuracy(on_test, workshop.splits["test"])
     test_drop = scoring.drop(on_test, workshop.reference_logits_on_test, workshop.splits["test"])
     drop = scoring.drop(found, workshop.reference_logits, workshop.splits["search"])
@@ -252,23 +282,25 @@ def _export_unpacked(
         "labels": list(workshop.task.labels),
         "max_tokens": run.data.max_tokens,
         "pair": run.data.text_pair is not None,
+        "truncation_side": workshop.tokenizer.truncation_side,
         "search": dataclasses.asdict(own),
         "test": dataclasses.asdict(test),
         "test_drop": test_drop._asdict(),
         "size_bytes": size,
         "agreement_with_scored_candidate": agreement,
     }
-    (aside / "measurement.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (aside / MEASUREMENT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     (aside / "predict.py").write_text(predict_script(runner), encoding="utf-8")
     card = model_card(candidate, run, runner, measured, test, test_drop, agreement, timed=False)
     (aside / "README.md").write_text(card, encoding="utf-8")
     return Export(aside, measured, test, test_drop, agreement, candidate.score.latency_ratio, timed=False)
 
 
-def _run_unpacked(folder: Path, workshop: Workshop, split: str) -> np.ndarray:
+def _run_unpacked(folder: Path, workshop: Workshop, split: str, score: Measurement) -> np.ndarray:
     """Return the logits of a split from a process that reads the folder as its users do."""
     write_rows(folder.parent, workshop.batches(split))
-    _elsewhere("autocompress.hf.reload", str(folder), str(folder.parent))
+    patience = _patience(workshop.run, score, len(workshop.splits[split]))
+    _elsewhere("autocompress.hf.reload", str(folder), str(folder.parent), seconds=patience)
     return read_logits(folder.parent)
 
 
@@ -280,18 +312,31 @@ def _put(made: Path, out: Path) -> None:
     try:
         shutil.copytree(made, aside)
         out.mkdir(exist_ok=True)
+        if not any(out.iterdir()):
+            aside.replace(out)
+            return
+        # What else was in the folder stays there: it was asked for by force. What an earlier export put there goes,
+        # which may be of another format, and would be read in place of this one.
+        if (out / MEASUREMENT).is_file():
+            for there in {entry for name in _LEFT for entry in out.glob(name)}:
+                _remove(there)
         for entry in aside.iterdir():
-            # What else was in the folder stays there: it was asked for by force.
-            if (there := out / entry.name).is_dir():
-                shutil.rmtree(there)
-            entry.replace(there)
+            _remove(out / entry.name)
+            entry.replace(out / entry.name)
     except OSError as error:
         raise ExportError(f"export: {out}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _reload(folder: Path, workshop: Workshop, scratch: Path) -> tuple[np.ndarray, timing.Latency]:
+def _remove(there: Path) -> None:
+    if there.is_dir() and not there.is_symlink():
+        shutil.rmtree(there)
+    else:
+        there.unlink(missing_ok=True)
+
+
+def _reload(folder: Path, workshop: Workshop, scratch: Path, score: Measurement) -> tuple[np.ndarray, timing.Latency]:
     """Return the search rows' logits and the latency from a process that knows only the exported folder and the rows.
 
     The latency is taken as `measure` takes it later: in a process that holds nothing else, against the stand-in.
@@ -302,22 +347,30 @@ def _reload(folder: Path, workshop: Workshop, scratch: Path) -> tuple[np.ndarray
         "vocabulary": workshop.vocabulary,
         "pairs": CONFIRMING_PAIRS,
     }
-    _elsewhere("autocompress.reload", str(folder), str(scratch), json.dumps(about))
+    runs = len(workshop.splits["search"]) + 2 * CONFIRMING_PAIRS * timing.MOST_RUNS
+    patience = _patience(workshop.run, score, runs)
+    _elsewhere("autocompress.reload", str(folder), str(scratch), json.dumps(about), seconds=patience)
     timed = timing.Latency(**json.loads((scratch / "latency.json").read_text(encoding="utf-8")))
     return read_logits(scratch), timed
 
 
-def _elsewhere(module: str, *arguments: str) -> None:
-    """Run a module in a fresh process.
+def _patience(run: RunConfig, score: Measurement, rows: int) -> float:
+    """Return how many seconds a process may take that runs so many rows, none of which takes long by the reference."""
+    longest = score.reference_ms / 1e3 * run.data.max_tokens / run.target.tokens
+    return LEAST_PATIENCE_S + PATIENCE * rows * longest
+
+
+def _elsewhere(module: str, *arguments: str, seconds: float) -> None:
+    """Run a module in a fresh process, whose modules are not looked for in the folder that it is started in.
 
     Raises:
         ExportError: with the last line that it said, if it fails or takes too long.
     """
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-P", "-m", module, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=RELOAD_SECONDS, check=False)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)  # noqa: S603
     except subprocess.TimeoutExpired:
-        raise ExportError(f"reloading the copy took more than {RELOAD_SECONDS} s") from None
+        raise ExportError(f"reloading the copy took more than {seconds:.0f} s") from None
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ExportError(f"the copy cannot be reloaded ({last[0]})")

@@ -55,3 +55,8 @@ class NoFeasiblePointError(AutocompressError):
 
 class ExportError(AutocompressError):
     """An export that was refused or that does not reproduce its score."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what can be quoted of an error that is not ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -133,6 +133,9 @@ class Workshop(Bases):
     def _template(self, base: EncoderModel, kept: tuple[int, ...]) -> Template:
         key = (base.base, kept)
         if key not in self._templates:
+            # Those of recovered points are used for one plan, and are as large as the uncompressed model.
+            many = {of.base for of, _ in self._bases.values()}
+            self._templates = {known: found for known, found in self._templates.items() if known[0] in many}
             model = cut_to_blocks(base, kept)
             example = self.calibration_batches(RANGE_ROWS)[0]
             runtime = self.runtime

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-Preference = Literal["knee", "latency", "size", "accuracy"]
+Preference = Literal["knee", "latency", "size", "accuracy", "divergence"]
 _ROUNDING = 1e-9
-_BEST = {"latency": "the fastest", "size": "the smallest", "accuracy": "the most accurate"}
+_BEST = {
+    "latency": "the fastest",
+    "size": "the smallest",
+    "accuracy": "the most accurate",
+    "divergence": "the least divergent",
+}
 KNEE, CLOSE = "knee", 0.01
 _WISHES: tuple[tuple[str, Preference, float | None], ...] = (
     ("fastest", "latency", CLOSE),
@@ -102,20 +107,32 @@ class Front:
         points: feasible, complete and non-dominated candidates.
         reference: score of the uncompressed model in the same runtime.
         objectives: names of the objectives that dominance was judged by.
+        nearby: candidates that would be on a front of divergence in place of quality, and are not on this one. What
+            is most accurate among many was lucky, too; what diverges least may keep more on rows that nobody saw.
     """
 
     points: tuple[Candidate, ...]
     reference: Measurement
     objectives: tuple[str, ...]
+    nearby: tuple[Candidate, ...] = ()
 
     @classmethod
-    def of(cls, candidates: Iterable[Candidate], reference: Measurement, objectives: Sequence[str]) -> Front:
-        """Build the front of ``candidates``; failed and infeasible ones never stand on it."""
+    def of(
+        cls,
+        candidates: Iterable[Candidate],
+        reference: Measurement,
+        objectives: Sequence[str],
+        *,
+        nearby: Iterable[Candidate] = (),
+    ) -> Front:
+        """Build the front of ``candidates``; failed and infeasible ones stand neither on it nor nearby."""
         usable = [c for c in candidates if c.usable]
         mask = nondominated(costs(usable, objectives))
         points = [c for c, kept in zip(usable, mask, strict=True) if kept]
         points.sort(key=lambda c: (-c.score.accuracy, c.score.latency_ratio, c.number))
-        return cls(tuple(points), reference, tuple(objectives))
+        numbers = {c.number for c in points}
+        others = tuple(c for c in nearby if c.usable and c.number not in numbers)
+        return cls(tuple(points), reference, tuple(objectives), others)
 
     def __len__(self) -> int:
         return len(self.points)
@@ -138,7 +155,8 @@ class Front:
         Args:
             limits: that it must keep to.
             prefer: ``knee`` is nearest to the best value of every objective, each scaled to the range of the points
-                that keep to the limits.
+                that keep to the limits. ``divergence`` is least from the uncompressed model's predictions, of what is
+                nearby, too.
 
         Raises:
             ConfigError: if ``prefer`` is none of these.
@@ -148,14 +166,19 @@ class Front:
             raise ConfigError(f"pick: prefer must be one of {', '.join(get_args(Preference))}, got {prefer!r}")
         if not self.points:
             raise NoFeasiblePointError("pick: the front is empty; no candidate completed within the constraints")
-        feasible = [c for c in self.points if limits.excess(c.score, self.reference) <= 0]
+        offered = list(self.points)
+        if prefer == "divergence":
+            offered = [c for c in (*self.points, *self.nearby) if c.score.divergence is not None]
+            if not offered:
+                raise NoFeasiblePointError("pick: the study is of a version that did not take divergences")
+        feasible = [c for c in offered if limits.excess(c.score, self.reference) <= 0]
         if not feasible:
-            nearest = min(self.points, key=lambda c: limits.excess(c.score, self.reference))
+            nearest = min(offered, key=lambda c: limits.excess(c.score, self.reference))
             found = limits.of(nearest.score, self.reference)
             missed = "; ".join(f"{name} {value:.4g} (limit {limit:g})" for name, value, limit in found)
             raise NoFeasiblePointError(f"pick: no point is feasible; the nearest is trial {nearest.number}: {missed}")
         point = self._best(feasible, prefer)
-        return Choice(point, self._reason(point, feasible, prefer, limits), self.neighbours(point))
+        return Choice(point, self._reason(point, feasible, len(offered), prefer, limits), self.neighbours(point))
 
     def _best(self, among: Sequence[Candidate], prefer: Preference) -> Candidate:
         if prefer == "latency":
@@ -164,20 +187,26 @@ class Front:
             return min(among, key=lambda c: (c.score.size_bytes, -c.score.accuracy))
         if prefer == "accuracy":
             return max(among, key=lambda c: (c.score.accuracy, -c.score.latency_ratio))
+        if prefer == "divergence":
+            return min(among, key=lambda c: (c.score.divergence, c.score.latency_ratio))
         scaled = _scaled(costs(among, self.objectives))
         return among[int(np.argmin(np.linalg.norm(scaled, axis=1)))]
 
-    def _reason(self, point: Candidate, among: Sequence[Candidate], prefer: Preference, limits: Limits) -> str:
-        if len(self) == 1:
+    def _reason(
+        self, point: Candidate, among: Sequence[Candidate], offered: int, prefer: Preference, limits: Limits
+    ) -> str:
+        if offered == len(self) == 1:
             return "the only point of the front"
-        whom = f"the {len(self)} points of the front"
+        front = "the front, by accuracy or by divergence" if prefer == "divergence" and self.nearby else "the front"
+        whom = f"the {offered} points of {front}"
         if found := limits.of(point.score, self.reference):
             kept = ", ".join(f"{name} {value:.3g} <= {limit:g}" for name, value, limit in found)
             if len(among) == 1:
                 return f"the only one of {whom} within the limits ({kept})"
             whom = f"the {len(among)} of {whom} within the limits ({kept})"
         if prefer != "knee":
-            return f"{_BEST[prefer]} of {whom}"
+            once = "" if point in self.points else "; its latency was timed once, during the search"
+            return f"{_BEST[prefer]} of {whom}{once}"
         names = [_NAMES.get(name, name) for name in self.objectives]
         together = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
         return f"the knee of {whom}: nearest to the best {together}, each scaled to their range"
@@ -234,10 +263,18 @@ class Front:
             found.setdefault(point.number, ([], point))[0].append(name)
         return list(found.values())
 
-    def chosen(self, number: int) -> Choice:
-        """Return the point with this trial number as a choice; see `trial`."""
-        point = self.trial(number)
-        return Choice(point, "asked for by its number", self.neighbours(point))
+    def asked_for(self, candidate: Candidate) -> Choice:
+        """Return a candidate that was named by its number as a choice, which says if it is off the front."""
+        reason = "asked for by its number"
+        if candidate.measurement is None:
+            return Choice(candidate, f"{reason}; it has no measurement", ())
+        if not candidate.feasible:
+            reason += "; it breaks a constraint"
+        elif all(point.number != candidate.number for point in self.points):
+            no_worse = costs(self.points, self.objectives) <= costs([candidate], self.objectives)
+            by = self.points[int(no_worse.all(axis=1).argmax())]
+            reason += f"; not on the front, where trial {by.number} is at least as good in every objective"
+        return Choice(candidate, reason, self.neighbours(candidate))
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a point, with the columns of ``pareto.csv``."""

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from autocompress.errors import ExportError
-from autocompress.model import DEMO_MODEL
+from autocompress.errors import ExportError, first_line
+from autocompress.origins import DEMO_MODEL
 
 _DEMO_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -35,7 +35,7 @@ class Repository:
         try:
             validate_repo_id(self.name)
         except HFValidationError as error:
-            raise ExportError(f"export: --push-to-hub: {_first_line(error)}") from None
+            raise ExportError(f"export: --push-to-hub: {first_line(error)}") from None
 
 
 def published_name(model_id: str) -> str | None:
@@ -91,9 +91,5 @@ def _in_our_words(repository: Repository) -> Iterator[None]:
         ) from None
     # What the transfer of large files raises is a RuntimeError.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        said = _first_line(error)
+        said = first_line(error)
         raise ExportError(f"export: {repository.name}: the hub refused or did not answer ({said})") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

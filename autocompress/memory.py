@@ -34,7 +34,7 @@ def peak_memory_bytes(artifact: Artifact, target: TargetConfig, inputs: Mapping[
         job = {"folder": str(artifact.folder), "target": target.model_dump(), "inputs": f"{scratch}/inputs.npz"}
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "autocompress.memory"],
+                [sys.executable, "-P", "-m", "autocompress.memory"],  # no modules of the folder that it is started in
                 input=json.dumps(job),
                 capture_output=True,
                 text=True,
@@ -55,7 +55,7 @@ def _main() -> None:
     runtime = get_runtime(artifact.runtime)
     # OpenVINO would report its use; it takes a stub where the telemetry package cannot be imported.
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-    importlib.import_module(RUNTIMES[artifact.runtime][2])
+    importlib.import_module(RUNTIMES[artifact.runtime][2][0])
     before = _peak_bytes(anew=True)
     session = runtime.load(artifact, target)
     for _ in range(_RUNS):

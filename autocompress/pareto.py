@@ -61,12 +61,16 @@ class Unbeaten:
         """Return those of ``candidates``, which were added at the end since the last call, by number."""
         if self._seen != len(candidates):
             latest = itertools.islice(candidates.values(), self._seen, None)
-            found = self._found + [c for c in latest if c.usable]
+            found = self._found + [c for c in latest if c.usable and self._tells(c.score)]
             found.sort(key=lambda c: c.number)  # of equal ones the first is kept
             kept = nondominated(costs(found, self._objectives))
             self._found = [c for c, on_it in zip(found, kept, strict=True) if on_it]
             self._seen = len(candidates)
         return self._found
+
+    def _tells(self, score: Measurement) -> bool:
+        """Whether all objectives were measured; older versions took fewer."""
+        return all(getattr(score, OBJECTIVES[name][0]) is not None for name in self._objectives)
 
 
 def contenders(front: Sequence[Candidate], others: Iterable[Candidate], objectives: Sequence[str]) -> list[Candidate]:

@@ -1,7 +1,8 @@
 """A front on another device or runtime: what a study found is measured for another target, in a study of its own.
 
-The study that it comes from stays as it is. Where the same artefact runs, it is copied and timed; accuracy and size are
-what they were. For another runtime, or a CPU on which the same plan becomes another artefact, it is built and scored.
+The study that it comes from stays as it is. Where the same artefact runs, it is copied and timed; on the machine that
+it was scored on, accuracy is what it was. For another runtime, or a CPU on which the same plan becomes another
+artefact, it is built and scored.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
                 shutil.copytree(there, workshop.artefacts / there.name, dirs_exist_ok=True)
                 copied.append(candidate)
         pairs = run.search.confirm_pairs or run.search.latency_pairs
-        timed = workshop.confirmed([(c.plan, c.score) for c in copied], pairs=pairs, progress=progress)
+        points = [(c.plan, _scored_here(c, workshop)) for c in copied]
+        timed = workshop.confirmed(points, pairs=pairs, progress=progress)
         for candidate, measured in zip(copied, timed, strict=True):
             memory = workshop.memory(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
             here = dataclasses.replace(measured, peak_memory_bytes=memory, fingerprint=workshop.fingerprint)
@@ -104,6 +106,14 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
         for c in chosen
         for new in (made.get(c.number),)
     ]
+
+
+def _scored_here(candidate: Candidate, workshop: Workshop) -> Measurement:
+    """Return the score of a copied artefact: its own if it is of this machine, as others may add in another order."""
+    if candidate.score.fingerprint.get("id") == workshop.fingerprint["id"]:
+        return candidate.score
+    workshop.progress(f"scoring trial {candidate.number} on this machine")
+    return workshop.score(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
 
 
 def _scored(candidate: Candidate, study: Study, workshop: Workshop) -> Candidate:

@@ -16,7 +16,7 @@ from typing import Any
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
-from autocompress.errors import StudyError
+from autocompress.errors import StudyError, first_line
 from autocompress.journal import Journal, beside
 
 _FAILED: dict[str, Any] = {
@@ -84,7 +84,7 @@ def salvage(journal: Path) -> Salvaged:
             raise ValueError("it does not begin a study")
     except (ValueError, TypeError, LookupError) as error:
         file.unlink()
-        raise StudyError(f"{journal}: nothing can be saved ({str(error).splitlines()[0]})") from None
+        raise StudyError(f"{journal}: nothing can be saved ({first_line(error)})") from None
     return Salvaged(file, damaged, len(whole) - sum(record is not _FAILED for record in kept) - again, again)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.config import DataConfig
-from autocompress.errors import DataError, ModelError
+from autocompress.errors import DataError, ModelError, first_line
+from autocompress.origins import from_hub
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,17 +42,29 @@ def read_table(config: DataConfig) -> pd.DataFrame:
                 return pd.read_parquet(path)
             if suffix in (".jsonl", ".json"):
                 return pd.DataFrame(pd.read_json(path, lines=True, dtype=False))
-            # Only an empty field is missing: None, NA and null are words, and names of classes.
-            return pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", keep_default_na=False, na_values=[""])
+            # Only an empty field is missing: None, NA and null are words, and names of classes, as are 007 and true.
+            sep = "\t" if suffix == ".tsv" else ","
+            found = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, na_values=[""])
+            return _whole(found, config.label)
         except pd.errors.EmptyDataError:
             raise DataError(f"data: {path}: is empty") from None
         except Exception as error:
             # Readers and decompressors have no class of errors in common.
-            line = (str(error).splitlines() or [type(error).__name__])[0]
+            line = first_line(error)
             raise DataError(f"data: {path}: cannot be read ({line})") from None
     if path.exists():
         raise DataError(f"data: {path}: must be a .csv, .tsv, .jsonl or .parquet file (or a compressed one)")
     return _read_hub(config)
+
+
+def _whole(table: pd.DataFrame, label: str) -> pd.DataFrame:
+    """Return the table with classes that are whole numbers as such, where they were written as 1.0 or after a space."""
+    if label in table.columns:
+        names = table[label].dropna().str.strip()
+        spoilt = names.str.contains(".", regex=False).any() or (names != table[label].dropna()).any()
+        if spoilt and names.str.fullmatch(r"-?\d+(\.0+)?").all():
+            return table.assign(**{label: table[label].str.strip().str.partition(".")[0]})
+    return table
 
 
 @contextmanager
@@ -74,8 +87,6 @@ def _hub_switched_off() -> Iterator[None]:
 def _read_hub(config: DataConfig) -> pd.DataFrame:
     import datasets
     import pandas as pd
-
-    from autocompress.model import from_hub
 
     datasets.disable_progress_bars()
 

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
 
-from autocompress.errors import StudyError
+from autocompress.errors import StudyError, first_line
 from autocompress.journal import Journal, repair_tail
 
 JOURNAL, DATABASE = "study.journal", "study.json"
@@ -120,7 +120,7 @@ class _Journal(Records):
 
     def _unreadable(self, error: Exception) -> StudyError:
         return StudyError(
-            f"{self.where}: cannot be read ({str(error).splitlines()[0]}); what can be is written into a new file by: "
+            f"{self.where}: cannot be read ({first_line(error)}); what can be is written into a new file by: "
             f"autocompress salvage {self._folder}"
         )
 

@@ -30,7 +30,7 @@ from autocompress.pareto import Unbeaten, contenders, costs
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.proposals import Proposals
-from autocompress.records import LATENCY_PROTOCOL, OBJECTIVES, Candidate, Measurement, Stopped, drift_of
+from autocompress.records import LATENCY_PROTOCOL, OBJECTIVES, QUALITIES, Candidate, Measurement, Stopped, drift_of
 from autocompress.samplers import make_sampler
 from autocompress.storage import open_records
 
@@ -110,6 +110,8 @@ class Study:
 
     def _forget_fronts(self) -> None:
         self._unbeaten, self._unbeaten_told = Unbeaten(self.run.objectives), Unbeaten(self.told)
+        by_divergence = ["divergence" if name in QUALITIES else name for name in self.run.objectives]
+        self._least_divergent = Unbeaten(by_divergence)
         self._rivals: tuple[list[Candidate], list[list[float]]] = ([], [])
 
     def _note(self, candidate: Candidate) -> None:
@@ -354,7 +356,8 @@ class Study:
 
     def front(self) -> Front:
         """Return the Pareto front of the candidates so far."""
-        return Front.of(self._unbeaten.among(self._candidates), self.reference, self.run.objectives)
+        points, nearby = self._unbeaten.among(self._candidates), self._least_divergent.among(self._candidates)
+        return Front.of(points, self.reference, self.run.objectives, nearby=nearby)
 
     def contenders(self, among: Iterable[Candidate]) -> list[Candidate]:
         """Return those that may belong on the front once they are timed anew; see `pareto.contenders`."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from autocompress import machine, model, recovery, soup, task, training
+from autocompress import machine, model, origins, recovery, soup, task, training
 from autocompress.bank import Bank, default_bank
 from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.decisions import Recover, Student
@@ -75,7 +75,7 @@ class Trained:
         self.progress = progress
         self.threads = threads or machine.cores()
         self.bank = bank_of(run)
-        self.source = model.locate(run.model.id, run.model.revision)
+        self.source = origins.locate(run.model.id, run.model.revision)
         model.check_files(self.source)
         self.task = task.load(run.data, labels=model.head_labels(self.source))
         self._rounded: dict[str, dict[str, Packed]] = {}
@@ -130,7 +130,8 @@ class Trained:
         config = self.run.model.finetune
         rows = self.splits["train"]
         self.progress(f"fine-tuning {self.run.model.id} on {len(rows)} rows for {config.epochs:g} epochs")
-        loaded = model.load(self.source, labels=self.task.labels, seed=self.run.seed)
+        tokens = self.run.data.max_tokens
+        loaded = model.load(self.source, labels=self.task.labels, seed=self.run.seed, tokens=tokens)
         budget = training.TrainingBudget(**config.model_dump(), precision=self.precision())
         with torch_threads(self.threads):
             training.finetune(
@@ -141,7 +142,7 @@ class Trained:
 
     @cached_property
     def teacher(self) -> EncoderModel:
-        return model.load(self.teacher_folder, labels=self.task.labels)
+        return model.load(self.teacher_folder, labels=self.task.labels, tokens=self.run.data.max_tokens)
 
     def precision(self) -> str:
         wanted = self.run.recovery.precision

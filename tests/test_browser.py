@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from helpers_browser import browser, opened
-from helpers_records import SEARCH, front_of, make_candidate
+from helpers_records import SEARCH, front_of, make_candidate, make_reference
 
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.decisions import LowRank, PruneHeads, PruneNeurons, Quantize
+from autocompress.front import Front
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.report.comparison import Comparison
@@ -148,11 +149,14 @@ def test_a_plan_is_drawn_block_by_block(page: Any, tmp_path: Path) -> None:
         ["12", "full", "w32", "768", "96", "w32"],
     ]
     shares = [cell.evaluate("cell => cell.style.getPropertyValue('--share')") for cell in rows[0].locator("td").all()]
-    assert shares == ["50%", "100%", "60%", "100%", "100%", "100%"]
+    assert shares == ["35%", "70%", "42%", "70%", "70%", "70%"]
     failed = page.locator("#candidates tr", has_text="logits: not finite").locator("button")
     failed.click()
     assert "logits: not finite" in page.locator("#detail .failure").text_content()
     assert page.locator("#command").count() == 0, "there is nothing to export"
+    page.locator("#candidates button", has_text="3").click()
+    assert "not on the front" in page.locator("#detail").text_content()
+    assert page.locator("#command").input_value() == "autocompress export results/a --trial 3 -o a-trial-3"
 
 
 def test_axes_can_be_chosen_and_there_are_three_dimensions(page: Any, tmp_path: Path) -> None:
@@ -170,6 +174,97 @@ def test_axes_can_be_chosen_and_there_are_three_dimensions(page: Any, tmp_path: 
     page.locator("#log").check()
     assert page.evaluate(f"{title}.xaxis.type") == "log"
     assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("objectives", "titles"),
+    [
+        (("accuracy", "size_bytes", "latency"), ["latency, ms (median)", "accuracy, %", "size, MB"]),
+        (("accuracy", "size_bytes"), ["size, MB", "accuracy, %", "latency, ms (median)"]),
+        (("divergence", "peak_memory", "latency"), ["latency, ms (median)", "divergence, nats", "memory, MB"]),
+    ],
+)
+def test_axes_follow_the_objectives(page: Any, tmp_path: Path, objectives: tuple[str, ...], titles: list[str]) -> None:
+    points = [
+        dataclasses.replace(
+            c, measurement=dataclasses.replace(c.score, divergence=c.number / 100, peak_memory_bytes=10**7 + c.number)
+        )
+        for c in POINTS
+        if c.measurement is not None
+    ]
+    path = tmp_path / "report.html"
+    front = Front.of(points, make_reference(), objectives)
+    Report(title="a", front=front, candidates=points, environment={}).write(path)
+    errors = opened(page, path.as_uri())
+    plot = "document.getElementById('figure-front')"
+    assert page.evaluate(f"[{plot}.layout.xaxis.title.text, {plot}.layout.yaxis.title.text]") == titles[:2]
+    colours = f"{plot}.data.find(t => t.name === 'Pareto front').marker.colorbar.title.text"
+    assert page.evaluate(colours) == titles[2]
+    assert errors == []
+
+
+def test_limits_hold_for_the_random_search_too(page: Any, tmp_path: Path) -> None:
+    opened(page, write(tmp_path, POINTS, comparison=Comparison(0.5, POINTS, random=POINTS)))
+    assert drawn(page)["random search's front"] == 3
+    slide(page, "latency", 0)
+    assert drawn(page)["random search's front"] == 3, "they are shown unless only what keeps to the limits is"
+    page.locator("#only").check()
+    assert drawn(page)["random search's front"] == 1
+
+
+def test_the_keyboard_stays_where_what_it_pressed_has_gone(page: Any, tmp_path: Path) -> None:
+    many = [make_candidate(n, accuracy=0.7 + 0.0001 * n, ratio=0.2 + 0.0001 * n) for n in range(150)]
+    opened(page, write(tmp_path, many))
+    page.locator("#detail .near button").first.press("Enter")
+    assert page.evaluate("document.activeElement === document.querySelector('#detail h3')")
+    page.locator("#more").press("Enter")
+    assert page.evaluate("document.activeElement.closest('#candidates') !== null")
+
+
+def test_a_page_before_anything_is_measured_has_its_axes(page: Any, tmp_path: Path) -> None:
+    errors = opened(page, write(tmp_path, [make_candidate(0, state="FAIL")]))
+    assert [page.locator(f"#axis-{axis}").input_value() for axis in "xyz"] == ["latency", "accuracy", "size"]
+    assert errors == []
+
+
+def test_on_a_logarithmic_axis_what_is_nothing_is_left_out(page: Any, tmp_path: Path) -> None:
+    many = [
+        dataclasses.replace(c, measurement=dataclasses.replace(c.score, divergence=c.number % 1000 / 10_000))
+        for c in (make_candidate(n, accuracy=0.8 - 0.00005 * n, ratio=0.2 + 0.0001 * n) for n in range(2000))
+    ]
+    errors = opened(page, write(tmp_path, many))
+    page.locator("#axis-x").select_option("divergence")
+    page.locator("#log").check()
+    assert drawn(page)["other candidates"] > 50
+    assert errors == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_is_kept_of_a_block_can_be_read(chromium: Any, tmp_path: Path, scheme: str) -> None:
+    page = chromium.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+    try:
+        opened(page, write(tmp_path, POINTS))
+        contrasts = page.evaluate(
+            """() => {
+              const numbers = (colour) => {
+                const found = colour.match(/[\\d.]+/g).map(Number).slice(0, 3);
+                return colour.startsWith("color(") ? found : found.map((v) => v / 255);
+              };
+              const light = (colour) => {
+                const [r, g, b] = numbers(colour).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+                return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+              };
+              return [...document.querySelectorAll("td.heat")].map((cell) => {
+                const style = getComputedStyle(cell);
+                const [low, high] = [light(style.color), light(style.backgroundColor)].sort((a, b) => a - b);
+                return (high + 0.05) / (low + 0.05);
+              });
+            }"""
+        )
+        assert len(contrasts) == 12
+        assert min(contrasts) >= 4.5, "WCAG 2.2, 1.4.3"
+    finally:
+        page.close()
 
 
 def test_every_picture_is_drawn_when_it_is_seen(page: Any, tmp_path: Path) -> None:

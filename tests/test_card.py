@@ -62,6 +62,13 @@ def test_it_says_where_eight_bits_compute_something_else(plan: CompressionPlan, 
     assert ("Not for" in found) == (plan is PLAN and "avx512_vnni" in features)
 
 
+def test_what_multiplies_floats_overflows_nowhere() -> None:
+    score = dataclasses.replace(make_measurement(), fingerprint=MACHINE)
+    run = RunConfig.from_mapping({"name": "a"})
+    made = model_card(make_candidate(7, plan=PLAN), run, "transformers", score, TEST, DROP, 0.991, timed=False)
+    assert "Not for" not in rows(made)
+
+
 def test_its_front_matter_names_the_model_that_it_comes_from() -> None:
     _, front_matter, _ = card().split("---\n", 2)
     assert yaml.safe_load(front_matter)["base_model"] == "some/model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import typer
 import yaml
 from helpers_records import make_measurement
 from test_study import CSV_COLUMNS, SMALL, evaluate, results_in
@@ -26,6 +28,7 @@ from test_study import CSV_COLUMNS, SMALL, evaluate, results_in
 from autocompress import __version__, api, cli, console, delivery
 from autocompress.config import RunConfig
 from autocompress.identity import identity_of
+from autocompress.records import Candidate, Stopped
 from autocompress.study import Study
 
 HEAVY = ("torch", "ray", "plotly", "transformers", "pandas", "optuna", "openvino", "onnx", "onnxruntime", "datasets")
@@ -552,6 +555,18 @@ def test_init_asks_on_a_terminal(tmp_path: Path) -> None:
     assert (written.data.text, written.data.label, written.target.runtime) == ("review", "mood", "openvino")
 
 
+def test_a_question_that_is_not_answered_interrupts(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> str:
+        raise typer.Abort
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(typer, "prompt", interrupted)
+    assert call("init").code == 130
+    assert tree(tmp_path) == set()
+
+
 def test_an_error_of_the_system_is_one_line_too(call: Call, tmp_path: Path) -> None:
     line = call("init", "--demo", "-o", "no/such/folder.yaml").line(1)
     assert line == "autocompress: no/such/folder.yaml: No such file or directory"
@@ -562,6 +577,11 @@ def test_init_replaces_with_force(call: Call, tmp_path: Path) -> None:
     write(tmp_path / "run.yaml", "mine")
     assert call("init", "--demo", "--force").code == 0
     assert RunConfig.from_file(tmp_path / "run.yaml").name == "demo"
+
+
+def test_more_tokens_than_the_model_reads_are_refused(call: Call, run_yaml: Path) -> None:
+    line = call("validate", run_yaml, "--set", "data.max_tokens=4096").line(2)
+    assert re.match(r"data\.max_tokens: must be <= \d+, which is as many as .+ reads, got 4096$", line)
 
 
 def test_validate_says_what_it_found(call: Call, run_yaml: Path, tmp_path: Path) -> None:
@@ -681,7 +701,9 @@ def test_a_study_where_all_trials_fail(call: Call, results: Callable[..., Path])
     assert "no candidate completed within the constraints" in " ".join(words.out.split())
     for command in (["pick", folder], ["recover", folder], ["export", folder, "-o", folder / "out"]):
         assert "the front is empty" in call(*command).line(1)
-    assert "trial 1: the front is empty" in call("pick", folder, "--trial", 1).line(1)
+    failed = api.open_study(folder).candidates()[0].number
+    said = f"trial {failed}: has no measurement (logits: 3 of 60 rows are not finite)"
+    assert said in call("pick", folder, "--trial", failed).line(1)
     assert call("status", folder, "--json").json()["failed"] == 6
 
 
@@ -726,6 +748,26 @@ def test_a_trial_off_the_front_can_be_recovered(
     assert call("recover", folder, "--trial", number, "--json").json()["trial"] == number
 
 
+def test_a_trial_that_was_stopped_is_recovered_and_neither_picked_nor_exported(
+    call: Call, results: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = Stopped(reason="loss at least 0.5 after 100 of 1000 rows", rows=100, size_bytes=2e7, latency=0.5)
+    folder = results(tell=lambda number: stopped if number == 2 else make_measurement())
+    line = call("pick", folder, "--trial", 2).line(1)
+    assert line == f"autocompress: trial 2: has no measurement ({stopped.reason})"
+    line = call("export", folder, "--trial", 2, "-o", "out").line(1)
+    assert line == f"autocompress: export: trial 2 was stopped early ({stopped.reason}); pick another"
+    asked: list[int] = []
+
+    def recover(candidate: Candidate, **_: object) -> Candidate:
+        asked.append(candidate.number)
+        return api.open_study(folder).front().points[0]
+
+    monkeypatch.setattr(api, "recover", recover)
+    assert call("recover", folder, "--trial", 2).code == 0
+    assert asked == [2]
+
+
 def test_an_unknown_trial_to_recover_names_the_nearest(call: Call, results: Callable[..., Path]) -> None:
     folder = results()
     last = max(candidate.number for candidate in api.open_study(folder).candidates())
@@ -736,11 +778,41 @@ def test_an_unknown_trial_to_recover_names_the_nearest(call: Call, results: Call
 @pytest.mark.parametrize("command", ["pick", "export"])
 def test_an_unknown_trial_names_the_nearest(call: Call, results: Callable[..., Path], command: str) -> None:
     folder = results()
-    numbers = [point["number"] for point in call("report", folder, "--json").json()]
+    numbers = [candidate.number for candidate in api.open_study(folder).candidates()]
     extra = ["-o", folder.with_name("out")] if command == "export" else []
     line = call(command, folder, "--trial", 99, *extra).line(1)
-    assert line.startswith(f"autocompress: trial 99: not on the front; the nearest is trial {max(numbers)} ")
+    assert line == f"autocompress: trial 99: no such candidate; the nearest is trial {max(numbers)}"
     assert not folder.with_name("out").exists()
+
+
+def test_a_trial_off_the_front_is_told_what_beats_it(call: Call, results: Callable[..., Path]) -> None:
+    folder = results(trials=15)
+    study = api.open_study(folder)
+    front = {point.number for point in study.front().points}
+    number = next(c.number for c in study.candidates() if c.number not in front)
+    found = call("pick", folder, "--trial", number, "--json").json()
+    said = re.fullmatch(
+        r"asked for by its number; not on the front, where trial (\d+) is at least as good in every objective",
+        found["why"],
+    )
+    better = study.candidate(int(said[1])).score
+    assert better.accuracy >= found["accuracy"][0]
+    assert better.size_bytes <= found["size_bytes"]
+    assert better.latency_ratio <= found["latency_ratio"][0]
+
+
+def test_the_least_divergent_within_a_ratio_is_picked(call: Call, results: Callable[..., Path]) -> None:
+    folder = results(
+        trials=15,
+        tell=lambda number: dataclasses.replace(
+            make_measurement(ratio=0.1 + 0.05 * (7 * number % 15)), divergence=0.1 * ((4 * number + 7) % 15)
+        ),
+    )
+    scores = [c.score for c in api.open_study(folder).candidates()]
+    limit = sorted(s.latency_ratio for s in scores)[7]
+    found = call("pick", folder, "--prefer", "divergence", "--max-latency-ratio", limit, "--json").json()
+    assert found["divergence"] == min(s.divergence for s in scores if s.latency_ratio <= limit)
+    assert found["why"].startswith("the least divergent of the ")
 
 
 @pytest.mark.parametrize(("runtime", "expected"), [("openvino", "openvino"), ("onnxruntime", "onnx")])
@@ -762,6 +834,7 @@ def test_what_is_exported_by_default_is_what_was_searched(
     [
         (["--max-size-mb", "0.001"], "size in MB"),
         (["--max-latency-ms", "0.001"], "latency in ms"),
+        (["--max-latency-ratio", "0.001"], "latency ratio"),
         (["--max-latency-ms", "nan"], "latency in ms"),
         (["--max-size-mb", "-1"], "size in MB"),
     ],
@@ -849,7 +922,8 @@ def test_export_refuses_before_it_works(call: Call, results: Callable[..., Path]
     assert call("export", folder, "-o", taken).line(1).startswith(f"autocompress: export: {taken} is not empty")
     line = call("export", folder, "-o", "new", "--format", "tflite").line(1)
     assert "must be one of openvino, onnx, hf, torch, got 'tflite'" in line
-    assert "the artefact of trial" in call("export", folder, "-o", "new").line(1)
+    gone = call("export", folder, "-o", "new")  # the model that it could be built again from
+    assert (gone.code, gone.err.splitlines()[-1]) == (1, "autocompress: model: ./none: no such folder")
     assert tree(taken) == {"mine.txt"}
     assert not (tmp_path / "new").exists()
 

@@ -1,4 +1,4 @@
-"""Putting an export in its place: all of it, or an error and nothing."""
+"""An export in its place, all of it or an error and nothing; the process that proves it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers_records import make_measurement
 
 from autocompress import delivery
+from autocompress.config import RunConfig
 from autocompress.errors import ExportError
 
 
@@ -46,6 +48,22 @@ class TestPuttingInPlace:
         assert [path.name for path in (out / "tokenizer").iterdir()] == ["vocab.txt"], "a tokenizer is one thing"
         assert (out / "notes.txt").read_text(encoding="utf-8") == "old"
 
+    def test_nothing_is_left_of_an_export_of_another_format(self, made: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        (out / "reference").mkdir(parents=True)
+        old = ["measurement.json", "config.json", "model.safetensors", "tokenizer.json", "artefact.json", "model.onnx"]
+        for name in (*old, "reference/model.onnx", "notes.json", "data.csv"):
+            (out / name).write_text("old", encoding="utf-8")
+        delivery._put(made, out)
+        assert {path.name for path in out.iterdir()} == {"model.bin", "tokenizer", "notes.json", "data.csv"}
+
+    def test_files_of_those_names_stay_where_no_export_was(self, made: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "config.json").write_text("mine", encoding="utf-8")
+        delivery._put(made, out)
+        assert (out / "config.json").read_text(encoding="utf-8") == "mine"
+
     def test_a_full_disk_leaves_what_was_there(
         self, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -63,3 +81,19 @@ class TestPuttingInPlace:
             delivery._put(made, out)
         assert (out / "model.bin").read_bytes() == b"old"
         assert {path.name for path in tmp_path.iterdir()} == {"made", "out"}
+
+
+def test_a_process_has_the_time_that_its_rows_take() -> None:
+    run = RunConfig.from_mapping({"data": {"max_tokens": 128}, "target": {"tokens": 64}})
+    score = make_measurement()  # whose reference takes 16 ms
+    few, many = (delivery._patience(run, score, rows) for rows in (100, 100_000))
+    assert few >= delivery.LEAST_PATIENCE_S
+    assert many >= 10 * 100_000 * 0.016 * 2
+
+
+def test_a_process_finds_no_modules_where_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('taken for the real one')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    delivery._elsewhere("autocompress.errors", seconds=60)
+    with pytest.raises(ExportError, match=r"cannot be reloaded \(.*No module named"):
+        delivery._elsewhere("autocompress.no_such_module", seconds=60)

@@ -100,6 +100,18 @@ def costs_of(measured: Measurement, quality: float) -> list[float]:
     return [quality, 1.0, 1e-9]
 
 
+def test_graphs_of_what_is_used_once_are_let_go(shop: Workshop, run: RunConfig) -> None:
+    own = Workshop(run, shop.artefacts)
+    teacher, _ = own.base(None)
+    kept = tuple(range(len(teacher.shape.blocks)))
+    for name in ("once", "and again", "and again and again"):
+        other = teacher.clone()
+        other.base = name
+        own._template(other, kept)
+        own._template(teacher, kept)
+    assert {base for base, _ in own._templates} == {teacher.base, "and again and again"}
+
+
 # What a candidate cannot reach, by guide: perfect by the one, better than anything by the others.
 PERFECT = {"accuracy": -1.0, "loss": 0.0, "divergence": 0.0}
 

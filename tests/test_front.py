@@ -140,7 +140,9 @@ def test_picking_from_an_empty_front_says_so() -> None:
 
 
 def test_an_unknown_preference_is_refused() -> None:
-    with pytest.raises(ConfigError, match="prefer must be one of knee, latency, size, accuracy, got 'speed'"):
+    with pytest.raises(
+        ConfigError, match="prefer must be one of knee, latency, size, accuracy, divergence, got 'speed'"
+    ):
         three_points().pick(prefer="speed")
 
 
@@ -152,6 +154,39 @@ def test_an_unknown_trial_number_names_the_nearest() -> None:
     with pytest.raises(NoFeasiblePointError) as caught:
         three_points().trial(40)
     assert str(caught.value) == "trial 40: not on the front; the nearest is trial 3 (the front: 1, 2, 3)"
+
+
+def divergent(candidate: Candidate, divergence: float | None) -> Candidate:
+    return dataclasses.replace(candidate, measurement=dataclasses.replace(candidate.score, divergence=divergence))
+
+
+class TestDivergence:
+    def front(self) -> Front:
+        points = [divergent(c, n) for c, n in zip(three_points().points, (0.01, 0.05, 0.3), strict=True)]
+        beaten = divergent(make_candidate(4, accuracy=0.865, size_bytes=18_000_000, ratio=0.31), 0.02)
+        broken = divergent(make_candidate(5, ratio=0.1, feasible=False), 0.0)
+        return Front.of(points, make_reference(), ALL, nearby=[points[0], beaten, broken])
+
+    def test_what_no_other_beats_by_it_is_nearby(self) -> None:
+        assert [c.number for c in self.front().nearby] == [4], (
+            "neither what is on the front nor what breaks a constraint"
+        )
+
+    def test_the_least_divergent_is_picked_of_what_is_nearby_too(self) -> None:
+        found = self.front().choose(Limits(max_latency_ratio=0.4), "divergence")
+        assert found.point.number == 4
+        assert found.reason == (
+            "the least divergent of the 3 of the 4 points of the front, by accuracy or by divergence within the limits "
+            "(latency ratio 0.31 <= 0.4); its latency was timed once, during the search"
+        )
+        assert self.front().pick(prefer="divergence").number == 1
+        assert self.front().pick(prefer="accuracy", max_latency_ratio=0.4).number == 2
+        with pytest.raises(NoFeasiblePointError, match="the nearest is trial 3: size in MB 15"):
+            self.front().pick(prefer="divergence", max_size_mb=14)
+
+    def test_studies_that_did_not_take_it_say_so(self) -> None:
+        with pytest.raises(NoFeasiblePointError, match="of a version that did not take divergences"):
+            three_points().pick(prefer="divergence")
 
 
 class TestReasons:
@@ -175,7 +210,18 @@ class TestReasons:
         assert Front.of([make_candidate(5)], make_reference(), ALL).choose(Limits()).reason == (
             "the only point of the front"
         )
-        assert three_points().chosen(3).reason == "asked for by its number"
+
+    def test_what_is_asked_for_by_its_number_says_where_it_stands(self) -> None:
+        front = three_points()
+        said = "asked for by its number"
+        assert front.asked_for(front.trial(3)).reason == said
+        beaten = make_candidate(9, accuracy=0.86, size_bytes=18_000_000, ratio=0.4)
+        expected = f"{said}; not on the front, where trial 2 is at least as good in every objective"
+        assert front.asked_for(beaten).reason == expected
+        assert {near.better for near in front.asked_for(beaten).neighbours} == {"accuracy", "size_bytes", "latency"}
+        assert front.asked_for(make_candidate(9, feasible=False)).reason == f"{said}; it breaks a constraint"
+        failed = front.asked_for(make_candidate(9, state="FAIL"))
+        assert (failed.reason, failed.neighbours) == (f"{said}; it has no measurement", ())
 
     @pytest.mark.parametrize("limit", [float("nan"), -1.0])
     def test_a_limit_that_is_no_size_is_kept_by_none(self, limit: float) -> None:
@@ -193,8 +239,9 @@ class TestNeighbours:
         ]
 
     def test_who_is_best_in_something_has_none_there(self) -> None:
-        assert [near.better for near in three_points().chosen(1).neighbours] == ["size_bytes", "latency"]
-        assert Front.of([make_candidate(5)], make_reference(), ALL).chosen(5).neighbours == ()
+        assert [near.better for near in three_points().neighbours(three_points().trial(1))] == ["size_bytes", "latency"]
+        only = Front.of([make_candidate(5)], make_reference(), ALL)
+        assert only.neighbours(only.trial(5)) == ()
 
     @pytest.mark.parametrize("seed", range(20))
     def test_none_gives_up_less_for_it(self, seed: int) -> None:

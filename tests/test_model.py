@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 import transformers
@@ -25,7 +19,7 @@ from torch import nn
 
 from autocompress import model
 from autocompress.anatomy import BlockShape, ModelShape
-from autocompress.errors import ModelError
+from autocompress.errors import ConfigError, ModelError
 
 SHAPE = ModelShape(HIDDEN, (BlockShape(HEADS, HIDDEN // HEADS, NEURONS),) * BLOCKS, len(VOCABULARY))
 ROLES = ["query", "key", "value", "output", "ffn_in", "ffn_out"]
@@ -45,6 +39,18 @@ class TestAnatomy:
     def test_sizes(self, family: str, loaded: model.EncoderModel) -> None:
         assert loaded.shape == dataclasses.replace(SHAPE, table_width=HIDDEN // 2 if family == "electra" else 0)
         assert loaded.parameters() == sum(p.numel() for p in loaded.module.parameters())
+
+    def test_more_tokens_than_it_reads_are_refused(self, family: str, tiny_model: Callable[..., Path]) -> None:
+        folder = tiny_model(family)
+        with pytest.raises(ConfigError, match=r"^data\.max_tokens: must be <= \d+, .+ got 8192$") as refused:
+            model.load(folder, labels=LABELS, tokens=8192)
+        most = int(str(refused.value).split("must be <= ")[1].split(",")[0])
+        module = model.load(folder, labels=LABELS, tokens=most).module
+        ids = torch.full((1, most), len(VOCABULARY) - 1)
+        assert module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.isfinite().all()
+        longer = torch.full((1, most + 1), len(VOCABULARY) - 1)
+        with pytest.raises((IndexError, RuntimeError)):
+            module(input_ids=longer, attention_mask=torch.ones_like(longer))
 
     def test_roles_are_what_their_names_say(self, family: str, loaded: model.EncoderModel) -> None:
         words = {"query": "q", "key": "k", "value": "v"}
@@ -205,18 +211,6 @@ class TestRefusals:
 
 
 class TestFiles:
-    def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
-        for name in (str(tmp_path / "none"), "./none", "~/no-such-folder-of-a-model", "a/b/c"):
-            with pytest.raises(ModelError, match="no such folder"):
-                model.locate(name)
-
-    def test_a_file_in_place_of_a_folder(self, bert_folder: Path) -> None:
-        with pytest.raises(ModelError, match=r"is a file; give the folder that holds config\.json"):
-            model.locate(str(bert_folder / "config.json"))
-
-    def test_a_local_folder_is_found(self, bert_folder: Path) -> None:
-        assert model.locate(str(bert_folder)) == bert_folder
-
     def test_a_folder_without_configuration(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"config\.json: missing"):
             model.check_files(tmp_path)
@@ -371,133 +365,6 @@ class TestFingerprint:
 
     def test_it_is_the_base_of_a_loaded_model(self, bert_copy: Path) -> None:
         assert model.load(bert_copy, labels=LABELS).base == model.fingerprint(bert_copy)
-
-
-HUB_SCRIPT = """
-import json, sys, time
-import datasets, huggingface_hub
-from autocompress import model, task
-from autocompress.config import DataConfig
-
-def read(source, revision=None):
-    loaded = task.load(DataConfig(source=source, revision=revision, search_rows=10))
-    return [loaded.labels, {name: len(rows) for name, rows in loaded.splits.items()}]
-
-actions = {"model": lambda name, *revision: str(model.locate(name, *revision)), "data": read}
-found = []
-for kind, *arguments in json.loads(sys.argv[1]):
-    start = time.monotonic()
-    try:
-        said = actions[kind](*arguments)
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-    found.append([said, time.monotonic() - start])
-print(json.dumps(found))
-"""
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def ask_hub(tmp_path: Path, *questions: tuple[str, ...], **environment: str) -> list[tuple[Any, float]]:
-    """Look up ids in a fresh process, since hub clients read the environment once; return answers and seconds."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    done = subprocess.run(
-        [sys.executable, "-c", HUB_SCRIPT, json.dumps(questions)],
-        env={**kept, "HF_HOME": str(tmp_path), **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    answers: list[tuple[Any, float]] = json.loads(done.stdout.splitlines()[-1])
-    return answers
-
-
-def fill_hub_cache(home: Path, model_folder: Path, csv_file: Path) -> Path:
-    """Lay out a model ``org/name`` and a data set ``org/texts`` as hub clients keep them; return the model's folder."""
-    import datasets
-
-    entry = home / "hub" / "models--org--name"
-    snapshot = Path(shutil.copytree(model_folder, entry / "snapshots" / COMMIT))
-    (entry / "refs").mkdir()
-    (entry / "refs" / "main").write_text(COMMIT, encoding="utf-8")
-
-    folder = home / "datasets" / "org___texts" / "default" / "0.0.0" / COMMIT
-    folder.mkdir(parents=True)
-    frame = pd.read_csv(csv_file)
-    frame["label"] = [LABELS.index(label) for label in frame["label"]]
-    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=list(LABELS)))
-    splits = {}
-    for name, rows in frame.groupby("split"):
-        part = datasets.Dataset.from_pandas(rows[["text", "label"]], features=features, preserve_index=False)
-        with datasets.arrow_writer.ArrowWriter(features=features, path=str(folder / f"texts-{name}.arrow")) as writer:
-            writer.write_table(part.data.table)
-            writer.finalize()
-        splits[name] = {"name": name, "num_bytes": 1, "num_examples": len(rows), "dataset_name": "texts"}
-    about = {
-        "builder_name": "csv",
-        "dataset_name": "texts",
-        "config_name": "default",
-        "version": {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0},
-        "splits": splits,
-        "features": features.to_dict(),
-    }
-    (folder / "dataset_info.json").write_text(json.dumps(about), encoding="utf-8")
-    return snapshot
-
-
-class TestHub:
-    def test_what_is_cached_loads_and_the_rest_is_given_up_in_time(
-        self, tmp_path: Path, bert_headed_folder: Path, tiny_csv: Path
-    ) -> None:
-        snapshot = fill_hub_cache(tmp_path, bert_headed_folder, tiny_csv)
-        cached = [("model", "org/name"), ("model", "org/name", "main"), ("model", "org/name", COMMIT)]
-        others = [("model", "org/other"), ("model", "without-owner"), ("model", "org/name", "v2"), ("data", "org/more")]
-        others.append(("data", "org/more", "v2"))
-        found = ask_hub(tmp_path, *cached, ("data", "org/texts"), *others, HF_ENDPOINT="http://127.0.0.1:9")
-        assert [said for said, _ in found[:3]] == [str(snapshot)] * 3
-        assert found[3][0] == [list(LABELS), {"train": 230, "search": 10, "test": 60}]
-        assert all(seconds < 5 for _, seconds in found)
-        for (kind, name, *_), (said, _) in zip(others, found[4:], strict=True):
-            assert said.startswith(
-                {"model": f"ModelError: model: {name}: ", "data": f"DataError: data: {name}: "}[kind]
-            )
-            assert "not found locally, offline (" in said
-            assert "\n" not in said
-        assert model.load(snapshot, labels=LABELS).shape == SHAPE
-
-    def test_an_id_that_nobody_has_is_said_in_time_with_and_without_a_network(self, tmp_path: Path) -> None:
-        for said, seconds in ask_hub(tmp_path, ("model", "org/no-such-name-of-a-model"), ("data", "org/no-such-data")):
-            assert "not found locally, offline" in said
-            assert seconds < 5
-
-    def test_the_hub_switched_off_is_said_at_once(self) -> None:
-        start = time.monotonic()
-        with pytest.raises(ModelError, match="model: org/name: not found locally, offline"):
-            model.locate("org/name")
-        assert time.monotonic() - start < 3
-
-    def test_a_hub_that_never_answers_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(model, "OFFLINE_SECONDS", 0.2)
-        answered = threading.Event()
-
-        def fetch(local: bool) -> str:
-            if local:
-                raise FileNotFoundError("not cached")
-            return "downloaded"
-
-        with pytest.raises(ModelError, match=r"^it: not found locally, offline \(the hub did not answer\)"):
-            model.from_hub("it", fetch, lambda: bool(answered.wait(30)) or None)
-        answered.set()
-        assert model.from_hub("it", fetch, lambda: None) == "downloaded"
-
-    def test_a_failed_download_is_said_in_one_line(self) -> None:
-        def fetch(local: bool) -> str:
-            raise OSError("no space\nleft" if not local else "not cached")
-
-        with pytest.raises(ModelError, match=r"^it: download failed \(no space\)$"):
-            model.from_hub("it", fetch, lambda: None)
 
 
 def test_the_tiny_tokenizers_know_all_words(bert_folder: Path) -> None:

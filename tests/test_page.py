@@ -144,6 +144,9 @@ def test_the_program_is_given_every_candidate(tmp_path: Path) -> None:
     assert found["ms"] == pytest.approx([12.8, 14.4, 4, 15.2, 3.2, None])
     assert [[data["parts"][n] for n in plan] for plan in found["plan"]][2] == ["ffn 0: 66 neurons w8a8"]
     assert found["failure"] == {"5": "logits: not finite"}
+    assert found["loss"] == [0.4] * 5 + [None]
+    assert found["divergence"] == [None] * 6
+    assert data["objectives"] == ["accuracy", "size_bytes", "latency"]
     assert data["command"] == ["autocompress export results/a --trial ", " --format openvino -o a-trial-", ""]
     assert data["neighbours"]["2"][0][:2] == ["more accurate", 1]
 

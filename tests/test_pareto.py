@@ -11,7 +11,7 @@ import pytest
 from helpers_records import make_candidate, make_reference, random_candidates
 
 from autocompress.errors import ConfigError
-from autocompress.pareto import contenders, costs, hypervolume, nondominated, volume, volume_curve
+from autocompress.pareto import Unbeaten, contenders, costs, hypervolume, nondominated, volume, volume_curve
 from autocompress.records import Candidate
 
 ALL = ("accuracy", "size_bytes", "latency")
@@ -216,3 +216,17 @@ class TestContenders:
         other = timed(2, 0.32, 0.2)
         assert contenders(self.FRONT, [other], ("accuracy", "size_bytes")) == []
         assert contenders((), [other], ALL) == []
+
+
+def test_who_lacks_an_objective_is_not_judged_by_it() -> None:
+    known = {c.number: c for c in random_candidates(3) if c.usable}
+    told = {
+        number: dataclasses.replace(c, measurement=dataclasses.replace(c.score, divergence=number / 100))
+        for number, c in known.items()
+        if number % 2
+    }
+    names = ("divergence", "size_bytes", "latency")
+    among = Unbeaten(names).among({**known, **told})
+    mask = nondominated(costs(list(told.values()), names))
+    assert among == [c for c, kept in zip(told.values(), mask, strict=True) if kept]
+    assert among

@@ -90,8 +90,12 @@ def test_a_study_of_another_machine_goes_on_elsewhere(first: Path, tmp_path: Pat
     run = RunConfig.from_file(there / "run.yaml")
     with pytest.raises(StudyError, match=rf"machine: another became {own}.*autocompress retarget .*there measures"):
         drive(run, there, progress=lambda _: None)
-    study, moved = api.retarget(there, tmp_path / "here")
+    lines: list[str] = []
+    study, moved = api.retarget(there, tmp_path / "here", progress=lines.append)
     assert len(study.front()) > 0
+    kept = {path.name for path in (first / "artefacts").iterdir()}
+    scored = {line for line in lines if line.endswith(" on this machine")}
+    assert len(scored) == len(kept & by_plan(study).keys()) > 0, "its predictions were made elsewhere"
     assert all(each.candidate is not None for each in moved)
     trials = len(study.candidates()) + 1
     drive(

@@ -80,7 +80,7 @@ MIXED: tuple[tuple[str, Decision], ...] = (
 @pytest.fixture(scope="module", params=RUNTIMES)
 def runtime(request: pytest.FixtureRequest) -> Runtime:
     # Not pytest.importorskip: OpenVINO reports its use when it is imported in another way than by the runtime.
-    if importlib.util.find_spec(RUNTIMES[request.param][2]) is None:
+    if any(importlib.util.find_spec(package) is None for package in RUNTIMES[request.param][2]):
         pytest.skip(f"{request.param} is not installed")
     return get_runtime(request.param)
 
@@ -824,7 +824,7 @@ class TestArithmetic:
 
         graph = onnx.load(str(artifact.folder / "model.onnx")).graph
         kinds = Counter(node.op_type for node in graph.node)
-        assert kinds["DynamicQuantizeMatMul"] == layers["block.0.attention"] + layers["head"]
+        assert kinds["DynamicQuantizeMatMul"] == layers["block.0.attention"]
         assert kinds["MatMulNBits"] == layers["block.0.ffn"]
         assert kinds["GatherBlockQuantized"] == tables
         read = {name for node in graph.node for name in node.input}
@@ -1011,29 +1011,12 @@ class TestRefusals:
             runtime.stitch(template, pieces, CompressionPlan(((kind, decision),)), tmp_path)
         assert not (tmp_path / "artefact.json").exists()
 
-    def test_onnxruntime_refuses_groups_that_its_kernels_do_not_have(
-        self, runtime: Runtime, material: Callable[[str], Material]
-    ) -> None:
-        shape = material("bert").model.shape
-        for group, fits in ((8, False), (16, True), (24, False), (32, True)):
-            plan = CompressionPlan((("block.1.ffn", Quantize(weight_bits=4, group_size=group)),))
-            if fits or runtime.name == "openvino":
-                runtime.check(plan, shape)
-            else:
-                with pytest.raises(PlanError, match=rf"block\.1\.ffn: onnxruntime .* got {group}"):
-                    runtime.check(plan, shape)
-
-    @pytest.mark.parametrize("group", [2, 32])
-    def test_groups_that_are_accepted_are_built(
+    @pytest.mark.parametrize("group", [2, 8, 16, 32])
+    def test_groups_of_any_size_are_built(
         self, runtime: Runtime, material: Callable[[str], Material], build: Build, group: int
     ) -> None:
         given = material("bert")
         decisions = [(site, Quantize(weight_bits=4, group_size=group)) for site in ("embeddings", "block.0.ffn")]
-        try:
-            runtime.check(CompressionPlan(tuple(decisions)), given.model.shape)
-        except PlanError:
-            assert group < 16
-            return
         artifact, model = build(given, decisions)
         expected = simulated(runtime, model, artifact.plan, given)
         assert np.abs(run(runtime, artifact, given.batch) - expected).max() <= 0.03 * np.abs(expected).max()
@@ -1044,8 +1027,7 @@ class TestRefusals:
     ) -> None:
         """The second factor of 37 x 7 weights ends within a byte."""
         given = material("bert")
-        integers = 16 if bits == 4 and runtime.name == "openvino" else 8  # whose kernels have groups of 16 and more
-        narrow = Quantize(weight_bits=bits, activation_bits=integers, group_size=1)
+        narrow = Quantize(weight_bits=bits, activation_bits=16 if bits == 4 else 8, group_size=1)
         sizes = (PruneNeurons(keep=37), LowRank(rank=7), narrow)
         artifact, model = build(given, [("block.1.ffn", decision) for decision in sizes], "structured model")
         expected = simulated(runtime, model, artifact.plan, given)
@@ -1062,6 +1044,11 @@ class TestRefusals:
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
         with pytest.raises(RuntimeBuildError, match=rf'{name} is not installed; run: pip install "{extra}"'):
             get_runtime(name)
+
+    def test_a_runtime_without_what_writes_its_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else name)
+        with pytest.raises(RuntimeBuildError, match=r'onnx is not installed; run: pip install "autocompress\[onnx\]"'):
+            get_runtime("onnxruntime")
 
 
 class TestStandIn:

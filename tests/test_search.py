@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from test_study import CSV_COLUMNS, plan_ids, rows, states
 from autocompress import api, delivery, task
 from autocompress.config import RunConfig, TargetConfig
 from autocompress.errors import ExportError
+from autocompress.evaluate import Workshop
 from autocompress.records import Candidate
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.scoring import logits_of
@@ -367,6 +369,21 @@ def test_its_program_reads_a_line_as_one_text(exported: Path, format_: str) -> N
     assert lines[0][:2] == lines[2][:2], "a tab is a blank where a model reads one text"
 
 
+@pytest.mark.parametrize(("side", "read"), [("right", "bad"), ("left", "good")])
+def test_its_program_cuts_texts_as_they_were_cut(exported: Path, tmp_path: Path, side: str, read: str) -> None:
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(exported / "openvino", folder)
+    about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+    assert about["truncation_side"] == "right"
+    (folder / "measurement.json").write_text(json.dumps({**about, "truncation_side": side}), encoding="utf-8")
+    many = about["max_tokens"]
+    told = f"{'bad ' * many}{'good ' * many}\n{f'{read} ' * many}\n"
+    program = [sys.executable, str(folder / "predict.py")]
+    done = subprocess.run(program, input=told, capture_output=True, text=True, check=True, timeout=120)
+    whole, part = (line.split("\t")[:2] for line in done.stdout.splitlines())
+    assert whole == part
+
+
 @pytest.mark.parametrize("format_", FORMATS)
 def test_an_exported_folder_runs_without_this_package(
     exported: Path, searched: Path, tmp_path: Path, format_: str
@@ -498,6 +515,32 @@ def test_an_artefact_that_no_longer_matches_its_score_is_not_shipped(
     last = done.err.splitlines()[-1]
     assert re.fullmatch(rf"autocompress: export: trial {point.number}: ({said})", last)
     assert not (copy / "out").exists()
+
+
+def test_what_was_not_kept_is_built_again_to_be_shipped(
+    copy: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = api.open_study(copy).front().points[-1]
+    shutil.rmtree(copy / "artefacts" / point.plan.plan_id)
+    kept = sorted(path.name for path in (copy / "artefacts").iterdir())
+    done = command("export", copy, "--trial", point.number, "-o", copy / "out", cwd=workplace)
+    assert done.code == 0, done.err
+    assert f"building trial {point.number} again, which is not among the artefacts that were kept" in done.err
+    about = json.loads((copy / "out" / "measurement.json").read_text(encoding="utf-8"))
+    assert about["search"]["predictions"] == point.score.predictions
+    assert about["search"]["size_bytes"] == point.score.size_bytes
+    assert sorted(path.name for path in (copy / "artefacts").iterdir()) == kept, "the study is left as it was"
+    monkeypatch.chdir(workplace)
+    shutil.rmtree(copy / "artefacts" / "reference")
+    lines: list[str] = []
+    again = api.export(point, copy / "again", progress=lines.append)["openvino"]
+    assert "building the uncompressed model again" in lines
+    assert again.measurement.predictions == point.score.predictions
+    other = dataclasses.replace(point.score, predictions="0" * 64)
+    monkeypatch.setattr(Workshop, "evaluate", lambda *_: other)
+    with pytest.raises(ExportError, match="was not kept, and what is built again is not what was scored"):
+        api.export(point, copy / "never")
+    assert not (copy / "never").exists()
 
 
 # --- the driver killed in mid-search (row 13)

@@ -19,6 +19,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import optuna
 import pandas as pd
 import pytest
@@ -1085,23 +1086,6 @@ def test_the_front_is_empty_where_nothing_is_feasible(drive: Callable[..., Study
         study.front().pick()
 
 
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        ("constraints.max_accuracy_drop=0.03", {"accuracy_drop": 0.0}),
-        ("constraints.max_accuracy_drop=0.01", {"accuracy_drop": 0.02}),
-        ("constraints.max_size_mb=15", {"size_mb": 5.0}),
-        ("constraints.max_latency_ms=10", {"latency_ms": -2.0}),
-        ("constraints.max_latency_ratio=0.25", {"latency_ratio": 0.25}),
-        ("seed=0", {}),
-    ],
-)
-def test_excesses_over_constraints(limits: str, expected: dict[str, float]) -> None:
-    found = excesses(make_measurement(), run_of(limits).constraints, make_reference())
-    assert found == pytest.approx(expected)
-    assert all(value == 0 or abs(value) > 1e-6 for value in found.values()), "an exact limit is not exceeded"
-
-
 def test_a_recovered_point_is_added_on_top(drive: Callable[..., Study], folder: Path) -> None:
     study = drive()
     best = evaluate(study)[0]
@@ -1139,6 +1123,19 @@ def test_an_unknown_number_names_the_nearest(drive: Callable[..., Study]) -> Non
         NoFeasiblePointError, match=f"^trial 99: not on the front; the nearest is trial {max(on_front)}"
     ):
         study.front().trial(99)
+
+
+def test_the_front_knows_what_diverges_least(drive: Callable[..., Study]) -> None:
+    study = drive("search.trials=20")
+    rng = np.random.default_rng(0)
+    while (asked := study.ask()) is not None:
+        study.tell(*asked, dataclasses.replace(score_of(asked[1]), divergence=float(rng.uniform(0, 1))))
+    front = study.front()
+    assert front.nearby
+    limit = float(np.median([c.score.latency_ratio for c in study.candidates()]))
+    kept = [c for c in study.candidates() if c.score.latency_ratio <= limit]
+    least = min(c.score.divergence for c in kept)
+    assert front.pick(prefer="divergence", max_latency_ratio=limit).score.divergence == least
 
 
 def written(folder: Path, study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:

@@ -22,12 +22,15 @@ from autocompress.errors import ExportError, ModelError
 from autocompress.hf.config import FORMAT, CompressedConfig
 from autocompress.hf.packed import PackedEmbedding, PackedLinear, Stored
 from autocompress.model import EncoderModel
-from autocompress.pieces import Piece
+from autocompress.pieces import Factor, Piece
 from autocompress.plan import MODEL_SITE, CompressionPlan
+from autocompress.runtimes.onnx_writer import has_kernel
 from autocompress.transforms.student import Repeated
 
 _HALF_TABLES = "openvino"
 """Runtime that stores scales of 8-bit tables in half precision."""
+_TAKES_RANGES = "onnxruntime"
+"""Runtime that takes the range of what it multiplies at each call."""
 
 
 class CompressedForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -97,11 +100,21 @@ def packed_model(model: EncoderModel, pieces: Mapping[str, Piece], runtime: str)
                         Stored.of(factor, half=runtime == _HALF_TABLES)
                     )
                 else:
-                    holder = PackedLinear(Stored.of(factor))
+                    holder = PackedLinear(Stored.of(factor, anew=_anew(factor, runtime)))
                 holder.fill(factor)
                 made.append(holder)
             model.replace(path, made[0] if len(made) == 1 else nn.Sequential(*made))
     return model.module
+
+
+def _anew(factor: Factor, runtime: str) -> str:
+    """Return by what the runtime takes ranges of what it multiplies with a factor at each call, if it does."""
+    weight = factor.weight
+    if runtime != _TAKES_RANGES or weight.bits >= 16:
+        return ""
+    if weight.bits == 8 or weight.multiples is not None:
+        return "" if factor.span is None else "row"
+    return "group" if has_kernel(weight) else ""
 
 
 def structure_of(module: nn.Module, fresh: nn.Module, plan: CompressionPlan) -> dict[str, Any]:

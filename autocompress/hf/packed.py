@@ -33,6 +33,8 @@ class Stored:
         rounded: whether what is multiplied is rounded to 8 bits first.
         tokens: of a table that was trimmed, how many tokens there are; else 0.
         half: whether scales of a table are in half precision, as OpenVINO stores them at 8 bits.
+        anew: of what it is rounded by, where its range is taken at each call: ``row``, by all of a row of the batch, or
+            ``group``, by as many columns as share a step.
     """
 
     bits: int
@@ -44,9 +46,10 @@ class Stored:
     rounded: bool = False
     tokens: int = 0
     half: bool = False
+    anew: str = ""
 
     @classmethod
-    def of(cls, factor: Factor, *, half: bool = False) -> Stored:
+    def of(cls, factor: Factor, *, half: bool = False, anew: str = "") -> Stored:
         """Describe a factor of a piece."""
         weight, (rows, columns) = factor.weight, factor.weight.shape
         return cls(
@@ -56,9 +59,10 @@ class Stored:
             group=weight.values.shape[2] if weight.bits < 8 else 0,
             multiples=weight.multiples is not None,
             bias=factor.bias is not None,
-            rounded=factor.span is not None,
+            rounded=factor.span is not None and not anew,
             tokens=0 if factor.index is None else len(factor.index),
             half=half and weight.bits == 8,
+            anew=anew,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,6 +170,8 @@ class PackedLinear(_Holder):
             # As OpenVINO's FakeQuantize with 256 levels: to the nearest, ties to even.
             steps = torch.round((read.clamp(low, high) - low) / (high - low) * 255)
             read = steps / 255 * (high - low) + low
+        elif self.stored.anew:
+            read = _by_row(read) if self.stored.anew == "row" else _by_group(read, self.stored.group)
         return functional.linear(read, self.matrix(), self.get_buffer("bias") if self.stored.bias else None)
 
 
@@ -181,6 +187,22 @@ class PackedEmbedding(_Holder):
         # Multiplied in single precision: what is rounded otherwise here is rounded otherwise in every layer after it.
         scales = functional.embedding(ids, self.get_buffer("scales").half())
         return functional.embedding(ids, self.get_buffer("values")).float() * scales.float()
+
+
+def _by_row(read: torch.Tensor) -> torch.Tensor:
+    """Round as ONNX Runtime's DynamicQuantizeMatMul does: to 256 levels from the least to the most, 0 among them."""
+    across = tuple(range(1, read.dim()))
+    low, high = read.amin(across, keepdim=True).clamp(max=0), read.amax(across, keepdim=True).clamp(min=0)
+    step = ((high - low) / 255).clamp(min=torch.finfo(read.dtype).tiny)
+    zero = torch.round(-low / step)
+    return ((torch.round(read / step) + zero).clamp(0, 255) - zero) * step
+
+
+def _by_group(read: torch.Tensor, group: int) -> torch.Tensor:
+    """Round as ONNX Runtime's MatMulNBits does: each token's groups of columns to 255 levels around 0."""
+    parts = read.reshape(*read.shape[:-1], -1, group)
+    step = (parts.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(read.dtype).tiny)
+    return (torch.round(parts / step) * step).reshape(read.shape)
 
 
 def _in_planes(weight: Packed) -> np.ndarray:

@@ -72,7 +72,7 @@ def model_card(
         ("Seed", str(run.seed)),
         ("Trial, plan", f"{candidate.number}, {candidate.plan.plan_id}"),
     ]
-    if candidate.plan.integer_arithmetic and not machine.adds_in_16_bits(measured.fingerprint):
+    if timed and candidate.plan.integer_arithmetic and not machine.adds_in_16_bits(measured.fingerprint):
         rows.append(("Not for", "x86 CPUs without VNNI, where sums of 8-bit products overflow and predictions change"))
     if not timed:
         rows = [row for row in rows if row[0] not in _OF_TIMES]

@@ -34,9 +34,11 @@ _NUMBERS: dict[str, Callable[[Measurement], float | None]] = {
     "ratio_low": lambda score: score.latency_ratio_low,
     "ratio_high": lambda score: score.latency_ratio_high,
     "memory": lambda score: score.peak_memory_bytes and score.peak_memory_bytes / 1e6,
+    "loss": lambda score: score.loss,
+    "divergence": lambda score: score.divergence,
     "seconds": lambda score: score.seconds,
 }
-"""Columns of a score: accuracies in percent, sizes in MB of 1e6 bytes, latencies in ms."""
+"""Columns of a score: accuracies in percent, sizes in MB of 1e6 bytes, latencies in ms, divergences in nats."""
 
 
 def page_data(
@@ -55,6 +57,7 @@ def page_data(
     parts: dict[str, int] = {}
     pictures = [None if shape is None else _picture(c, shape, blocks) for c in candidates]
     return {
+        "objectives": list(front.objectives),
         "reference": _columns([front.reference]),
         "candidates": {
             "number": [c.number for c in candidates],

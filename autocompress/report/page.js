@@ -34,16 +34,24 @@
     size: { title: "size, MB", of: (s, i) => s.size[i] },
     smaller: { title: "times smaller", of: (s, i) => reference.size[0] / s.size[i] },
     memory: { title: "memory, MB", of: (s, i) => s.memory[i] },
+    divergence: { title: "divergence, nats", of: (s, i) => s.divergence[i] },
+    loss: { title: "loss", of: (s, i) => s.loss[i] },
   };
   const LIMITS = {
-    drop: { of: (i) => reference.accuracy[0] - all.accuracy[i], words: (v) => `${v.toFixed(1)} points` },
-    latency: { of: (i) => all.ms[i], words: (v) => `${short(v)} ms` },
-    size: { of: (i) => all.size[i], words: (v) => `${short(v)} MB` },
+    drop: { of: (s, i) => reference.accuracy[0] - s.accuracy[i], words: (v) => `${v.toFixed(1)} points` },
+    latency: { of: (s, i) => s.ms[i], words: (v) => `${short(v)} ms` },
+    size: { of: (s, i) => s.size[i], words: (v) => `${short(v)} MB` },
   };
+  // Axes by objective, in the order in which a picture that is judged by them has them.
+  const COSTS = { latency: "latency", size_bytes: "size", peak_memory: "memory" };
+  const QUALITIES = { accuracy: "accuracy", divergence: "divergence", loss: "loss" };
 
   const measured = range(count).filter((i) => all.accuracy[i] !== null);
   const front = measured.filter((i) => all.front[i]);
-  const view = { x: "latency", y: "accuracy", z: "size", log: false, solid: false, only: false, limits: {}, selected: null };
+  const judgedBy = (axes) => Object.keys(axes).filter((name) => data.objectives.includes(name)).map((name) => axes[name]);
+  const [across, through] = new Set([...judgedBy(COSTS), ...Object.values(COSTS)]);
+  const [up] = [...judgedBy(QUALITIES), "accuracy"];
+  const view = { x: across, y: up, z: through, log: false, solid: false, only: false, limits: {}, selected: null };
 
   function range(n) {
     return Array.from({ length: n }, (_, i) => i);
@@ -98,15 +106,21 @@
   }
 
   // Limits.
+  function within(s) {
+    return (i) => Object.entries(view.limits).every(([name, limit]) => LIMITS[name].of(s, i) <= limit + 1e-9);
+  }
   function keeps(i) {
-    return Object.entries(view.limits).every(([name, limit]) => LIMITS[name].of(i) <= limit + 1e-9);
+    return within(all)(i);
+  }
+  function steps(limit) {
+    return [...new Set(front.map((i) => limit.of(all, i)))].sort((a, b) => a - b);
   }
   function limited() {
     return Object.keys(view.limits).length > 0;
   }
   function prepareLimits() {
     for (const [name, limit] of Object.entries(LIMITS)) {
-      const values = [...new Set(front.map(limit.of))].sort((a, b) => a - b);
+      const values = steps(limit);
       const slider = byId(`limit-${name}`);
       const said = byId(`limit-${name}-value`);
       // One step further than the largest value: no limit.
@@ -166,7 +180,8 @@
   function thinned(indices) {
     const x = AXES[view.x], y = AXES[view.y];
     const scaled = view.log ? Math.log : (value) => value;
-    const usable = indices.filter((i) => x.of(all, i) !== null && y.of(all, i) !== null);
+    const placed = (value) => value !== null && !(view.log && value <= 0);
+    const usable = indices.filter((i) => placed(x.of(all, i)) && y.of(all, i) !== null);
     if (usable.length < 1000) return usable;
     const xs = usable.map((i) => scaled(x.of(all, i))), ys = usable.map((i) => y.of(all, i));
     const [left, right, low, high] = [Math.min, Math.max].flatMap((f) => [xs.reduce((a, b) => f(a, b))])
@@ -271,9 +286,11 @@
       const cross = { size: 6, symbol: view.solid ? "x" : "x-thin", color: colour("faint"), line: { width: 1.5, color: colour("faint") } };
       found.push(trace("breaks a constraint", all, thinned(broken), { marker: cross }));
     }
-    if (data.random.accuracy.length) {
+    const random = range(data.random.accuracy.length);
+    const drawnRandom = view.only ? random.filter(within(data.random)) : random;
+    if (drawnRandom.length) {
       const diamond = { size: 7, symbol: "diamond-open", color: colour("random"), line: { width: 1.5, color: colour("random") } };
-      found.push(trace("random search's front", data.random, range(data.random.accuracy.length), { marker: diamond }));
+      found.push(trace("random search's front", data.random, drawnRandom, { marker: diamond }));
     }
     if (ladder.length) {
       const square = { size: 8, symbol: "square-open", color: colour("ladder"), line: { width: 1.5, color: colour("ladder") } };
@@ -328,7 +345,11 @@
     sayCount();
   }
   function prepareAxes() {
-    const known = Object.keys(AXES).filter((name) => name !== "memory" || measured.some((i) => all.memory[i] !== null));
+    // What no candidate has measured is no axis; before there is any, those that are shown are.
+    const shown = [view.x, view.y, view.z];
+    const known = Object.keys(AXES).filter(
+      (name) => shown.includes(name) || !(name in all) || measured.some((i) => all[name][i] !== null),
+    );
     for (const axis of ["x", "y", "z"]) {
       const choice = byId(`axis-${axis}`);
       for (const name of known) choice.append(new Option(AXES[name].title, name, name === view[axis], name === view[axis]));
@@ -364,7 +385,7 @@
     const place = byId("detail");
     const kind = all.front[i] ? "on the front" : all.accuracy[i] === null ? all.state[i] : all.feasible[i] ? "not on the front" : "breaks a constraint";
     const parts = [
-      make("h3", { textContent: `Trial ${all.number[i]}` }),
+      make("h3", { textContent: `Trial ${all.number[i]}`, tabIndex: -1 }),
       make("p", { className: "soft", textContent: `${kind}; proposed by: ${all.origin[i]}` }),
       make("p", { textContent: planOf(i) }),
     ];
@@ -374,10 +395,13 @@
     if (picture) parts.push(drawnPlan(picture));
     for (const [better, number, words] of data.neighbours[all.number[i]] || []) {
       const button = make("button", { type: "button", className: "link", textContent: `trial ${number}` });
-      button.addEventListener("click", () => select(all.number.indexOf(number)));
+      button.addEventListener("click", () => {
+        select(all.number.indexOf(number));
+        place.querySelector("h3").focus(); // the button is gone, and the keyboard would start at the top again
+      });
       parts.push(make("p", { className: "near" }, `${better}: `, button, ` ${words}`));
     }
-    if (all.front[i]) parts.push(command(i));
+    if (all.accuracy[i] !== null) parts.push(command(i));
     place.replaceChildren(...parts);
   }
   function numbers(i) {
@@ -390,6 +414,7 @@
       ["scored in", `${short(all.seconds[i])} s`],
     ];
     if (all.memory[i] !== null) rows.splice(-2, 0, ["memory", `${short(all.memory[i])} MB`]);
+    if (all.divergence[i] !== null) rows.splice(2, 0, ["divergence", `${Number(all.divergence[i].toPrecision(2))} nats`]);
     return make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]));
   }
   function lost(i) {
@@ -400,8 +425,9 @@
   }
   function heat(text, share) {
     const cell = make("td", { textContent: text });
-    cell.style.setProperty("--share", `${Math.round(100 * Math.min(1, Math.max(0, share)))}%`);
-    cell.className = share > 0.6 ? "heat full" : "heat";
+    // Never the full colour, so that the page's text can be read on it.
+    cell.style.setProperty("--share", `${Math.round(70 * Math.min(1, Math.max(0, share)))}%`);
+    cell.className = "heat";
     return cell;
   }
   function drawnPlan([hidden, rows, embedding, head, tokens, runs, blocks]) {
@@ -524,8 +550,9 @@
     more.hidden = false;
     more.textContent = `Show all ${count}`;
     more.addEventListener("click", () => {
-      more.hidden = true;
       fill(count);
+      body.querySelectorAll("button")[FIRST_ROWS].focus(); // what was pressed goes
+      more.hidden = true;
     });
   }
 
@@ -543,7 +570,7 @@
     }
     for (const [name, limit] of Object.entries(kept.limits)) {
       // Its value, as what the slider's steps stand for has changed.
-      const values = [...new Set(front.map(LIMITS[name].of))].sort((a, b) => a - b);
+      const values = steps(LIMITS[name]);
       const slider = byId(`limit-${name}`);
       slider.value = values.filter((value) => value <= limit + 1e-9).length - 1;
       slider.dispatchEvent(new Event("input"));

@@ -194,10 +194,11 @@ _ONE_RUN_CAPTION = " One run of each is shown; with another seed a small differe
 
 def _measured(front: Front) -> str:
     return f"""<p>Accuracy is the share of {front.reference.rows} search rows that the artefact classifies rightly, with
-its 95 % Wilson interval. The points were chosen by these rows, so confirm a pick on the held-out test rows. Size is the
-bytes of the artefact's model files, 1 MB = 1,000,000 bytes. Milliseconds are the median time of one call. The
-ratio of candidate to reference is that of the lower quartiles of their runs, taken in turn, with its 95 % bootstrap
-interval{_drifting(front)}; it is not the quotient of the milliseconds, which disturbed runs move more.</p>"""
+its 95 % Wilson interval. The points were chosen by these rows, so confirm a pick on the held-out test rows.
+Divergence is the mean Kullback-Leibler divergence from the uncompressed model's class probabilities on these rows.
+Size is the bytes of the artefact's model files, 1 MB = 1,000,000 bytes. Milliseconds are the median time of one call.
+The ratio of candidate to reference is that of the lower quartiles of their runs, taken in turn, with its 95 %
+bootstrap interval{_drifting(front)}; it is not the quotient of the milliseconds, which disturbed runs move more.</p>"""
 
 
 def _remarks(notes: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ about = json.loads((HERE / "measurement.json").read_text(encoding="utf-8"))
 inputs = INPUTS
 tokenizer = Tokenizer.from_file(str(HERE / "tokenizer" / "tokenizer.json"))
 tokenizer.no_padding()
-tokenizer.enable_truncation(about["max_tokens"])
+tokenizer.enable_truncation(about["max_tokens"], direction=about["truncation_side"])
 LOAD
 
 for text in sys.argv[1:] or [line.rstrip("\\n") for line in sys.stdin]:

@@ -11,10 +11,10 @@ from autocompress.runtimes.base import Artifact, Runtime, Session, Template
 __all__ = ["RUNTIMES", "Artifact", "Runtime", "Session", "Template", "get_runtime"]
 
 RUNTIMES = {
-    "openvino": ("autocompress.runtimes.openvino", "OpenVINORuntime", "openvino", "autocompress"),
-    "onnxruntime": ("autocompress.runtimes.onnxruntime", "ONNXRuntime", "onnxruntime", "autocompress[onnx]"),
+    "openvino": ("autocompress.runtimes.openvino", "OpenVINORuntime", ("openvino",), "autocompress"),
+    "onnxruntime": ("autocompress.runtimes.onnxruntime", "ONNXRuntime", ("onnxruntime", "onnx"), "autocompress[onnx]"),
 }
-"""Runtime name to module, class, the package it needs and what to install for it."""
+"""Runtime name to module, class, the packages it needs, that which runs models first, and what to install for them."""
 
 
 def get_runtime(name: str) -> Runtime:
@@ -25,8 +25,9 @@ def get_runtime(name: str) -> Runtime:
     """
     if name not in RUNTIMES:
         raise RuntimeBuildError(f"target.runtime: must be one of {', '.join(RUNTIMES)}, got {name!r}")
-    module, cls, package, extra = RUNTIMES[name]
-    if importlib.util.find_spec(package) is None:
-        raise RuntimeBuildError(f'target.runtime: {name} is not installed; run: pip install "{extra}"')
+    module, cls, packages, extra = RUNTIMES[name]
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise RuntimeBuildError(f'target.runtime: {package} is not installed; run: pip install "{extra}"')
     found: Runtime = getattr(importlib.import_module(module), cls)()
     return found

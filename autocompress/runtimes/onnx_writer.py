@@ -1,8 +1,9 @@
 """ONNX graphs in which each site stands as the plan says: `onnxruntime.py` has them written from the exported one.
 
 8 bits become ``DynamicQuantizeMatMul`` (the activation range is taken anew at each call), 4 bits ``MatMulNBits``, an
-embedding ``Gather`` on int8 or ``GatherBlockQuantized``; all are operators that the CPU provider has kernels for. A
-decision that finds no node is an error instead of being skipped.
+embedding ``Gather`` on int8 or ``GatherBlockQuantized``; all are operators that the CPU provider has kernels for. What
+these do not take, such as 3 bits or groups of 8, is stored as narrow and unpacked when the file is loaded. A decision
+that finds no node is an error instead of being skipped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from autocompress.transforms.quantize import Packed
 
 CONTRIB = "com.microsoft"
 """Domain of the operators that ONNX Runtime has beyond the standard."""
+_SMALLEST_GROUP = 16
+"""Groups of 4 bits that have kernels are powers of two from here on."""
 
 
 class Writer:
@@ -94,6 +97,8 @@ class Writer:
         if weight.bits == 8:
             values = self._constant(f"{name}/weight", weight.values.T)
             scales = self._constant(f"{name}/scale", weight.scales[:, 0])
+            if factor.span is None:
+                return [*self._scaled(values, scales, name), self._make("MatMul", [source, f"{name}/f32"], output)]
             return [self._make("DynamicQuantizeMatMul", [source, values, scales], output, contrib=True)]
         if weight.multiples is not None:
             nodes = self._unpacked(weight, name)
@@ -102,9 +107,11 @@ class Writer:
             values = nodes[-1].output[0]
             if factor.span is not None:
                 return [*nodes, self._make("DynamicQuantizeMatMul", [source, values, scales], output, contrib=True)]
-            nodes.append(self._make("Cast", [values], f"{name}/f32", to=self._onnx.TensorProto.FLOAT))
-            nodes.append(self._make("Mul", [f"{name}/f32", scales], f"{name}/weight"))
-            return [*nodes, self._make("MatMul", [source, f"{name}/weight"], output)]
+            return [*nodes, *self._scaled(values, scales, name), self._make("MatMul", [source, f"{name}/f32"], output)]
+        if not has_kernel(weight):
+            nodes = self._unpacked(weight, name)
+            nodes.append(self._make("Transpose", [nodes[-1].output[0]], f"{name}/transposed", perm=[1, 0]))
+            return [*nodes, self._make("MatMul", [source, nodes[-1].output[0]], output)]
         unsigned = weight.from_zero()
         values = self._constant(f"{name}/weight", unsigned[..., 0::2] | (unsigned[..., 1::2] << 4))
         scales = self._constant(f"{name}/scale", weight.scales.reshape(-1))
@@ -118,14 +125,21 @@ class Writer:
         }
         return [self._make("MatMulNBits", [source, values, scales], output, contrib=True, **attributes)]
 
+    def _scaled(self, values: str, scales: str, name: str) -> list[Any]:
+        """Return nodes that turn integers, ``in x out``, into floats; constants, so it is done once at loading."""
+        cast = self._make("Cast", [values], f"{name}/unscaled", to=self._onnx.TensorProto.FLOAT)
+        return [cast, self._make("Mul", [f"{name}/unscaled", scales], f"{name}/f32")]
+
     def _unpacked(self, weight: Packed, name: str) -> list[Any]:
         """Return nodes of which the last one gives narrow values times their multiples, int8 ``out x in``.
 
-        They read constants alone, so that the runtime computes them once, when it loads the file. A number of 3 bits
-        has the lower two in one constant and the third in another.
+        Where steps are no multiples of a unit it gives values times steps, in floats. The nodes read constants alone,
+        so that the runtime computes them once, when it loads the file. A number of 3 bits has the lower two in one
+        constant and the third in another.
         """
         types = self._onnx.TensorProto
-        assert weight.multiples is not None
+        steps = weight.scales if weight.multiples is None else weight.multiples
+        assert steps is not None
         values = weight.from_zero().reshape(-1)
         nodes = self._plane(values & 3, 2, f"{name}/low") if weight.bits == 3 else []
         nodes += self._plane(values >> 2, 1, f"{name}/high") if weight.bits == 3 else []
@@ -139,19 +153,20 @@ class Writer:
             "grouped": np.array(weight.values.shape, dtype=np.int64),
             "shape": np.array(weight.shape, dtype=np.int64),
             "zero": np.array(weight.zero, dtype=np.float32),
-            "multiples": weight.multiples,
+            "steps": steps,
         }
         of = {what: self._constant(f"{name}/{what}", value) for what, value in shapes.items()}
-        return [
-            *nodes,
+        nodes += [
             self._make("Reshape", [f"{name}/values", of["grouped"]], f"{name}/groups"),
             self._make("Cast", [f"{name}/groups"], f"{name}/float", to=types.FLOAT),
             self._make("Sub", [f"{name}/float", of["zero"]], f"{name}/signed"),
-            self._make("Cast", [of["multiples"]], f"{name}/multiples/float", to=types.FLOAT),
-            self._make("Mul", [f"{name}/signed", f"{name}/multiples/float"], f"{name}/steps"),
-            self._make("Reshape", [f"{name}/steps", of["shape"]], f"{name}/flat"),
-            self._make("Cast", [f"{name}/flat"], f"{name}/int8", to=types.INT8),
+            self._make("Cast", [of["steps"]], f"{name}/steps/float", to=types.FLOAT),
+            self._make("Mul", [f"{name}/signed", f"{name}/steps/float"], f"{name}/stepped"),
+            self._make("Reshape", [f"{name}/stepped", of["shape"]], f"{name}/flat"),
         ]
+        if weight.multiples is not None:
+            nodes.append(self._make("Cast", [f"{name}/flat"], f"{name}/int8", to=types.INT8))
+        return nodes
 
     def _plane(self, values: np.ndarray, bits: int, output: str) -> list[Any]:
         """Return nodes that unpack ``values`` (uint8, 1-D) of ``bits`` bits, the first one at the low end of a byte."""
@@ -184,7 +199,10 @@ class Writer:
             nodes.append(self._make("Gather", [index, rows], f"{name}/row"))
             rows = f"{name}/row/i64"
             nodes.append(self._make("Cast", [f"{name}/row"], rows, to=self._onnx.TensorProto.INT64))
-        if weight.bits == 4 and weight.multiples is None:
+        if weight.bits == 4 and weight.multiples is None and not has_kernel(weight):
+            nodes += self._unpacked(weight, f"{name}/table")
+            nodes.append(self._make("Gather", [nodes[-1].output[0], rows], output))
+        elif weight.bits == 4 and weight.multiples is None:
             assert weight.scales is not None
             unsigned = weight.from_zero().reshape(weight.shape)
             values = self._constant(f"{name}/table", unsigned[:, 0::2] | (unsigned[:, 1::2] << 4))
@@ -270,6 +288,12 @@ def _shorten(graph: Any) -> None:
                 ports[position] = short.get(name, name)
     for tensor in graph.initializer:
         tensor.name = short[tensor.name]
+
+
+def has_kernel(weight: Packed) -> bool:
+    """Return whether there is a kernel for the groups of values of 4 bits."""
+    group = int(weight.values.shape[2])
+    return group >= _SMALLEST_GROUP and not group & (group - 1)
 
 
 def _scope(path: str) -> str:

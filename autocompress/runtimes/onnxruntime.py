@@ -17,8 +17,8 @@ import torch
 
 from autocompress.anatomy import ModelShape
 from autocompress.config import TargetConfig
-from autocompress.decisions import MaxTokens, Quantize
-from autocompress.errors import PlanError, RuntimeBuildError
+from autocompress.decisions import MaxTokens
+from autocompress.errors import RuntimeBuildError, first_line
 from autocompress.model import EncoderModel
 from autocompress.pieces import Piece
 from autocompress.plan import CompressionPlan
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _OPSET = 18
-_SMALLEST_GROUP = 16
 _STAND_IN_BYTES = 4096
 """Float initialisers from this size on are replaced in a stand-in."""
 
@@ -68,14 +67,7 @@ class ONNXRuntime(Runtime):
     batch_invariant = False
 
     def check(self, plan: CompressionPlan, shape: ModelShape) -> None:
-        """Refuse 4-bit groups that the kernels do not have."""
-        for site, decision in plan.of_type(Quantize).items():
-            group = decision.group_size
-            narrow = decision.weight_bits == 4 and not decision.whole_steps
-            if narrow and (group < _SMALLEST_GROUP or group & (group - 1)):
-                raise PlanError(
-                    f"{site}: onnxruntime stores 4 bits in groups of a power of two >= {_SMALLEST_GROUP}, got {group}"
-                )
+        """Accept every decision."""
 
     def convert(self, model: EncoderModel, example: Batch, folder: Path) -> None:
         import onnx
@@ -144,7 +136,7 @@ class ONNXRuntime(Runtime):
             )
         except Exception as error:
             # onnxruntime raises classes of its own that derive from nothing in common but Exception.
-            line = str(error).strip().splitlines()[0]
+            line = first_line(error)
             raise RuntimeBuildError(f"{artifact.folder}: ONNX Runtime cannot load it ({line})") from None
         return ONNXSession(session)
 

