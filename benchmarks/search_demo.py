@@ -234,7 +234,7 @@ def main() -> None:
             if options.only in (None, "installs"):
                 installs(bench)
             if options.eight_classes is not None:
-                from autocompress.model import locate
+                from autocompress.origins import locate
 
                 eight_classes(bench, options.eight_classes.resolve(), str(locate("demo/minilm")))
         finally:
