@@ -287,7 +287,7 @@ def validate(run: RunConfig) -> dict[str, Any]:
     space_file = SearchSpace.load(run.space)
     with tempfile.TemporaryDirectory() as scratch:
         workshop = Workshop(run, Path(scratch))
-        loaded = model.load(workshop.source, labels=workshop.task.labels, tokens=run.data.max_tokens)
+        loaded = model.load(workshop.source, labels=workshop.task.labels, tokens=workshop.longest)
     space = bind(space_file, loaded.shape, tokens=run.target.tokens)
     ladder = list(uniform_ladder(space))
     for params in ladder:

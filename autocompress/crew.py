@@ -28,7 +28,7 @@ import ray  # isort: skip
 from ray import tune  # isort: skip
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # isort: skip
 
-from autocompress import garbage, machine
+from autocompress import fresh, garbage, machine
 from autocompress.desk import Crew, Desk, Result
 from autocompress.errors import AutocompressError, DeviceError, first_line
 
@@ -62,10 +62,11 @@ class _Refused(Exception):
 
 def _knock(address: str) -> str:
     """Ask a cluster something without a token; returns what `knock` printed."""
-    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    command, environment = fresh.python("-m", "autocompress.knock", address)
+    without = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH_")}
     try:
         done = subprocess.run(  # noqa: S603
-            [sys.executable, "-m", "autocompress.knock", address],
+            command,
             env={**without, "RAY_AUTH_MODE": "disabled"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

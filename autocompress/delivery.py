@@ -10,26 +10,24 @@ import dataclasses
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from autocompress import hub, scoring, timing
+from autocompress import fresh, hub, scoring, timing
 from autocompress.config import RunConfig
-from autocompress.errors import ExportError, RuntimeBuildError
+from autocompress.errors import ExportError, RuntimeBuildError, first_line
 from autocompress.evaluate import Workshop, kept_logits
-from autocompress.exported import CONFIRMING_PAIRS, MEASUREMENT_SCHEMA
+from autocompress.exported import CONFIRMING_PAIRS, MEASUREMENT, MEASUREMENT_SCHEMA
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Drop, Measurement
 from autocompress.report.card import model_card
 from autocompress.report.script import predict_script
-from autocompress.rows import read_logits, write_rows
+from autocompress.rows import LOGITS_FILE, read_logits, write_rows
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.trained import Progress
 from autocompress.transforms.prune import cut_to_blocks
@@ -44,14 +42,6 @@ LEAST_AGREEMENT = 0.98
 The grids are the same. Where floats are added in another order, though, some come to lie on the other side of a step of
 8 bits, and from layer to layer that grows.
 """
-MEASUREMENT = "measurement.json"
-"""What every export holds: its scores, and what is needed to run it."""
-_LEFT = (
-    *(MEASUREMENT, "README.md", "predict.py", "artefact.json", "reference", "model.xml", "model.bin", "model.onnx"),
-    *("program.pt2", "config.json", "*.safetensors*", "tokenizer", "tokenizer*.json", "vocab.*", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
-"""What an export of any format may have put into a folder."""
 LEAST_PATIENCE_S, PATIENCE = 300, 20
 """Seconds that a fresh process has at least, and how many times what its rows should take."""
 
@@ -123,6 +113,9 @@ def export(
                     shipped = _export_unpacked(candidate, run, name, scored, aside, progress)
                 else:
                     shipped = _export(candidate, run, FORMATS[name], scored, aside, progress)
+                _list(aside)
+                if len(formats) > 1:
+                    _clear(out)
                 _put(aside, target)
                 found[name] = dataclasses.replace(shipped, folder=target)
                 if repository is not None:
@@ -147,10 +140,15 @@ def _scored(candidate: Candidate, run: RunConfig, artefacts: Path, progress: Pro
     else:
         progress("building the uncompressed model again")
         Workshop(run.timed_here(), artefacts, progress).build(CompressionPlan(), reference)
-    with suppress(OSError, RuntimeBuildError):  # a search may take some of it meanwhile
+    try:
         shutil.copytree(kept, copy)
         kept_logits(copy)
         scored = Artifact.open(copy)
+    except (OSError, ValueError, EOFError, RuntimeBuildError) as error:
+        if (kept / LOGITS_FILE).exists():  # and was not taken meanwhile, by a search that goes on
+            reason = f"the artefact no longer matches, or cannot be copied ({first_line(error)})"
+            raise ExportError(f"export: trial {candidate.number}: {reason}") from None
+    else:
         if scored.plan != candidate.plan or scored.size_bytes != score.size_bytes:
             raise ExportError(
                 f"export: trial {candidate.number}: the artefact no longer matches: {kept} has {scored.size_bytes} "
@@ -311,15 +309,11 @@ def _put(made: Path, out: Path) -> None:
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         shutil.copytree(made, aside)
-        out.mkdir(exist_ok=True)
-        if not any(out.iterdir()):
+        if not out.exists():
             aside.replace(out)
             return
-        # What else was in the folder stays there: it was asked for by force. What an earlier export put there goes,
-        # which may be of another format, and would be read in place of this one.
-        if (out / MEASUREMENT).is_file():
-            for there in {entry for name in _LEFT for entry in out.glob(name)}:
-                _remove(there)
+        # What else was in the folder stays there: it was asked for by force.
+        _clear(out)
         for entry in aside.iterdir():
             _remove(out / entry.name)
             entry.replace(out / entry.name)
@@ -327,6 +321,25 @@ def _put(made: Path, out: Path) -> None:
         raise ExportError(f"export: {out}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _list(made: Path) -> None:
+    """Write into an export what it consists of."""
+    about = json.loads((made / MEASUREMENT).read_text(encoding="utf-8"))
+    about["files"] = sorted(entry.name for entry in made.iterdir())
+    (made / MEASUREMENT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _clear(out: Path) -> None:
+    """Delete what an earlier export put into a folder, which may be of another format and be read in place of ours."""
+    try:
+        listed = [str(name) for name in json.loads((out / MEASUREMENT).read_text(encoding="utf-8"))["files"]]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or of a version that did not list them
+        return
+    # Last what tells them, so that what was interrupted can be gone on with.
+    for name in sorted(listed, key=lambda name: name == MEASUREMENT):
+        if name == Path(name).name and name not in ("", ".", ".."):  # and leads nowhere else
+            _remove(out / name)
 
 
 def _remove(there: Path) -> None:
@@ -361,14 +374,16 @@ def _patience(run: RunConfig, score: Measurement, rows: int) -> float:
 
 
 def _elsewhere(module: str, *arguments: str, seconds: float) -> None:
-    """Run a module in a fresh process, whose modules are not looked for in the folder that it is started in.
+    """Run a module in a fresh process.
 
     Raises:
         ExportError: with the last line that it said, if it fails or takes too long.
     """
-    command = [sys.executable, "-P", "-m", module, *arguments]
+    command, environment = fresh.python("-m", module, *arguments)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        )
     except subprocess.TimeoutExpired:
         raise ExportError(f"reloading the copy took more than {seconds:.0f} s") from None
     if done.returncode != 0:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import fsspec
 
-from autocompress.errors import ConfigError, DepotError
+from autocompress.errors import ConfigError, DepotError, first_line
 
 
 class Depot:
@@ -126,5 +126,5 @@ class Depot:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise  # here, most likely
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            said = first_line(error)
             raise DepotError(f"storage.shared: {self.url}: {what} ({said})") from None

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-from autocompress import machine
+from autocompress import fresh, machine
 from autocompress.cluster import Cluster, environment
 from autocompress.config import RunConfig
 from autocompress.desk import Crew, Job, Result
@@ -231,14 +230,11 @@ class Workers:
         self._lives += 1
         ours, theirs = socket.socketpair()
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        command, known = fresh.python("-c", self.ENTRY, str(theirs.fileno()))
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-c", self.ENTRY, str(theirs.fileno())],
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                    **environment(self._cluster),
-                },
+                command,
+                env={**known, **environment(self._cluster)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._words,

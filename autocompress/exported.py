@@ -12,8 +12,8 @@ from autocompress.errors import ConfigError, ExportError
 from autocompress.records import Measurement
 from autocompress.runtimes import Artifact, get_runtime
 
-MEASUREMENT_SCHEMA = 3
-"""Version of ``measurement.json``."""
+MEASUREMENT, MEASUREMENT_SCHEMA = "measurement.json", 3
+"""What every export holds, its scores and what is needed to run it; and the version of that."""
 CONFIRMING_PAIRS = 20
 """Blocks of runs that confirm an exported latency: more than a search takes, and nothing beside."""
 _LOADS = 4
@@ -25,15 +25,15 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
         raise ConfigError(f"measure: pairs must be >= {_LOADS}, one for each time that both are loaded, got {pairs}")
     artifact = Artifact.open(folder)
     try:
-        about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+        about = json.loads((folder / MEASUREMENT).read_text(encoding="utf-8"))
         stored = Measurement.from_json(json.dumps(about["search"]))
         target = TargetConfig(**about["target"])
         vocabulary = int(about["vocabulary"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{folder / 'measurement.json'}: cannot be read ({error}); give an exported folder") from None
+        raise ExportError(f"{folder / MEASUREMENT}: cannot be read ({error}); give an exported folder") from None
     if about.get("schema") != MEASUREMENT_SCHEMA:
         raise ExportError(
-            f"{folder / 'measurement.json'}: schema must be {MEASUREMENT_SCHEMA}, got {about.get('schema')!r}, of a "
+            f"{folder / MEASUREMENT}: schema must be {MEASUREMENT_SCHEMA}, got {about.get('schema')!r}, of a "
             "version that took latencies otherwise: export the trial again"
         )
     here = machine.fingerprint()

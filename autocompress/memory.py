@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from autocompress import fresh
 from autocompress.config import TargetConfig
 from autocompress.errors import MeasurementError
 from autocompress.runtimes import RUNTIMES, Artifact, get_runtime
@@ -33,8 +34,10 @@ def peak_memory_bytes(artifact: Artifact, target: TargetConfig, inputs: Mapping[
         np.savez(Path(scratch) / "inputs.npz", **inputs)  # type: ignore[arg-type]
         job = {"folder": str(artifact.folder), "target": target.model_dump(), "inputs": f"{scratch}/inputs.npz"}
         try:
-            done = subprocess.run(
-                [sys.executable, "-P", "-m", "autocompress.memory"],  # no modules of the folder that it is started in
+            command, environment = fresh.python("-m", "autocompress.memory")
+            done = subprocess.run(  # noqa: S603
+                command,
+                env=environment,
                 input=json.dumps(job),
                 capture_output=True,
                 text=True,

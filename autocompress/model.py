@@ -205,7 +205,7 @@ def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0, tokens: int = 
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ModelError(f"model: {folder}: lacks weights that its config.json asks for: {lacking[0]}{more}")
     if (most := _most_tokens(module)) is not None and tokens > most:
-        raise ConfigError(f"data.max_tokens: must be <= {most}, which is as many as {folder} reads, got {tokens}")
+        raise ConfigError(f"data.max_tokens: must be <= {most}, as {folder} reads no more, and a row has {tokens}")
     module.config.problem_type = "single_label_classification"
     return understand(module.eval(), base=fingerprint(folder))
 

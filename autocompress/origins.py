@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -76,10 +77,18 @@ def _snapshot(model_id: str, revision: str | None, local: bool) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
     found = Path(snapshot_download(model_id, revision=revision, local_files_only=local, allow_patterns=patterns))
-    needed = (("*.safetensors",), VOCABULARIES)
-    if local and not all(any(file for name in names for file in found.glob(name)) for names in needed):
+    if local and not _is_whole(found):
         raise FileNotFoundError(f"{found} is not complete")  # such as where its configuration alone was asked for
     return found
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a folder has a configuration, a vocabulary, and weights, with all parts of them."""
+    weights, parts = {file.name for file in folder.glob("*.safetensors")}, set[str]()
+    for index in folder.glob("*.safetensors.index.json"):
+        parts |= {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    words = any(file for name in VOCABULARIES for file in folder.glob(name))
+    return bool(weights) and parts <= weights and words and (folder / "config.json").exists()
 
 
 def _reach_hub(model_id: str) -> None:

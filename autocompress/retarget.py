@@ -87,7 +87,14 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
                 shutil.copytree(there, workshop.artefacts / there.name, dirs_exist_ok=True)
                 copied.append(candidate)
         pairs = run.search.confirm_pairs or run.search.latency_pairs
-        points = [(c.plan, _scored_here(c, workshop)) for c in copied]
+        scores: dict[int, Measurement] = {}
+        for candidate in copied:
+            try:
+                scores[candidate.number] = _scored_here(candidate, workshop)
+            except AutocompressError as error:
+                progress(f"trial {candidate.number}: {error}")
+        copied = [c for c in copied if c.number in scores]
+        points = [(c.plan, scores[c.number]) for c in copied]
         timed = workshop.confirmed(points, pairs=pairs, progress=progress)
         for candidate, measured in zip(copied, timed, strict=True):
             memory = workshop.memory(Artifact.open(workshop.artefacts / candidate.plan.plan_id))

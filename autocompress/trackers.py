@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from autocompress.config import RunConfig
-from autocompress.errors import ConfigError
+from autocompress.errors import ConfigError, first_line
 from autocompress.records import Candidate
 from autocompress.trained import Progress
 
@@ -162,7 +162,7 @@ class Trackers:
 
     def _fails(self, name: str, error: Exception) -> None:
         self._open.pop(name, None)
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = first_line(error)
         self._progress(f"{name}: takes nothing ({said}); the search goes on without it")
 
 

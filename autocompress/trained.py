@@ -90,6 +90,11 @@ class Trained:
     def splits(self) -> Mapping[str, Split]:
         return self.task.tokenized(self.tokenizer, self.run.data.max_tokens)
 
+    @property
+    def longest(self) -> int:
+        """How many tokens a model has to read at once: those of the longest search row, or what is timed."""
+        return max(self.run.target.tokens, *map(len, self.splits["search"].input_ids))
+
     @cached_property
     def calibration(self) -> Split:
         head = self.task.head("train", self.run.data.calibration_rows)
@@ -130,8 +135,7 @@ class Trained:
         config = self.run.model.finetune
         rows = self.splits["train"]
         self.progress(f"fine-tuning {self.run.model.id} on {len(rows)} rows for {config.epochs:g} epochs")
-        tokens = self.run.data.max_tokens
-        loaded = model.load(self.source, labels=self.task.labels, seed=self.run.seed, tokens=tokens)
+        loaded = model.load(self.source, labels=self.task.labels, seed=self.run.seed, tokens=self.longest)
         budget = training.TrainingBudget(**config.model_dump(), precision=self.precision())
         with torch_threads(self.threads):
             training.finetune(
@@ -142,7 +146,7 @@ class Trained:
 
     @cached_property
     def teacher(self) -> EncoderModel:
-        return model.load(self.teacher_folder, labels=self.task.labels, tokens=self.run.data.max_tokens)
+        return model.load(self.teacher_folder, labels=self.task.labels, tokens=self.longest)
 
     def precision(self) -> str:
         wanted = self.run.recovery.precision

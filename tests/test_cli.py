@@ -579,9 +579,14 @@ def test_init_replaces_with_force(call: Call, tmp_path: Path) -> None:
     assert RunConfig.from_file(tmp_path / "run.yaml").name == "demo"
 
 
-def test_more_tokens_than_the_model_reads_are_refused(call: Call, run_yaml: Path) -> None:
-    line = call("validate", run_yaml, "--set", "data.max_tokens=4096").line(2)
-    assert re.match(r"data\.max_tokens: must be <= \d+, which is as many as .+ reads, got 4096$", line)
+def test_more_tokens_than_the_model_reads_are_refused(call: Call, run_yaml: Path, tmp_path: Path) -> None:
+    assert call("validate", run_yaml, "--set", "data.max_tokens=4096").code == 0, "no row is as long"
+    data = pd.read_csv(RunConfig.from_file(run_yaml).data.source)
+    data.assign(text=data["text"] + " good" * 300).to_csv(tmp_path / "long.csv", index=False)
+    long = ["--data", tmp_path / "long.csv", "--set"]
+    line = call("validate", run_yaml, *long, "data.max_tokens=4096").line(2)
+    assert re.match(r"data\.max_tokens: must be <= \d+, as .+ reads no more, and a row has \d+$", line)
+    assert call("validate", run_yaml, *long, "data.max_tokens=64").code == 0
 
 
 def test_validate_says_what_it_found(call: Call, run_yaml: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from pathlib import Path
 
@@ -51,11 +52,32 @@ class TestPuttingInPlace:
     def test_nothing_is_left_of_an_export_of_another_format(self, made: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         (out / "reference").mkdir(parents=True)
-        old = ["measurement.json", "config.json", "model.safetensors", "tokenizer.json", "artefact.json", "model.onnx"]
-        for name in (*old, "reference/model.onnx", "notes.json", "data.csv"):
-            (out / name).write_text("old", encoding="utf-8")
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "measurement.json", "reference/model.onnx"):
+            (out / name).write_text("{}", encoding="utf-8")
+        delivery._list(out)
+        for name in ("notes.json", "other.safetensors"):
+            (out / name).write_text("mine", encoding="utf-8")
         delivery._put(made, out)
-        assert {path.name for path in out.iterdir()} == {"model.bin", "tokenizer", "notes.json", "data.csv"}
+        assert {path.name for path in out.iterdir()} == {"model.bin", "tokenizer", "notes.json", "other.safetensors"}
+
+    @pytest.mark.parametrize("listed", [["../kept"], ["/etc/kept", "..", ".", ""], "measurement.json", None])
+    def test_nothing_elsewhere_is_deleted_whatever_is_listed(self, made: Path, tmp_path: Path, listed: object) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (tmp_path / "kept").write_text("mine", encoding="utf-8")
+        (out / "mine.txt").write_text("mine", encoding="utf-8")
+        (out / "measurement.json").write_text(json.dumps({"files": listed}), encoding="utf-8")
+        delivery._put(made, out)
+        assert (tmp_path / "kept").exists()
+        assert (out / "mine.txt").exists()
+
+    def test_a_folder_that_is_there_stays_the_same_one(self, made: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        out.mkdir(mode=0o750)
+        before = out.stat()
+        delivery._put(made, out)
+        assert (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)
+        assert (out / "model.bin").exists()
 
     def test_files_of_those_names_stay_where_no_export_was(self, made: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
@@ -92,8 +114,8 @@ def test_a_process_has_the_time_that_its_rows_take() -> None:
 
 
 def test_a_process_finds_no_modules_where_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "json.py").write_text("raise SystemExit('taken for the real one')", encoding="utf-8")
+    (tmp_path / "numpy.py").write_text("raise SystemExit('taken for the real one')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    delivery._elsewhere("autocompress.errors", seconds=60)
+    delivery._elsewhere("autocompress.rows", seconds=60)  # which imports it
     with pytest.raises(ExportError, match=r"cannot be reloaded \(.*No module named"):
         delivery._elsewhere("autocompress.no_such_module", seconds=60)

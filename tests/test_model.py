@@ -42,7 +42,9 @@ class TestAnatomy:
 
     def test_more_tokens_than_it_reads_are_refused(self, family: str, tiny_model: Callable[..., Path]) -> None:
         folder = tiny_model(family)
-        with pytest.raises(ConfigError, match=r"^data\.max_tokens: must be <= \d+, .+ got 8192$") as refused:
+        with pytest.raises(
+            ConfigError, match=r"^data\.max_tokens: must be <= \d+, as .+ reads no more, and a row has 8192$"
+        ) as refused:
             model.load(folder, labels=LABELS, tokens=8192)
         most = int(str(refused.value).split("must be <= ")[1].split(",")[0])
         module = model.load(folder, labels=LABELS, tokens=most).module

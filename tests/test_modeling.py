@@ -42,6 +42,7 @@ PLANS = {
     "ranks": (("block.0.ffn", LowRank(rank=8)), ("block.0.ffn", q(8)), ("block.1.attention", LowRank(rank=8))),
     "fewer blocks": (("model", DropBlocks(blocks=(1,))), *BITS),
     "inputs": (("model", MaxTokens(tokens=6)), ("embeddings", TrimVocabulary(keep=40))),
+    "fewer tokens": (("model", MaxTokens(tokens=6)), *BITS),
     "student": (("model", Student(blocks=(0, 2), heads=2, neurons=32, epochs=0.1)), *BITS),
     "narrow student": (("model", Student(blocks=(0, 1), heads=2, neurons=32, epochs=0.1, hidden=24)), ("head", q(8))),
     "shared": (("model", Student(blocks=(0,), heads=2, neurons=32, epochs=0.1, share=2, activation="relu")), *BITS[:2]),

@@ -517,10 +517,8 @@ def simulated(runtime: Runtime, model: EncoderModel, plan: CompressionPlan, give
             layer.weight.data = torch.from_numpy(stored(layer.weight.detach().numpy(), decision, site))
             if site == "embeddings":
                 continue
-            if runtime.name == "onnxruntime" and (decision.weight_bits == 8 or decision.activation_bits == 8):
-                dynamic.append(path)
-            elif decision.activation_bits == 8:
-                static.append(path)
+            if decision.activation_bits == 8:
+                (dynamic if runtime.name == "onnxruntime" else static).append(path)
     with (
         quantised_inputs(copied, static, lambda path, x: on_grid(x, seen.span(seen.read_by(path)))),
         quantised_inputs(

@@ -113,7 +113,7 @@ def _anew(factor: Factor, runtime: str) -> str:
     if runtime != _TAKES_RANGES or weight.bits >= 16:
         return ""
     if weight.bits == 8 or weight.multiples is not None:
-        return "" if factor.span is None else "row"
+        return "" if factor.span is None else "call"
     return "group" if has_kernel(weight) else ""
 
 

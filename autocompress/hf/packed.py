@@ -33,8 +33,8 @@ class Stored:
         rounded: whether what is multiplied is rounded to 8 bits first.
         tokens: of a table that was trimmed, how many tokens there are; else 0.
         half: whether scales of a table are in half precision, as OpenVINO stores them at 8 bits.
-        anew: of what it is rounded by, where its range is taken at each call: ``row``, by all of a row of the batch, or
-            ``group``, by as many columns as share a step.
+        anew: where the range of what it is multiplied with is taken at each call: ``call``, of all of it, or ``group``,
+            of as many columns as share a step.
     """
 
     bits: int
@@ -66,7 +66,8 @@ class Stored:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        # What older versions do not know is left out where it says nothing.
+        return {name: value for name, value in asdict(self).items() if value or name != "anew"}
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the shape and type of each tensor in the file, by name."""
@@ -171,7 +172,7 @@ class PackedLinear(_Holder):
             steps = torch.round((read.clamp(low, high) - low) / (high - low) * 255)
             read = steps / 255 * (high - low) + low
         elif self.stored.anew:
-            read = _by_row(read) if self.stored.anew == "row" else _by_group(read, self.stored.group)
+            read = _by_call(read) if self.stored.anew == "call" else _by_group(read, self.stored.group)
         return functional.linear(read, self.matrix(), self.get_buffer("bias") if self.stored.bias else None)
 
 
@@ -189,10 +190,9 @@ class PackedEmbedding(_Holder):
         return functional.embedding(ids, self.get_buffer("values")).float() * scales.float()
 
 
-def _by_row(read: torch.Tensor) -> torch.Tensor:
+def _by_call(read: torch.Tensor) -> torch.Tensor:
     """Round as ONNX Runtime's DynamicQuantizeMatMul does: to 256 levels from the least to the most, 0 among them."""
-    across = tuple(range(1, read.dim()))
-    low, high = read.amin(across, keepdim=True).clamp(max=0), read.amax(across, keepdim=True).clamp(min=0)
+    low, high = read.amin().clamp(max=0), read.amax().clamp(min=0)
     step = ((high - low) / 255).clamp(min=torch.finfo(read.dtype).tiny)
     zero = torch.round(-low / step)
     return ((torch.round(read / step) + zero).clamp(0, 255) - zero) * step

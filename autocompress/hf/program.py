@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autocompress.errors import ExportError
+from autocompress.errors import ExportError, first_line
 from autocompress.runtimes.base import LogitsOnly
 
 PROGRAM = "program.pt2"
@@ -40,7 +40,7 @@ def write_program(model: nn.Module, inputs: Sequence[str], most_tokens: int, fil
             program = torch.export.export(LogitsOnly(model, inputs).eval(), example, dynamic_shapes=shapes)
     # What torch raises here has no common base below Exception, and is about the model alone.
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = first_line(error)
         raise ExportError(f"export: this architecture cannot be recorded by torch.export ({said})") from None
     torch.export.save(program, file)
     return file.stat().st_size
