@@ -340,7 +340,6 @@ def recover(
     """Distil a picked point from the teacher, measure it again and add it to the study."""
     from autocompress import api
 
-    # Its plan is enough: what is recovered may push the point that it came from off the front.
     chosen = picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_latency_ratio, max_size_mb).point
     named = [] if epochs is None else [f"recovery.epochs={json.dumps(epochs)}"]
     overrides, cluster = [*(set_ or []), *named], _cluster(address, insecure)

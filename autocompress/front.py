@@ -205,7 +205,8 @@ class Front:
                 return f"the only one of {whom} within the limits ({kept})"
             whom = f"the {len(among)} of {whom} within the limits ({kept})"
         if prefer != "knee":
-            once = "" if point in self.points else "; its latency was timed once, during the search"
+            careful = point.score.confirmed or point in self.points
+            once = "" if careful else "; its latency was timed once, during the search"
             return f"{_BEST[prefer]} of {whom}{once}"
         names = [_NAMES.get(name, name) for name in self.objectives]
         together = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]

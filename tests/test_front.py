@@ -180,6 +180,9 @@ class TestDivergence:
             "(latency ratio 0.31 <= 0.4); its latency was timed once, during the search"
         )
         assert self.front().pick(prefer="divergence").number == 1
+        timed = dataclasses.replace(found.point, measurement=dataclasses.replace(found.point.score, confirmed=True))
+        again = Front.of(self.front().points, make_reference(), ALL, nearby=[timed])
+        assert "timed once" not in again.choose(Limits(max_latency_ratio=0.4), "divergence").reason
         assert self.front().pick(prefer="accuracy", max_latency_ratio=0.4).number == 2
         with pytest.raises(NoFeasiblePointError, match="the nearest is trial 3: size in MB 15"):
             self.front().pick(prefer="divergence", max_size_mb=14)
