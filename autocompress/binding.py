@@ -40,7 +40,7 @@ NO_STUDENT = "full"
 _NEURON_STEP = 32
 _RANK_STEP = 32
 _CHANNEL_STEP = 32
-"""Fractions become multiples of these, so that groups of narrow weights fill them."""
+"""Fractions become multiples of these, so that groups of narrow weights fill them; small ranks see `_rounded`."""
 _GROUP = 64
 """Weights that share a step below 8 bits, where the widths allow it."""
 TABLE_STEP = 64
@@ -298,9 +298,7 @@ def _decide(axis_name: str, choice: Value, site: Site, rank: int) -> Decision | 
             return None
         limit = site.largest_saving_rank()
         saving = site.inner * site.outer / (site.inner + site.outer)
-        rank = choice if isinstance(choice, int) else max(1, int(choice * saving))
-        if isinstance(choice, float) and rank >= 2 * _RANK_STEP:
-            rank -= rank % _RANK_STEP
+        rank = choice if isinstance(choice, int) else _rounded(int(choice * saving))
         # At a pruned width a rank can cease to save anything; the whole layer is then the smaller one.
         return LowRank(rank=rank) if rank <= limit else None
     if axis_name == "heads":
@@ -319,6 +317,16 @@ def kept(choice: Value, parts: int, step: int) -> int:
         return min(choice, parts)
     step = step if parts >= 2 * step else 1
     return min(parts, max(step, round(float(choice) * parts / step) * step))
+
+
+def _rounded(rank: int) -> int:
+    """Return ``rank`` down to a multiple of the largest power of two up to `_RANK_STEP` that fits in twice.
+
+    An odd one would leave groups of one weight each, whose steps weigh more than the weights.
+    """
+    rank = max(1, rank)
+    step = min(_RANK_STEP, 1 << max(0, rank.bit_length() - 2))
+    return rank - rank % step
 
 
 def _drop(order: DropOrder, base: str, count: int) -> DropBlocks | None:

@@ -25,6 +25,8 @@ from autocompress.sensitivity import Sensitivity, level_of
 
 _BEHIND = 3.0
 """Residual standard deviations that a prediction is given the benefit of before a plan is passed over."""
+_FINE = 16
+"""Weights of 4 bits in groups below this may have no kernel: how to unpack them then stands in the graph."""
 _DESCRIBED = 8192
 """Plans whose description is kept: fits and proposals ask for the same ones again and again."""
 _LEARNED_FROM = 1000
@@ -214,9 +216,10 @@ def _extras(products: Sequence[Product], after: ModelShape) -> np.ndarray:
     weights = [p for p in products if p.kind != "index" for _ in range(_runs(p, after))]
     by_bits = [sum(p.bits == bits and not p.whole_steps for p in weights) for bits in (4, 8, 16)]
     by_bits += [sum(p.bits == bits and p.whole_steps for p in weights) for bits in (4, 3, 2)]
+    fine = sum(p.bits == 4 and not p.whole_steps and p.group < _FINE for p in weights)
     drawn = sum(p.integers and not p.shares for p in weights)
     trimmed = any(p.kind == "index" for p in products)
-    return np.array([1.0, len(after.blocks) * after.runs, len(weights), *by_bits, drawn, trimmed])
+    return np.array([1.0, len(after.blocks) * after.runs, len(weights), *by_bits, fine, drawn, trimmed])
 
 
 def _work(products: Sequence[Product], after: ModelShape, read: float) -> np.ndarray:

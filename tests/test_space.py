@@ -387,6 +387,14 @@ def test_a_rank_that_saves_nothing_leaves_the_layer_whole(choice: str, rank: int
     assert plan.of_type(LowRank) == ({} if rank is None else {"block.0.attention": LowRank(rank=rank)})
 
 
+@pytest.mark.parametrize(("choice", "rank"), [("0.33", 48), ("0.25", 48), ("0.1", 16), ("0.03", 4), ("0.001", 1)])
+def test_small_ranks_leave_groups_that_are_worth_their_steps(choice: str, rank: int) -> None:
+    space = bound(f"rules: [{{match: 'block.0.attention', rank: [{choice}], bits: [4]}}]")
+    plan = space.plan({})
+    assert plan.of_type(LowRank)["block.0.attention"].rank == rank
+    assert plan.of_type(Quantize)["block.0.attention"].group_size >= max(1, rank // 4)
+
+
 def test_a_rank_follows_the_pruned_width() -> None:
     space = bound("rules: [{match: 'block.0.attention', heads: [0.5], rank: [0.5]}]")
     assert space.plan({}).of_type(LowRank)["block.0.attention"].rank == 64  # half of 192 * 384 / (192 + 384)
