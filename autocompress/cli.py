@@ -102,7 +102,8 @@ def init(
     if data is not None:
         known = runfile.Known(data)
         if asks:
-            text, label = _column("text", text, known.columns), _column("label", label, known.columns)
+            text = _column("text", text, known.columns)
+            label = _column("label", label, [c for c in known.columns or [] if c != text])
         for column in (text or "text", label or "label"):
             known.check_column(column)
         rows = known.search_rows(text, label)
@@ -115,7 +116,7 @@ def init(
 
 def _column(name: str, given: str | None, columns: list[str] | None) -> str | None:
     """Return the column that was given, or, where the data have none called ``name``, one that is asked for."""
-    if given is not None or columns is None or name in columns:
+    if given is not None or not columns or name in columns:
         return given
     return _answer(f"column of the {name}: {', '.join(columns)}", default=columns[0])
 
@@ -148,7 +149,7 @@ def validate(
     from autocompress import api
 
     found = api.validate(config)
-    found["space"] = {**found["space"], "seeds": len(found["space"]["seeds"])}
+    found["space"]["uniform_plans"] = len(found["space"].pop("seeds"))
     console.result(found, as_json)
 
 
@@ -190,10 +191,10 @@ def finetune(
     config = _run(run, model, data, None, None, set_)
     from autocompress import api
 
+    if out is not None and out.exists():
+        raise ConfigError(f"finetune: {out} exists; give a new folder")
     folder = api.finetune(config, progress=console.progress)
     if out is not None:
-        if out.exists():
-            raise ConfigError(f"finetune: {out} exists; give a new folder")
         shutil.copytree(folder, out)
     typer.echo(str(out or folder))
 
@@ -354,7 +355,8 @@ def export(
     format_: Annotated[
         list[str] | None,
         typer.Option(
-            "--format", help="openvino, onnx, hf (for transformers), torch; default: as searched. Repeatable."
+            "--format",
+            help="openvino, onnx, hf (for transformers), torch; default: as searched. Repeatable: each gets a folder.",
         ),
     ] = None,
     prefer: Preferred = Prefer.knee,

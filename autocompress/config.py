@@ -45,7 +45,7 @@ class Section(BaseModel):
 class FinetuneConfig(Section):
     epochs: float = Field(2.0, gt=0, le=100, description="passes over the training rows")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak of AdamW's linear schedule")
-    batch_size: int = Field(32, ge=1, le=4096)
+    batch_size: int = Field(32, ge=1, le=4096, description="rows of a training step")
 
 
 class ModelConfig(Section):
@@ -58,7 +58,9 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     source: str = Field(
-        "demo/movies", min_length=1, description="demo/movies, demo/tweets, a csv, jsonl or parquet file, a datasets id"
+        "demo/movies",
+        min_length=1,
+        description="demo/movies, demo/tweets, a csv, tsv, jsonl or parquet file, a datasets id",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a datasets id")
     text: str = Field("text", description="column of the text")
@@ -80,9 +82,9 @@ class DataConfig(Section):
 
 class TargetConfig(Section):
     runtime: Literal["openvino", "onnxruntime"] = Field("openvino", description="what executes the shipped artefact")
-    device: Literal["cpu"] = "cpu"
+    device: Literal["cpu"] = Field("cpu", description="what the runtime runs on")
     threads: int = Field(1, ge=1, le=1024, description="1 is timed by process CPU time, more by wall clock")
-    batch_size: int = Field(1, ge=1, le=1024)
+    batch_size: int = Field(1, ge=1, le=1024, description="rows of an input when timing")
     tokens: int = Field(64, ge=1, le=8192, description="inputs of exactly this length when timing")
     precision: Literal["f32"] = Field("f32", description="inference precision hint given to the runtime")
 
@@ -97,7 +99,7 @@ class ConstraintsConfig(Section):
 
 class SearchConfig(Section):
     trials: int = Field(100, ge=1, le=100_000, description="candidates to evaluate; a larger number continues a study")
-    sampler: Literal["tpe", "nsga2", "nsga3", "random"] = "tpe"
+    sampler: Literal["tpe", "nsga2", "nsga3", "random"] = Field("tpe", description="what proposes candidates")
     mutation_share: float = Field(
         0.3, ge=0, le=1, description="share of tpe's proposals that change a few parameters of a point on the front"
     )
@@ -108,7 +110,13 @@ class SearchConfig(Section):
     seeds: bool = Field(True, description="start with uniform plans and plans made from measured sensitivities")
     skip_behind: bool = Field(True, description="pass over plans that are predicted far behind the front")
     stop_early: bool = Field(True, description="end an accuracy pass once the candidate cannot reach the front")
-    workers: int | None = Field(None, ge=1, le=1024, description="parallel candidates; default: cores / target.threads")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="parallel candidates; default: as many as there are cores, on a cluster as its nodes have places "
+        "for. With several target.threads a machine that is no cluster has one, whatever is given",
+    )
     resources: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
         default_factory=dict,
         description="what a worker takes of a cluster's node beside its cores, by Ray's names, such as {big_node: 1}",
@@ -134,7 +142,7 @@ class SearchConfig(Section):
         "it was pruned, by least squares on calibration rows; what that leads to is added",
     )
     recover: int = Field(0, ge=0, le=1000, description="points that are trained at the end, the best ranks first")
-    keep_artefacts: Literal["front", "all"] = "front"
+    keep_artefacts: Literal["front", "all"] = Field("front", description="candidates whose files stay")
 
 
 Epochs = Annotated[float, Field(ge=0, le=100)] | Literal["auto"]
@@ -147,9 +155,9 @@ class RecoveryConfig(Section):
         "fine-tuning of the uncompressed model, which is model.finetune.epochs, or 3 where it came with a head; "
         "0, with reconstruct, trains nothing",
     )
-    learning_rate: float = Field(3e-4, gt=0, le=1)
-    batch_size: int = Field(32, ge=1, le=4096)
-    temperature: float = Field(2.0, gt=0, le=100)
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="peak of AdamW's linear schedule")
+    batch_size: int = Field(32, ge=1, le=4096, description="rows of a training step")
+    temperature: float = Field(2.0, gt=0, le=100, description="that teacher's and student's logits are divided by")
     alpha: float = Field(
         0.5,
         ge=0,
@@ -215,7 +223,9 @@ class RecoveryConfig(Section):
     @classmethod
     def _of_one_seed(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("seeds", 1) > 1:
-            raise ValueError(f"goes with 1 in recovery.seeds, whose mean is on no grid, got {info.data['seeds']}")
+            raise ValueError(
+                f"needs 1 in recovery.seeds, got {info.data['seeds']}: the mean of several is not rounded any more"
+            )
         return value
 
 
@@ -226,7 +236,9 @@ class StorageConfig(Section):
         "in the results folder. Its password belongs in ~/.pgpass or PGPASSWORD",
     )
     bank: str | None = Field(None, description="folder of reusable pieces; default: the user's cache folder")
-    bank_gb: float = Field(20.0, gt=0, le=1e6, description="size (1e9 bytes) above which unused pieces are deleted")
+    bank_gb: float = Field(
+        20.0, gt=0, le=1e6, description="size (1e9 bytes) above which those are deleted that were not used for longest"
+    )
     shared: str | None = Field(
         None,
         description="URL that fsspec reads and writes, such as s3://bucket/folder: machines without a common folder "
@@ -275,7 +287,9 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     target: TargetConfig = Field(default_factory=TargetConfig)
     space: str = Field("encoder-joint", min_length=1, description="a shipped search space or a YAML file")
-    objectives: tuple[Objective, ...] = Field(("accuracy", "size_bytes", "latency"), min_length=2, max_length=5)
+    objectives: tuple[Objective, ...] = Field(
+        ("accuracy", "size_bytes", "latency"), min_length=2, max_length=5, description="what the front is judged by"
+    )
     constraints: ConstraintsConfig = Field(default_factory=ConstraintsConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
     baselines: tuple[Literal["random"], ...] = Field((), description="searches to hold the result against")
@@ -286,7 +300,7 @@ class RunConfig(Section):
         description="what scored candidates are logged for, too: TensorBoard's HParams in tensorboard/ of the results "
         "folder, MLflow where MLFLOW_TRACKING_URI says or in mlflow.db there",
     )
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of all that is drawn: students depend on it")
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -300,7 +314,7 @@ class RunConfig(Section):
         if len(set(self.objectives)) != len(self.objectives):
             raise ValueError("objectives: each may be named once")
         if not self.recovery.epochs and not self.recovery.reconstruct:
-            raise ValueError("recovery.epochs: 0 goes with true in recovery.reconstruct, else nothing is recovered")
+            raise ValueError("recovery.epochs: 0 trains nothing; set recovery.reconstruct to true, or give more epochs")
         if self.data.max_tokens < self.target.tokens:
             raise ValueError(
                 f"target.tokens: must be <= data.max_tokens ({self.data.max_tokens}), got {self.target.tokens}"
@@ -315,7 +329,8 @@ class RunConfig(Section):
             ConfigError: one line for the first thing that is wrong, with what is allowed.
         """
         if not isinstance(data, dict):
-            raise ConfigError(f"{source}: must hold keys and values, got {type(data).__name__}")
+            found = "it is empty" if data is None else f"got {type(data).__name__}"
+            raise ConfigError(f"{source}: must hold keys and values, {found}")
         merged = json.loads(json.dumps(data, default=str))
         for override in overrides:
             _apply_override(merged, override)
@@ -377,7 +392,10 @@ def validated(cls: type[S], data: Mapping[str, Any], source: str) -> S:
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
             raise ConfigError(f"{source}: {where}: unknown key, {hint}") from None
         message = first["msg"].removeprefix("Value error, ")
-        message = message[0].lower() + message[1:]
+        message = {
+            "string_pattern_mismatch": "must be 1 to 64 letters, digits, ., _ or -, and begin with a letter or digit",
+            "tuple_type": "must be a list, such as [a, b]",
+        }.get(first["type"], message[0].lower() + message[1:])
         if first["type"] in ("value_error", "missing"):
             raise ConfigError(f"{source}: {where + ': ' if where else ''}{message}") from None
         raise ConfigError(f"{source}: {where}: {message}, got {_short(first['input'])}") from None

@@ -29,7 +29,7 @@ from autocompress.report.card import model_card
 from autocompress.report.script import predict_script
 from autocompress.rows import LOGITS_FILE, read_logits, write_rows
 from autocompress.runtimes import Artifact, get_runtime
-from autocompress.trained import Progress
+from autocompress.trained import Progress, torch_threads
 from autocompress.transforms.prune import cut_to_blocks
 
 FORMATS = {"openvino": "openvino", "onnx": "onnxruntime"}
@@ -156,13 +156,17 @@ def _scored(candidate: Candidate, run: RunConfig, artefacts: Path, progress: Pro
             )
         return scored
     progress(f"building trial {candidate.number} again, which is not among the artefacts that were kept")
-    built = Workshop(run.timed_here(), artefacts, progress).evaluate(candidate.plan)
-    if (built.predictions, built.size_bytes) != (score.predictions, score.size_bytes):
+    workshop = Workshop(run.timed_here(), artefacts, progress)
+    with torch_threads(run.target.threads):
+        built = workshop.build(candidate.plan, copy)
+    logits = workshop.logits(built, "search")
+    np.save(copy / LOGITS_FILE, logits, allow_pickle=False)
+    if (scoring.predictions_hash(logits), built.size_bytes) != (score.predictions, score.size_bytes):
         raise ExportError(
             f"export: trial {candidate.number}: its artefact was not kept, and what is built again is not what was "
             "scored; points of the front are kept, and all are with search.keep_artefacts=all"
         )
-    return Artifact.open(copy)
+    return built
 
 
 def _export(
@@ -199,8 +203,7 @@ def _export(
             "from its score; the artefact no longer matches"
         )
     progress("scoring on the held-out test split")
-    session = workshop.runtime.load(Artifact.open(aside), workshop.run.target)
-    logits = scoring.logits_of(session, workshop.splits["test"], workshop.batches("test"))
+    logits = workshop.logits(Artifact.open(aside), "test")
     test = scoring.accuracy(logits, workshop.splits["test"])
     test_drop = scoring.drop(logits, workshop.reference_logits_on_test, workshop.splits["test"])
     confirmed = measured
@@ -245,7 +248,7 @@ def _export_unpacked(
     progress(f"writing what {runner} reads")
     base, kept, pieces = workshop.parted(candidate.plan)
     cut = cut_to_blocks(base, kept)
-    model = modeling.compressed_model(cut, pieces, candidate.plan, workshop.teacher_folder, run.target.runtime)
+    model = modeling.compressed_model(cut, pieces, candidate.plan, workshop.teacher_folder, workshop.runtime)
     inputs = list(next(iter(workshop.batches("search"))).inputs())
     if name == "hf":
         model.save_pretrained(aside)

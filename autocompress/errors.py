@@ -59,4 +59,5 @@ class ExportError(AutocompressError):
 
 def first_line(error: BaseException) -> str:
     """Return what can be quoted of an error that is not ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else f"{line[:199]}…"

@@ -42,7 +42,7 @@ from autocompress.transforms.vocabulary import check_needed
 from autocompress.trial import CannotReachFront, Rivals, Trial
 
 _ACCURACY_BATCH, _ACCURACY_STEP = 16, 4
-"""Rows per call and multiple of tokens where a runtime's logits depend on neither: little padding and few shapes."""
+"""Rows per call and multiple of tokens, on which logits do not depend: little padding and few shapes."""
 
 
 class Workshop(Bases):
@@ -156,16 +156,12 @@ class Workshop(Bases):
         return self._templates[key]
 
     def parts(self, split: str) -> list[list[Batch]]:
-        """Return the rows of a split for accuracy: random parts, each in batches by length, cut at `scoring.LOOKS`.
-
-        Batches are of the target's size, unless logits do not depend on it.
-        """
+        """Return the rows of a split for accuracy: random parts, each in batches by length, cut at `scoring.LOOKS`."""
         if split not in self._parts:
             rows = self.splits[split]
             order = np.random.default_rng(self.run.seed).permutation(len(rows))
-            size, step = (_ACCURACY_BATCH, _ACCURACY_STEP) if self.runtime.batch_invariant else (0, 1)
             self._parts[split] = [
-                list(rows.in_order_of_length(size or self.run.target.batch_size, step=step, among=part.tolist()))
+                list(rows.in_order_of_length(_ACCURACY_BATCH, step=_ACCURACY_STEP, among=part.tolist()))
                 for part in np.split(order, [round(share * len(rows)) for share in scoring.LOOKS])
                 if len(part)
             ]
@@ -174,6 +170,14 @@ class Workshop(Bases):
     def batches(self, split: str) -> Iterator[Batch]:
         """Yield all rows of a split in the batches that accuracy is taken in."""
         return (batch for part in self.parts(split) for batch in part)
+
+    def logits(self, artifact: Artifact, split: str) -> np.ndarray:
+        """Return what an artefact makes of the rows of a split, ``rows x classes``, in their order."""
+        session = self.runtime.load(artifact, self.run.target)
+        try:
+            return scoring.logits_of(session, self.splits[split], self.batches(split))
+        finally:
+            session.close()
 
     @property
     def reference_folder(self) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 from autocompress.binding import BoundSpace
 from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.records import LATENCY_PROTOCOL
+from autocompress.runtimes import get_runtime
 from autocompress.space import SearchSpace, StudentSpec
 
 _ROWS = ("calibration_rows", "reconstruction_rows")
@@ -28,6 +29,7 @@ def identity_of(run: RunConfig, *, model: str, data: str, space: BoundSpace) -> 
         "target": run.target.model_dump(),
         "objectives": run.told,
         "latency": LATENCY_PROTOCOL,
+        **({"arithmetic": arithmetic} if (arithmetic := get_runtime(run.target.runtime).arithmetic) else {}),
         # Students depend on it; what concerns picked points only stands in their plans.
         "recovery": run.recovery.model_dump(exclude=set(OF_PICKED_POINTS)),
     }

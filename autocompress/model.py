@@ -123,10 +123,14 @@ def check_files(folder: Path) -> None:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.ckpt")])
         if pickled:
             raise ModelError(
-                f"model: {pickled[0]}: pickled weights can run code and are not read; convert them once where you "
-                "trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
+                f"model: {pickled[0]}: pickled weights can run code and are not read; where you trust them, load the "
+                "folder once with AutoModelForSequenceClassification if its head is trained, else with AutoModel, and "
+                "save_pretrained(new_folder) that and AutoTokenizer.from_pretrained(folder)"
             )
-        raise ModelError(f"model: {folder}: holds no .safetensors file")
+        raise ModelError(
+            f"model: {folder}: holds no .safetensors file; weights of other formats are to be loaded where you trust "
+            "them, and saved once with save_pretrained(new_folder), with their tokenizer"
+        )
     from safetensors import SafetensorError, safe_open
 
     for file in weights:
@@ -228,7 +232,10 @@ def load_tokenizer(folder: Path) -> Any:
 
     # Without any of these transformers makes up a tokenizer that knows no words.
     if not any(file for name in VOCABULARIES for file in folder.glob(name)):
-        raise ModelError(f"model: {folder}: its tokenizer does not load (it holds none of {', '.join(VOCABULARIES)})")
+        raise ModelError(
+            f"model: {folder}: its tokenizer does not load (it holds none of {', '.join(VOCABULARIES)}); save it there "
+            "with AutoTokenizer.from_pretrained(NAME).save_pretrained(folder)"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # nosec B615
     except Exception as error:
@@ -259,7 +266,7 @@ def _find(module: nn.Module) -> tuple[Layout, ModelShape]:
         found = ", ".join(f"{path} ({len(m)} x {len(_linears(m[0]))} linear layers)" for path, m in lists) or "none"
         raise ModelError(
             f"model: {kind}: anatomy not understood: expected one list of blocks with {len(_ROLES)} linear layers "
-            f"each, found lists: {found}"
+            f"each, found lists: {found}; BERT, RoBERTa, DistilBERT, MiniLM and ELECTRA encoders are understood"
         )
     path, blocks = candidates[0]
     config: Any = module.config

@@ -26,22 +26,32 @@ class Prefer(StrEnum):
 
 Run = Annotated[str, typer.Argument(help="A run file, or demo for the one that ships with the package.")]
 Model = Annotated[str | None, typer.Option("--model", help="demo/minilm, a local folder or a hub id.")]
-Data = Annotated[str | None, typer.Option("--data", help="demo/movies, a csv, jsonl or parquet file, a datasets id.")]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="demo/movies, demo/tweets, a csv, tsv, jsonl or parquet file, a datasets id."),
+]
 Space = Annotated[str | None, typer.Option("--space", help="A shipped search space or a YAML file.")]
 Target = Annotated[str | None, typer.Option("--target", help="Runtime: openvino or onnxruntime.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: search.trials=60. Repeatable.")]
 Folder = Annotated[Path, typer.Argument(help="The results folder of a search.")]
 Address = Annotated[
     str | None,
-    typer.Option("--address", help="A Ray cluster: auto or HOST:PORT from one of its machines, ray://HOST:PORT."),
+    typer.Option(
+        "--address", help="A Ray cluster: auto or HOST:PORT on one of its machines, ray://HOST:PORT from elsewhere."
+    ),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Accept a cluster that asks nobody for a token.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Preferred = Annotated[
     Prefer,
-    typer.Option("--prefer", "--pick", help="What to optimise; divergence: predictions most like the original's."),
+    typer.Option(
+        "--prefer",
+        "--pick",
+        help="What to optimise; knee: nearest to the best of all objectives at once; divergence: predictions most like "
+        "the original's.",
+    ),
 ]
-Trial = Annotated[int | None, typer.Option("--trial", help="Take this trial of the study.")]
+Trial = Annotated[int | None, typer.Option("--trial", help="Take this trial, whatever it is like, without limits.")]
 MaxDrop = Annotated[
     str | None, typer.Option("--max-accuracy-drop", help="Against the reference: 1% (percentage points) or 0.01.")
 ]

@@ -64,6 +64,9 @@ def from_hub(what: str, fetch: Callable[[bool], Any], probe: Callable[[], None])
     thread.start()
     thread.join(OFFLINE_SECONDS)
     if thread.is_alive() or failure:
+        if not thread.is_alive() and (status := getattr(getattr(failure[0], "response", None), "status_code", None)):
+            said = f"not found locally, and the hub answers {status}; check the name, or give a local path"
+            raise ModelError(f"{what}: {said}") from not_cached
         reason = "the hub did not answer" if thread.is_alive() else first_line(failure[0])
         raise ModelError(f"{what}: not found locally, offline ({reason}); give a local path") from not_cached
     try:

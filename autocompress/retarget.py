@@ -22,7 +22,7 @@ from autocompress.pareto import costs, nondominated_ranks
 from autocompress.records import Candidate, Measurement
 from autocompress.report.tables import times_faster, write_aside
 from autocompress.results import write_results
-from autocompress.runtimes import Artifact, get_runtime
+from autocompress.runtimes import Artifact
 from autocompress.study import Study
 from autocompress.trained import Progress
 
@@ -132,10 +132,8 @@ def _runs_as_it_is(candidate: Candidate, old: Study, run: RunConfig) -> bool:
     """Return whether the artefact that was scored computes the same for the new target."""
     here, there = machine.fingerprint(), candidate.score.fingerprint
     same = run.target.runtime == old.run.target.runtime and run.target.precision == old.run.target.precision
-    # Where logits depend on the batch, another size of it gives others.
-    invariant = get_runtime(run.target.runtime).batch_invariant
-    same = same and (invariant or run.target.batch_size == old.run.target.batch_size)
-    # Another version may compute otherwise.
+    # Another version may compute otherwise, of the runtime or of what is made for it.
+    same = same and old.outdated is None
     same = same and here["versions"].get(run.target.runtime) == there["versions"].get(run.target.runtime)
     overflows = machine.adds_in_16_bits(here) != machine.adds_in_16_bits(there)
     return same and not (candidate.plan.integer_arithmetic and overflows)

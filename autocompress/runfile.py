@@ -10,7 +10,7 @@ from pathlib import Path
 from autocompress import strict_yaml
 from autocompress.config import DataConfig, RunConfig, demo_run_text
 from autocompress.errors import ConfigError, DataError
-from autocompress.sources import read_table
+from autocompress.sources import is_file, read_table
 
 _KEYS = {
     "name": ("name", "demo"),
@@ -38,7 +38,7 @@ def run_text(source: str, wanted: Mapping[str, str | int | None]) -> str:
     """
     text = demo_run_text()
     if wanted.get("model") is not None or wanted.get("data") is not None:
-        text = text.replace(_ABOUT_THE_DEMO, "# ", 1)
+        text = text.replace(_ABOUT_THE_DEMO, "# ", 1).replace("search demo", f"search {source}", 1)
     for name, value in wanted.items():
         key, default = _KEYS[name]
         if value is not None:
@@ -87,7 +87,7 @@ class Known:
 
     def __init__(self, data: str) -> None:
         self._data = data
-        self._table = read_table(DataConfig(source=data)) if Path(data).expanduser().is_file() else None
+        self._table = read_table(DataConfig(source=data)) if is_file(data) else None
 
     @property
     def columns(self) -> list[str] | None:

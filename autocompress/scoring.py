@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from autocompress import slot
 from autocompress.errors import MeasurementError
 from autocompress.records import Z95, Drop
 from autocompress.runtimes.base import Session
@@ -64,7 +65,8 @@ def logits_of(session: Session, rows: Split, batches: Iterable[Batch]) -> np.nda
     """
     found: np.ndarray | None = None
     for batch in batches:
-        logits = session.run(batch.arrays())
+        with slot.working():
+            logits = session.run(batch.arrays())
         if found is None:
             found = np.full((len(rows), logits.shape[1]), np.nan, dtype=np.float32)
         found[batch.rows.numpy()] = logits

@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 DEMO_DATA = ("demo/movies", "demo/tweets")
 TEST_NAMES = ("test", "validation", "eval", "dev")
 """What a split is called whose rows are held out."""
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+"""Of files that are read, which may be compressed."""
+
+
+def is_file(source: str) -> bool:
+    """Return whether data of that name are a local file, be it there or not."""
+    path = Path(source).expanduser()
+    return path.is_file() or _suffix(path) in SUFFIXES
+
+
+def _suffix(path: Path) -> str:
+    return next((s for s in reversed(path.suffixes) if s not in (".gz", ".bz2", ".xz", ".zip")), "").lower()
 
 
 def read_table(config: DataConfig) -> pd.DataFrame:
@@ -33,8 +45,8 @@ def read_table(config: DataConfig) -> pd.DataFrame:
         with resources.as_file(resources.files("autocompress").joinpath("demo", name)) as file:
             return pd.read_csv(file)
     path = Path(config.source).expanduser()
-    suffix = next((s for s in reversed(path.suffixes) if s not in (".gz", ".bz2", ".xz", ".zip")), "").lower()
-    if suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+    suffix = _suffix(path)
+    if suffix in SUFFIXES:
         if not path.is_file():
             raise DataError(f"data: {path}: no such file")
         try:
@@ -50,8 +62,8 @@ def read_table(config: DataConfig) -> pd.DataFrame:
             raise DataError(f"data: {path}: is empty") from None
         except Exception as error:
             # Readers and decompressors have no class of errors in common.
-            line = first_line(error)
-            raise DataError(f"data: {path}: cannot be read ({line})") from None
+            wanted = "; it must hold one object a line" if suffix in (".jsonl", ".json") else ""
+            raise DataError(f"data: {path}: cannot be read ({first_line(error)}){wanted}") from None
     if path.exists():
         raise DataError(f"data: {path}: must be a .csv, .tsv, .jsonl or .parquet file (or a compressed one)")
     return _read_hub(config)

@@ -70,7 +70,11 @@ AXES = ("heads", "neurons", "rank", "vocabulary", "bits")
 
 
 class Axis(Section):
-    tie: Tie = Field("none", description="groups of consecutive blocks that decide together")
+    tie: Tie = Field(
+        "none",
+        description="how many groups of neighbouring blocks there are, whose blocks get one choice; all: one group, "
+        "none: one for each block",
+    )
 
 
 class KeepAxis(Axis):
@@ -88,17 +92,19 @@ class RankAxis(Axis):
 
 
 class StudentSpec(Section):
-    blocks: StudentBlocks = Field(1.0, description="part of the depth that is run, or blocks that it begins as")
-    heads: Keep = 1.0
-    neurons: Keep = 1.0
-    epochs: float = Field(1.0, gt=0, le=100)
+    blocks: StudentBlocks = Field(
+        1.0, description="fraction of the depth, or the numbers of the blocks that it starts from"
+    )
+    heads: Keep = Field(1.0, description="of each block, as a fraction or a count")
+    neurons: Keep = Field(1.0, description="of each block, as a fraction or a count")
+    epochs: float = Field(1.0, gt=0, le=100, description="distillation passes over the training rows")
     activation: Literal["relu"] | None = Field(None, description="of the FFN, in place of the model's")
     hidden: Keep = Field(1.0, description="channels that are kept of the width between the blocks")
     share: int = Field(1, ge=1, le=100, description="times that each block is run in a row, with one set of weights")
 
 
 class DropSpec(Section):
-    at_most: int = Field(ge=0)
+    at_most: int = Field(ge=0, description="blocks that a plan may leave out")
 
 
 def bits_of(choice: Value) -> int:

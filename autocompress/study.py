@@ -31,6 +31,7 @@ from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.proposals import Proposals
 from autocompress.records import LATENCY_PROTOCOL, OBJECTIVES, QUALITIES, Candidate, Measurement, Stopped, drift_of
+from autocompress.runtimes import get_runtime
 from autocompress.samplers import make_sampler
 from autocompress.storage import open_records
 
@@ -73,6 +74,7 @@ class Study:
         self.predictor = predictor
         self.ask_seconds: list[float] = []
         self._reference: Measurement | None = None
+        self._identity: Mapping[str, Any] | None = None
         self.run = run
         self.space = space
         self.repaired: Path | None = None
@@ -128,7 +130,7 @@ class Study:
             study = optuna.create_study(storage=storage, study_name=name, directions=directions)
             study.set_user_attr("identity", {"schema": STUDY_SCHEMA, **(identity or {})})
         study = optuna.load_study(storage=storage, study_name=name)
-        stored = study.user_attrs.get("identity")
+        stored = self._identity = study.user_attrs.get("identity")
         if writable and stored is None:
             study.set_user_attr("identity", {"schema": STUDY_SCHEMA, **(identity or {})})
         elif stored is not None and stored.get("schema") != STUDY_SCHEMA:
@@ -138,6 +140,8 @@ class Study:
                 f"{where}: is of a version that took latencies otherwise, which are not mixed with new ones; it can be "
                 f"read and exported from, and autocompress retarget {self.folder} -o NEW measures its front anew"
             )
+        elif writable and self.outdated is not None:
+            raise StudyError(f"{where}: {self.outdated}")
         elif identity is not None and stored is not None and (changes := difference(stored, identity)):
             elsewhere = stored.get("machine") != identity.get("machine")
             hint = f"; autocompress retarget {self.folder} measures its front here" if elsewhere else ""
@@ -147,6 +151,27 @@ class Study:
             seed = (self.seed + len(study.get_trials(deepcopy=False))) % 2**32
             study.sampler = make_sampler(self.run.search.sampler, seed=seed)
         return study
+
+    def require_data(self, fingerprint: str) -> None:
+        """Raise `StudyError` unless rows of this fingerprint are those that the study was scored on."""
+        stored = str((self._identity or {}).get("data", fingerprint))
+        if stored.partition(",")[0] != fingerprint:
+            raise StudyError(
+                f"data: {self.run.data.source}: holds other rows than those that {self.folder} was scored on; bring "
+                "these back, or search anew"
+            )
+
+    @property
+    def outdated(self) -> str | None:
+        """Why what is built now is not comparable with what was scored, or None; see `Runtime.arithmetic`."""
+        runtime, stored = self.run.target.runtime, self._identity or {}
+        of_it = stored.get("target", {}).get("runtime") == runtime
+        if not of_it or stored.get("arithmetic", "") == get_runtime(runtime).arithmetic:
+            return None
+        return (
+            f"is of a version that computed otherwise with {runtime}, so that nothing is added to it or exported from "
+            f"it; it can be read, and autocompress retarget {self.folder} -o NEW scores its front anew"
+        )
 
     def _reconcile(self) -> int:
         """Fail the trials that a killed driver left running and enqueue their parameters again."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Row = tuple[str, str | None, int]
 """Text, second text or None, and class of a row."""
+FEWEST_ROWS = 20
+"""That are not held out: half of them score candidates."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,10 @@ def load(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> Task:
         DataError: for missing, empty, one-class or unreadable data, labels unknown to the model, or shared rows.
     """
     names, train, test = _held_apart(config, labels)
+    if len(train) < FEWEST_ROWS:
+        raise DataError(
+            f"data: {config.source}: has {len(train)} rows that are not held out; a search needs at least {FEWEST_ROWS}"
+        )
     if len(train) < 2 * config.search_rows:
         raise DataError(
             f"data.search_rows: must be <= half of the {len(train)} training rows of {config.source}, got "
@@ -203,11 +209,17 @@ def load(config: DataConfig, *, labels: tuple[str, ...] | None = None) -> Task:
     if config.max_train_rows is not None:
         train = train[: config.max_train_rows]
     if not test:
-        raise DataError(f"data: {config.source}: the held-out test split is empty")
+        raise DataError(
+            f"data: {config.source}: the held-out test split is empty; mark rows as test in a column "
+            f"{config.split!r}, or raise data.test_fraction"
+        )
     splits = {"train": tuple(train), "search": tuple(search), "test": tuple(test)}
     for name in ("train", "search"):
         if len({row[2] for row in splits[name]}) < 2:
-            raise DataError(f"data: {config.source}: the {name} split holds one class only")
+            raise DataError(
+                f"data: {config.source}: the {name} split holds one class only; add rows of the others, or give fewer "
+                "data.search_rows"
+            )
     shared = _shared(splits)
     if shared and not config.allow_shared_rows:
         raise DataError(
@@ -228,7 +240,7 @@ def training_rows(config: DataConfig, table: pd.DataFrame) -> int:
 
 def fitting_search_rows(training_rows: int) -> int:
     """Return how many of so many rows a search may be scored on and still leave most to train on."""
-    return max(10, training_rows // 3)
+    return max(FEWEST_ROWS // 2, training_rows // 3)
 
 
 def _held_apart(
@@ -274,7 +286,7 @@ def _clean(raw: pd.DataFrame, config: DataConfig) -> pd.DataFrame:
         first = int(missing.to_numpy().argmax())
         raise DataError(
             f"data: {config.source}: {int(missing.sum())} of {len(frame)} rows miss a text or label, the first is row "
-            f"{first + 1}"
+            f"{first + 1} (a header not counted); fill or remove them"
         )
     if pd.api.types.is_float_dtype(frame["label"]) and (frame["label"] % 1 == 0).all():
         frame["label"] = frame["label"].astype(int)
@@ -286,7 +298,10 @@ def _class_names(frame: pd.DataFrame, labels: tuple[str, ...] | None, config: Da
     if len(found) < 2:
         raise DataError(f"data: {config.source}: holds one class only ({found[0]!r}); a classifier needs two")
     if len(found) > 1000:
-        raise DataError(f"data.label: {config.label!r} has {len(found)} distinct values; is it a class?")
+        raise DataError(
+            f"data.label: {config.label!r} has {len(found)} distinct values, and may have 1000; is it "
+            "a class? name its column with --set data.label=..."
+        )
     if labels is None:
         return found
     if set(found) <= set(labels):
@@ -298,7 +313,7 @@ def _class_names(frame: pd.DataFrame, labels: tuple[str, ...] | None, config: Da
     unknown = sorted(set(found) - set(labels))
     raise DataError(
         f"data: {config.source}: labels do not match the model's head: it knows {', '.join(labels[:10])}, the data "
-        f"also have {', '.join(unknown[:10])}"
+        f"also have {', '.join(unknown[:10])}; rename those of the data, or give a model without a head, which gets one"
     )
 
 

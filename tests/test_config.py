@@ -95,7 +95,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(text: str, message: 
         ("target: {tokens: 128}", ("run.yaml: target.tokens: must be <= data.max_tokens (64), got 128",)),
         ("schema: 2", ("schema:", "should be 1", "got 2")),
         ("[1, 2]", ("run.yaml: must hold keys and values, got list",)),
-        ("", ("run.yaml: must hold keys and values, got NoneType",)),
+        ("", ("run.yaml: must hold keys and values, it is empty",)),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_the_range(text: str, parts: tuple[str, ...]) -> None:

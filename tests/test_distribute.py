@@ -176,7 +176,7 @@ def test_what_fails_while_a_worker_gets_ready_is_said(worker: Any) -> None:
     assert kind == "end"
     assert reason.startswith("node ")
     assert " cannot begin: " in reason
-    assert reason.endswith("holds no artefact.json; give a folder that export wrote")
+    assert reason.endswith("holds no artefact.json; give a folder that export wrote as openvino or onnx")
 
 
 def test_a_defect_in_one_candidate_is_its_reason(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,13 @@ def identity(space: str = "encoder-small", **sections: object) -> dict[str, obje
     return identity_of(run, model="m", data="d", space=bind(SearchSpace.load(space), SHAPE, tokens=64))
 
 
+def test_a_study_of_before_static_ranges_is_another_one_with_onnx_runtime_alone() -> None:
+    assert "arithmetic" not in identity()
+    now = identity(target={"runtime": "onnxruntime"})
+    before = {name: value for name, value in now.items() if name != "arithmetic"}
+    assert str(difference(before, now)).startswith("arithmetic: null became ")
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [

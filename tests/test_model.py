@@ -307,7 +307,7 @@ class TestCodeIsNeverRun:
         (bert_copy / "model.safetensors").unlink()
         (bert_copy / name).write_bytes(pickle.dumps(_Touch(tmp_path / "ran")))
         for action in (lambda: model.check_files(bert_copy), lambda: model.load(bert_copy, labels=LABELS)):
-            with pytest.raises(ModelError, match=rf"{name}: pickled weights .* convert them .*save_pretrained"):
+            with pytest.raises(ModelError, match=rf"{name}: pickled weights .* load the folder once .*save_pretrained"):
                 action()
         assert not (tmp_path / "ran").exists()
 

@@ -73,7 +73,7 @@ def test_what_comes_back_predicts_as_the_artefact(
 
     plan = CompressionPlan(decisions)  # type: ignore[arg-type]
     base, kept, pieces = shop.parted(plan)
-    made = compressed_model(cut_to_blocks(base, kept), pieces, plan, shop.teacher_folder, shop.runtime.name)
+    made = compressed_model(cut_to_blocks(base, kept), pieces, plan, shop.teacher_folder, shop.runtime)
     made.save_pretrained(tmp_path)
     program = tmp_path / PROGRAM
     inputs = list(next(shop.splits["search"].head(1).in_order_of_length(1)).inputs())
@@ -84,7 +84,7 @@ def test_what_comes_back_predicts_as_the_artefact(
     assert found.config.id2label == dict(enumerate(shop.task.labels))
     artifact = shop.build(plan, tmp_path / "artefact")
     session = shop.runtime.load(artifact, shop.run.target)
-    for batch in shop.splits["search"].head(24).in_order_of_length(8 if shop.runtime.batch_invariant else 1):
+    for batch in shop.splits["search"].head(24).in_order_of_length(8):
         with torch.no_grad():
             logits = found(**batch.inputs()).logits.numpy()
         # A step of 8 bits here or there where floats are added in another order.
@@ -92,6 +92,12 @@ def test_what_comes_back_predicts_as_the_artefact(
         np.testing.assert_allclose(run_program(batch.arrays()), logits, atol=0.05 if decisions else 1e-4)
     with torch.no_grad():
         assert found(**batch.inputs(), labels=batch.labels).loss.isfinite()
+        for dtype in (torch.float16, torch.bfloat16):
+            for narrow in (AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=dtype), found.to(dtype)):
+                rough = narrow.eval()(**batch.inputs()).logits
+                assert rough.dtype == dtype
+                np.testing.assert_allclose(rough.float(), logits, atol=0.2)
+            found = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     saved = tmp_path / "again"
     found.save_pretrained(saved)
     again = AutoModelForSequenceClassification.from_pretrained(saved).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +30,9 @@ DECISIONS = {
 }
 
 
-def made(holder: type[PackedLinear] | type[PackedEmbedding], factor: Factor, *, half: bool = False) -> nn.Module:
+def made(holder: type[PackedLinear] | type[PackedEmbedding], factor: Factor, **about: Any) -> nn.Module:
     """Return a layer that came back from its own state."""
-    stored = Stored.of(factor, half=half)
+    stored = Stored.of(factor, table=holder is PackedEmbedding, **about)
     first = holder(stored)
     first.fill(factor)
     second = holder(Stored(**json.loads(json.dumps(stored.to_dict()))))
@@ -58,6 +59,12 @@ def test_inputs_of_integer_products_are_rounded_to_their_grid() -> None:
     assert layer(read)[0].tolist() == pytest.approx([span.low, 0.0, 0.0, span.high], abs=1e-6)
 
 
+def test_what_earlier_versions_wrote_takes_the_range_of_what_it_multiplies() -> None:
+    layer = made(PackedLinear, Factor(packed(np.eye(4, dtype=np.float32), None)), anew="call")
+    read = torch.tensor([[-5.0, 0.0, 0.4 * 12 / 255, 7.0]])
+    assert layer(read)[0].tolist() == pytest.approx([-106 * 12 / 255, 0.0, 0.0, 149 * 12 / 255], abs=1e-6)
+
+
 def test_a_trimmed_table_reads_the_row_that_stands_for_a_token() -> None:
     index = np.array([2, 0, 0, 5], dtype=np.uint16)
     weight = packed(WEIGHT, Quantize(weight_bits=4, group_size=8), looked_up=True)
@@ -78,7 +85,7 @@ def test_rows_of_8_bits_are_those_that_openvino_looks_up() -> None:
     graph = openvino.Model([op.gather(table, ids, op.constant(np.array(0)))], [ids])
     compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     read = np.array([1, 4])
-    found = made(PackedEmbedding, Factor(weight), half=True)(torch.from_numpy(read)).numpy()
+    found = made(PackedEmbedding, Factor(weight))(torch.from_numpy(read)).numpy()
     np.testing.assert_array_equal(found, compiled([read])[0])
 
 

@@ -27,8 +27,7 @@ from test_study import CSV_COLUMNS, plan_ids, rows, states
 
 from autocompress import api, delivery, task
 from autocompress.config import RunConfig, TargetConfig
-from autocompress.errors import ExportError
-from autocompress.evaluate import Workshop
+from autocompress.errors import AutocompressError, ExportError
 from autocompress.records import Candidate
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.scoring import logits_of
@@ -517,6 +516,27 @@ def test_an_artefact_that_no_longer_matches_its_score_is_not_shipped(
     assert not (copy / "out").exists()
 
 
+@pytest.mark.parametrize("now", ["another arithmetic", "another row"])
+def test_what_would_not_be_what_was_scored_is_refused_before_any_work(
+    copy: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, now: str
+) -> None:
+    monkeypatch.chdir(workplace)
+    point = api.open_study(copy).front().points[-1]
+    if now == "another arithmetic":
+        monkeypatch.setattr(type(get_runtime("openvino")), "arithmetic", "of a later version")
+        said = "computed otherwise with openvino.* retarget "
+    else:
+        monkeypatch.setattr(task.Task, "fingerprint", "of other rows")
+        said = r"holds other rows than those that .+ was scored on; bring these back, or search anew"
+    before = rows(copy)
+    with pytest.raises(AutocompressError, match=said):
+        api.export(point, copy / "out")
+    with pytest.raises(AutocompressError, match=said):
+        api.recover(point, epochs=0.1)
+    assert rows(copy) == before
+    assert not (copy / "out").exists()
+
+
 def test_what_was_not_kept_is_built_again_to_be_shipped(
     copy: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -537,9 +557,8 @@ def test_what_was_not_kept_is_built_again_to_be_shipped(
     assert "building the uncompressed model again" in lines
     assert again.measurement.predictions == point.score.predictions
     other = dataclasses.replace(point.score, predictions="0" * 64)
-    monkeypatch.setattr(Workshop, "evaluate", lambda *_: other)
     with pytest.raises(ExportError, match="was not kept, and what is built again is not what was scored"):
-        api.export(point, copy / "never")
+        api.export(dataclasses.replace(point, measurement=other), copy / "never")
     assert not (copy / "never").exists()
 
 

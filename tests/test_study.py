@@ -885,18 +885,46 @@ def test_another_model_data_or_machine_is_refused(
     assert rows(folder) == before
 
 
-def test_latencies_that_were_taken_otherwise_are_read_and_not_added_to(
-    drive: Callable[..., Study], folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("study.LATENCY_PROTOCOL", r"took latencies otherwise.* retarget .* -o NEW measures its front anew"),
+        (
+            "runtimes.openvino.OpenVINORuntime.arithmetic",
+            r"computed otherwise with openvino.* retarget .* -o NEW scores its front anew",
+        ),
+    ],
+)
+def test_what_was_measured_otherwise_is_read_and_not_added_to(
+    drive: Callable[..., Study], folder: Path, monkeypatch: pytest.MonkeyPatch, changed: str, said: str
 ) -> None:
     study = drive()
     evaluate(study, 2)
     study.close()
     before = rows(folder)
-    monkeypatch.setattr("autocompress.study.LATENCY_PROTOCOL", "of another version")
-    with pytest.raises(StudyError, match=r"took latencies otherwise.* retarget .* -o NEW measures its front anew"):
+    monkeypatch.setattr(f"autocompress.{changed}", "of another version")
+    with pytest.raises(StudyError, match=said):
         drive()
+    with pytest.raises(StudyError, match=said):
+        Study(folder, run_of(), writable=True)
     assert rows(folder) == before
     assert len(Study(folder, run_of()).candidates()) == 2
+
+
+def test_a_study_says_whether_what_is_built_now_compares(
+    drive: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = drive()
+    assert study.outdated is None
+    monkeypatch.setattr("autocompress.runtimes.openvino.OpenVINORuntime.arithmetic", "of another version")
+    assert "nothing is added to it or exported from it" in str(study.outdated)
+
+
+def test_other_rows_than_those_of_the_study_are_refused(drive: Callable[..., Study]) -> None:
+    study = drive(data="fingerprint, 64 tokens")
+    study.require_data("fingerprint")
+    with pytest.raises(StudyError, match=r"^data: demo/movies: holds other rows than those that .+ was scored on"):
+        study.require_data("another")
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,10 @@ from autocompress.errors import ExportError, ModelError
 from autocompress.hf.config import FORMAT, CompressedConfig
 from autocompress.hf.packed import PackedEmbedding, PackedLinear, Stored
 from autocompress.model import EncoderModel
-from autocompress.pieces import Factor, Piece
+from autocompress.pieces import Piece
 from autocompress.plan import MODEL_SITE, CompressionPlan
-from autocompress.runtimes.onnx_writer import has_kernel
+from autocompress.runtimes import Runtime
 from autocompress.transforms.student import Repeated
-
-_HALF_TABLES = "openvino"
-"""Runtime that stores scales of 8-bit tables in half precision."""
-_TAKES_RANGES = "onnxruntime"
-"""Runtime that takes the range of what it multiplies at each call."""
 
 
 class CompressedForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -83,7 +78,7 @@ def _first(value: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
 AutoModelForSequenceClassification.register(CompressedConfig, CompressedForSequenceClassification, exist_ok=True)
 
 
-def packed_model(model: EncoderModel, pieces: Mapping[str, Piece], runtime: str) -> nn.Module:
+def packed_model(model: EncoderModel, pieces: Mapping[str, Piece], runtime: Runtime) -> nn.Module:
     """Put ``pieces`` (by site) into the module of ``model``, which is changed, and return it.
 
     Args:
@@ -96,25 +91,14 @@ def packed_model(model: EncoderModel, pieces: Mapping[str, Piece], runtime: str)
             made: list[nn.Module] = []
             for factor in layer:
                 if site == "embeddings":
-                    holder: PackedLinear | PackedEmbedding = PackedEmbedding(
-                        Stored.of(factor, half=runtime == _HALF_TABLES)
-                    )
+                    holder: PackedLinear | PackedEmbedding = PackedEmbedding(Stored.of(factor, table=True))
                 else:
-                    holder = PackedLinear(Stored.of(factor, anew=_anew(factor, runtime)))
+                    anew = "group" if runtime.rounds_groups(factor.weight) else ""
+                    holder = PackedLinear(Stored.of(factor, anew=anew))
                 holder.fill(factor)
                 made.append(holder)
             model.replace(path, made[0] if len(made) == 1 else nn.Sequential(*made))
     return model.module
-
-
-def _anew(factor: Factor, runtime: str) -> str:
-    """Return by what the runtime takes ranges of what it multiplies with a factor at each call, if it does."""
-    weight = factor.weight
-    if runtime != _TAKES_RANGES or weight.bits >= 16:
-        return ""
-    if weight.bits == 8 or weight.multiples is not None:
-        return "" if factor.span is None else "call"
-    return "group" if has_kernel(weight) else ""
 
 
 def structure_of(module: nn.Module, fresh: nn.Module, plan: CompressionPlan) -> dict[str, Any]:
@@ -212,7 +196,7 @@ def _made(base: Mapping[str, Any], structure: Mapping[str, Any]) -> nn.Module:
 
 
 def compressed_model(
-    model: EncoderModel, pieces: Mapping[str, Piece], plan: CompressionPlan, source: Path, runtime: str
+    model: EncoderModel, pieces: Mapping[str, Piece], plan: CompressionPlan, source: Path, runtime: Runtime
 ) -> CompressedForSequenceClassification:
     """Return the model that is read back from an exported folder.
 

@@ -7,6 +7,7 @@ that the runtimes multiply as 8-bit integers are rounded to the same grid here, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,9 +33,9 @@ class Stored:
         bias: whether there is one.
         rounded: whether what is multiplied is rounded to 8 bits first.
         tokens: of a table that was trimmed, how many tokens there are; else 0.
-        half: whether scales of a table are in half precision, as OpenVINO stores them at 8 bits.
-        anew: where the range of what it is multiplied with is taken at each call: ``call``, of all of it, or ``group``,
-            of as many columns as share a step.
+        half: whether scales of a table are in half precision, as runtimes store them at 8 bits.
+        anew: where the range of what it is multiplied with is taken at each call: ``group``, of as many columns as
+            share a step, or, in what earlier versions wrote of ONNX Runtime's, ``call``, of all of it.
     """
 
     bits: int
@@ -49,7 +50,7 @@ class Stored:
     anew: str = ""
 
     @classmethod
-    def of(cls, factor: Factor, *, half: bool = False, anew: str = "") -> Stored:
+    def of(cls, factor: Factor, *, table: bool = False, anew: str = "") -> Stored:
         """Describe a factor of a piece."""
         weight, (rows, columns) = factor.weight, factor.weight.shape
         return cls(
@@ -61,7 +62,7 @@ class Stored:
             bias=factor.bias is not None,
             rounded=factor.span is not None and not anew,
             tokens=0 if factor.index is None else len(factor.index),
-            half=half and weight.bits == 8,
+            half=table and weight.bits == 8,
             anew=anew,
         )
 
@@ -104,8 +105,19 @@ class _Holder(nn.Module):
         for name, (shape, dtype) in stored.shapes().items():
             # No parameters: integers have no gradients, and there is nothing here to be trained.
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        # Of the type that the model computes in, whose casts it follows.
+        self.register_buffer("like", torch.empty(0), persistent=False)
         self._restored: torch.Tensor | None = None
         self.register_load_state_dict_post_hook(_Holder._forget)  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Holder:
+        """Move and cast it, but for the ends of a grid, whose 0 has to stay one of its steps."""
+        span = self._buffers.get("span")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if span is not None:
+            self._buffers["span"] = span.to(self.get_buffer("like").device)
+        self._restored = None
+        return self
 
     def _forget(self, _: object) -> None:
         """Drop what was made of other numbers."""
@@ -153,11 +165,12 @@ class _Holder(nn.Module):
         return found.reshape(stored.rows, stored.columns).float()
 
     def matrix(self) -> torch.Tensor:
-        """Return `restored`, made once; where a program is recorded, it is a part of that."""
+        """Return `restored` as the model computes, made once; where a program is recorded, it is a part of that."""
+        like = self.get_buffer("like")
         if torch.compiler.is_compiling():
-            return self.restored()
-        if self._restored is None or self._restored.device != self.get_buffer("values").device:
-            self._restored = self.restored()
+            return self.restored().to(like)
+        if self._restored is None or (self._restored.device, self._restored.dtype) != (like.device, like.dtype):
+            self._restored = self.restored().to(like)
         return self._restored
 
 
@@ -168,12 +181,13 @@ class PackedLinear(_Holder):
         """Return ``... x rows`` for ``... x columns``."""
         if self.stored.rounded:
             low, high = self.get_buffer("span")
-            # As OpenVINO's FakeQuantize with 256 levels: to the nearest, ties to even.
-            steps = torch.round((read.clamp(low, high) - low) / (high - low) * 255)
-            read = steps / 255 * (high - low) + low
+            # As OpenVINO's FakeQuantize with 256 levels: to the nearest, ties to even. Few are ties elsewhere, too.
+            steps = torch.round((read.float().clamp(low, high) - low) / (high - low) * 255)
+            read = (steps / 255 * (high - low) + low).to(read)
         elif self.stored.anew:
             read = _by_call(read) if self.stored.anew == "call" else _by_group(read, self.stored.group)
-        return functional.linear(read, self.matrix(), self.get_buffer("bias") if self.stored.bias else None)
+        bias = self.get_buffer("bias").to(read) if self.stored.bias else None
+        return functional.linear(read, self.matrix(), bias)
 
 
 class PackedEmbedding(_Holder):
@@ -187,7 +201,8 @@ class PackedEmbedding(_Holder):
             return functional.embedding(ids, self.matrix())
         # Multiplied in single precision: what is rounded otherwise here is rounded otherwise in every layer after it.
         scales = functional.embedding(ids, self.get_buffer("scales").half())
-        return functional.embedding(ids, self.get_buffer("values")).float() * scales.float()
+        rows = functional.embedding(ids, self.get_buffer("values")).float() * scales.float()
+        return rows.to(self.get_buffer("like"))
 
 
 def _by_call(read: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from autocompress.pieces import Piece, linear_modules
 from autocompress.plan import CompressionPlan
 from autocompress.products import Product
 from autocompress.task import Batch
+from autocompress.transforms.quantize import Packed
 
 ARTIFACT_SCHEMA = 1
 ARTIFACT_FILE = "artefact.json"
@@ -77,7 +78,9 @@ class Artifact:
         try:
             about = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise RuntimeBuildError(f"{folder}: holds no {ARTIFACT_FILE}; give a folder that export wrote") from None
+            raise RuntimeBuildError(
+                f"{folder}: holds no {ARTIFACT_FILE}; give a folder that export wrote as openvino or onnx"
+            ) from None
         except ValueError as error:
             raise RuntimeBuildError(f"{file}: not readable ({error})") from None
         if not isinstance(about, dict) or about.get("schema") != ARTIFACT_SCHEMA:
@@ -122,7 +125,10 @@ class Session(ABC):
 
     @abstractmethod
     def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return logits (``batch x classes``, float32) for int64 arrays of ``batch x tokens`` by input name."""
+        """Return logits (``batch x classes``, float32) for int64 arrays of ``batch x tokens`` by input name.
+
+        Those of a row are the same in any batch, but for the order in which floats are added.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -133,8 +139,8 @@ class Runtime(ABC):
     """Builds and runs artefacts of one format."""
 
     name: ClassVar[str]
-    batch_invariant: ClassVar[bool]
-    """Whether a row's logits are the same in any batch, so that accuracy may be taken in larger batches."""
+    arithmetic: ClassVar[str] = ""
+    """What is different from how earlier versions computed with this runtime; scores of before are not for now."""
 
     @abstractmethod
     def check(self, plan: CompressionPlan, shape: ModelShape) -> None:
@@ -163,6 +169,10 @@ class Runtime(ABC):
     @abstractmethod
     def weight_bytes(self, product: Product) -> float:
         """Return the bytes that a matrix's weights and scales take in this runtime's files."""
+
+    def rounds_groups(self, weight: Packed) -> bool:
+        """Return whether what is multiplied by ``weight`` is rounded in its groups, though the plan keeps floats."""
+        return False
 
     @abstractmethod
     def load(self, artifact: Artifact, target: TargetConfig) -> Session:

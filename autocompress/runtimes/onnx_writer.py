@@ -1,9 +1,9 @@
 """ONNX graphs in which each site stands as the plan says: `onnxruntime.py` has them written from the exported one.
 
-8 bits become ``DynamicQuantizeMatMul`` (the activation range is taken anew at each call), 4 bits ``MatMulNBits``, an
-embedding ``Gather`` on int8 or ``GatherBlockQuantized``; all are operators that the CPU provider has kernels for. What
-these do not take, such as 3 bits or groups of 8, is stored as narrow and unpacked when the file is loaded. A decision
-that finds no node is an error instead of being skipped.
+8 bits become ``MatMulIntegerToFloat`` of an input that is quantised once for all that read it, 4 bits ``MatMulNBits``,
+an embedding ``Gather`` on int8 or ``GatherBlockQuantized``; all are operators that the CPU provider has kernels for.
+What these do not take, such as 3 bits or groups of 8, is stored as narrow and unpacked when the file is loaded. A
+decision that finds no node is an error instead of being skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from autocompress.errors import RuntimeBuildError
 from autocompress.pieces import Factor, Layer
 from autocompress.runtimes.base import joined
-from autocompress.transforms.quantize import Packed
+from autocompress.transforms.quantize import ActivationRange, Packed
 
 CONTRIB = "com.microsoft"
 """Domain of the operators that ONNX Runtime has beyond the standard."""
@@ -41,6 +41,7 @@ class Writer:
         self._replaced: dict[str, list[Any]] = {}
         self._added: dict[str, Any] = {}
         self._made: set[str] = set()
+        self._after: dict[str, list[Any]] = {}
         self._first: list[Any] = []
         self._cut: dict[str, str] = {}
         self.contrib = False
@@ -99,14 +100,14 @@ class Writer:
             scales = self._constant(f"{name}/scale", weight.scales[:, 0])
             if factor.span is None:
                 return [*self._scaled(values, scales, name), self._make("MatMul", [source, f"{name}/f32"], output)]
-            return [self._make("DynamicQuantizeMatMul", [source, values, scales], output, contrib=True)]
+            return [self._of_integers(source, factor.span, values, scales, output)]
         if weight.multiples is not None:
             nodes = self._unpacked(weight, name)
             nodes.append(self._make("Transpose", [nodes[-1].output[0]], f"{name}/transposed", perm=[1, 0]))
             scales = self._constant(f"{name}/scale", weight.scales[:, 0, 0])
             values = nodes[-1].output[0]
             if factor.span is not None:
-                return [*nodes, self._make("DynamicQuantizeMatMul", [source, values, scales], output, contrib=True)]
+                return [*nodes, self._of_integers(source, factor.span, values, scales, output)]
             return [*nodes, *self._scaled(values, scales, name), self._make("MatMul", [source, f"{name}/f32"], output)]
         if not has_kernel(weight):
             nodes = self._unpacked(weight, name)
@@ -124,6 +125,22 @@ class Writer:
             "accuracy_level": 4,
         }
         return [self._make("MatMulNBits", [source, values, scales], output, contrib=True, **attributes)]
+
+    def _of_integers(self, source: str, span: ActivationRange, values: str, scales: str, output: str) -> Any:
+        """Return the product of integers, ``in x out``, with ``source`` on the grid of ``span``."""
+        grid: dict[str, np.ndarray] = {
+            "step": np.array(span.step, dtype=np.float32),
+            "zero": np.array(span.zero, dtype=np.uint8),
+        }
+        quantized = f"{source}/{span.step}/{span.zero}"
+        step, zero = (self._constant(f"{quantized}/{name}", value) for name, value in grid.items())
+        if quantized not in self._made:
+            self._made.add(quantized)
+            # Where it is computed: query, key and value read one tensor, and share its quantised copy.
+            node = self._make("QuantizeLinear", [source, step, zero], quantized)
+            self._after.setdefault(source, []).append(node)
+        inputs = [quantized, values, step, scales, zero]
+        return self._make("MatMulIntegerToFloat", inputs, output, contrib=True)
 
     def _scaled(self, values: str, scales: str, name: str) -> list[Any]:
         """Return nodes that turn integers, ``in x out``, into floats; constants, so it is done once at loading."""
@@ -221,12 +238,18 @@ class Writer:
             else:
                 nodes += self._unpacked(weight, f"{name}/table")
                 values = nodes[-1].output[0]
-            scales = self._constant(f"{name}/scale", weight.scales.reshape(-1, 1))
+            half = weight.bits == 8  # as OpenVINO's: twice the bytes would buy no accuracy
+            scales = self._constant(f"{name}/scale", weight.scales.reshape(-1, 1).astype("f2" if half else "f4"))
+            row_scale = f"{name}/row_scale"
             nodes += [
                 self._make("Gather", [values, rows], f"{name}/int8"),
                 self._make("Cast", [f"{name}/int8"], f"{name}/f32", to=self._onnx.TensorProto.FLOAT),
-                self._make("Gather", [scales, rows], f"{name}/row_scale"),
-                self._make("Mul", [f"{name}/f32", f"{name}/row_scale"], output),
+                self._make("Gather", [scales, rows], f"{name}/half" if half else row_scale),
+            ]
+            if half:
+                nodes.append(self._make("Cast", [f"{name}/half"], row_scale, to=self._onnx.TensorProto.FLOAT))
+            nodes += [
+                self._make("Mul", [f"{name}/f32", row_scale], output),
             ]
         else:
             values = self._constant(f"{name}/table", weight.values)
@@ -249,7 +272,10 @@ class Writer:
         graph.name = self._graph.name
         graph.input.extend(self._graph.input)
         graph.output.extend(self._graph.output)
-        graph.node.extend(new for old in self._graph.node for new in self._replaced.get(old.name, [old]))
+        for old in self._graph.node:
+            for new in self._replaced.get(old.name, [old]):
+                graph.node.append(new)
+                graph.node.extend(after for name in new.output for after in self._after.get(name, []))
         for node in graph.node:
             for position, name in enumerate(node.input):
                 node.input[position] = self._cut.get(name, name)

@@ -34,8 +34,9 @@ from autocompress.runtimes.base import (
     products,
     stand_in_value,
 )
-from autocompress.runtimes.onnx_writer import CONTRIB, Writer
+from autocompress.runtimes.onnx_writer import CONTRIB, Writer, has_kernel
 from autocompress.task import Batch
+from autocompress.transforms.quantize import Packed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,8 +64,8 @@ class ONNXRuntime(Runtime):
     """Builds and runs ONNX files."""
 
     name = "onnxruntime"
-    # Ranges of activations are taken over a whole call, so that a row's neighbours change its logits.
-    batch_invariant = False
+    # Earlier versions took the range of an input at each call, over all of it.
+    arithmetic = "ranges of calibration"
 
     def check(self, plan: CompressionPlan, shape: ModelShape) -> None:
         """Accept every decision."""
@@ -115,11 +116,14 @@ class ONNXRuntime(Runtime):
     def weight_bytes(self, product: Product) -> float:
         weights = product.outer * product.inner
         if product.bits == 8:
-            return weights + 4 * product.outer
+            return weights + (2 if product.kind == "embedding" else 4) * product.outer
         stored = weights * product.bits / 8
         if product.whole_steps:
             return stored + weights / product.group + 4 * product.outer
         return stored + (4 * weights / product.group if product.bits == 4 else 0)
+
+    def rounds_groups(self, weight: Packed) -> bool:
+        return weight.bits == 4 and weight.multiples is None and has_kernel(weight)
 
     def load(self, artifact: Artifact, target: TargetConfig) -> ONNXSession:
         import onnxruntime

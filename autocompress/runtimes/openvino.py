@@ -102,7 +102,6 @@ class OpenVINORuntime(Runtime):
     """Builds and runs OpenVINO IRs."""
 
     name = "openvino"
-    batch_invariant = True
 
     def check(self, plan: CompressionPlan, shape: ModelShape) -> None:
         """Accept every decision."""

@@ -324,6 +324,16 @@ class ActivationRange:
         zero = round(-low / step)
         return cls(-zero * step, (255 - zero) * step)
 
+    @property
+    def step(self) -> float:
+        """Return the distance of two neighbours."""
+        return (self.high - self.low) / 255
+
+    @property
+    def zero(self) -> int:
+        """Return the number, 0 to 255, that stands for 0."""
+        return round(-self.low / self.step)
+
 
 @dataclass(frozen=True)
 class Activations:

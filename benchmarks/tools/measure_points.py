@@ -86,7 +86,9 @@ class Bench:
         workshop, started = self.workshop, time.perf_counter()
         session = Foreign(workshop.runtime.load(artifact, workshop.run.target))
         rows = workshop.splits["search"]
-        scored = scoring.accuracy(scoring.logits_of(session, rows, workshop.batches("search")), rows)
+        # Logits of others may depend on the batch: they are scored in that of the target.
+        batches = rows.in_order_of_length(workshop.run.target.batch_size)
+        scored = scoring.accuracy(scoring.logits_of(session, rows, batches), rows)
         pairs_taken = timing.paired_times(
             session,
             workshop.stand.reference,
