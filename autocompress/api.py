@@ -16,7 +16,7 @@ from autocompress.binding import bind
 from autocompress.cluster import Cluster
 from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.distribute import Workers
-from autocompress.errors import ConfigError, ExportError, StudyError
+from autocompress.errors import ConfigError, StudyError
 from autocompress.evaluate import Workshop
 from autocompress.forecast import Forecast
 from autocompress.forecast import forecast as _forecast
@@ -249,10 +249,6 @@ def export(
     """
     folder = _home(candidate)
     run = RunConfig.from_file(folder / "run.yaml")
-    study = open_study(folder)
-    if study.outdated is not None:
-        raise ExportError(f"export: {folder}: {study.outdated}")
-    study.require_data(Workshop(run, folder / "artefacts").task.fingerprint)
     repository = None if push_to_hub is None else hub.Repository(push_to_hub, private)
     return delivery.export(
         candidate,

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from autocompress.report.card import model_card
 from autocompress.report.script import predict_script
 from autocompress.rows import LOGITS_FILE, read_logits, write_rows
 from autocompress.runtimes import Artifact, get_runtime
+from autocompress.study import Study
 from autocompress.trained import Progress, torch_threads
 from autocompress.transforms.prune import cut_to_blocks
 
@@ -101,6 +103,10 @@ def export(
         raise ExportError(f"export: trial {candidate.number} {ended} ({candidate.failure}); pick another")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise ExportError(f"export: {out} is not empty; give another folder or --force")
+    with closing(Study(candidate.folder, run)) as study:
+        if study.outdated is not None:
+            raise ExportError(f"export: {candidate.folder}: {study.outdated}")
+        study.require_data(Workshop(run, candidate.folder / "artefacts").task.fingerprint)
     with tempfile.TemporaryDirectory(prefix="autocompress-export-") as artefacts:
         scored = _scored(candidate, run, Path(artefacts), progress)
         found = {}

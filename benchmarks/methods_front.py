@@ -10,8 +10,8 @@ on the held-out test rows, with a paired bootstrap interval. They were chosen by
 expected there. The best one is that which diverges least from the uncompressed model: what is most accurate among many
 was lucky, too, and may keep what is better off the front. How well that chooses is told by halves of the search rows.
 
-In the joint space it then recovers the best ones: reconstructed, and trained in as many passes as cost no more
-arithmetic than one fine-tuning, with weights rounded as they are stored.
+The best ones of a gain among the candidates of both searches are then recovered: reconstructed, and trained in as many
+passes as cost no more arithmetic than one fine-tuning, with weights rounded as they are stored.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ FASTEST = {"without training": ((0.99, 4.0),), "with students": ((0.99, 6.0), (0
 """Shares of accuracy to be retained, and times faster that are aimed at there."""
 SMALLEST = ((0.98, 12.0), (0.96, 16.0))
 """The same for times smaller."""
+BOTH = "of both searches"
+MORE = {"latency": "faster", "size": "smaller"}
 TRIALS = {"without training": 80, "with students": 200}
 MOST_LOST = 0.05
 SETTINGS = {
@@ -100,35 +102,36 @@ class Measured:
         figures: to write to.
         name: of the search.
         front: what it found.
+        candidates: all that it tried.
         shop: its run, with built candidates.
     """
 
     figures: Figures
     name: str
     front: Front
+    candidates: Sequence[Candidate]
     shop: Workshop
 
     def __post_init__(self) -> None:
         self.reference = test_hits(self.shop, self.shop.reference_folder)
         self.figures.more[f"{self.name}: test accuracy of the uncompressed model"] = float(self.reference.mean())
 
-    def nearest(self, among: Sequence[Candidate], target: float, prefer: str) -> Candidate | None:
-        """Return what diverges least and has a gain when it is timed as points of the front are, or None."""
-        for candidate in sorted(among, key=lambda c: c.score.divergence or 0.0):
-            if not candidate.score.confirmed:
-                pairs = self.shop.run.search.confirm_pairs
-                [timed] = self.shop.confirmed([(candidate.plan, candidate.score)], pairs=pairs)
-                candidate = replace(candidate, measurement=timed)
-            if gain(candidate, self.front, prefer) >= target:
-                return candidate
-        return None
+    def reach(self, target: float, prefer: str) -> list[Candidate]:
+        """Return the candidates that have a gain, and were not trained, that which diverges least first."""
+        scored = [c for c in self.candidates if c.measurement is not None and c.feasible and not c.plan.trained]
+        found = (c for c in scored if gain(c, self.front, prefer) >= target)
+        return sorted(found, key=lambda c: c.score.divergence or 0.0)
 
-    def write(self, what: str, candidate: Candidate | None, prefer: str, share: float, target: float) -> None:
+    def timed(self, candidate: Candidate) -> Candidate:
+        """Return a candidate with a latency taken as that of a front's point is."""
+        if candidate.score.confirmed:
+            return candidate
+        pairs = self.shop.run.search.confirm_pairs
+        [measured] = self.shop.confirmed([(candidate.plan, candidate.score)], pairs=pairs)
+        return replace(candidate, measurement=measured)
+
+    def write(self, name: str, candidate: Candidate, prefer: str, share: float, target: float) -> None:
         """Write a point's gain, with its ``target``, and what it retains on test rows, with the ``share`` aimed at."""
-        name = f"{self.name}, {what}"
-        if candidate is None:
-            self.figures.add(name, 1.0, "times: none but the uncompressed model", f">= {target:g}", False)
-            return
         score, found = candidate.score, gain(candidate, self.front, prefer)
         spread = [1 / score.latency_ratio_high, 1 / score.latency_ratio_low] if prefer == "latency" else None
         unit = "times faster" if prefer == "latency" else "times smaller"
@@ -142,8 +145,23 @@ class Measured:
         self.figures.write()
 
 
-def measure(figures: Figures, data: str, search: str, place: Path, settings: Sequence[str]) -> None:
-    """Run one search and write what its points retain, and what some do that are recovered."""
+def nearest(searches: Sequence[Measured], target: float, prefer: str) -> tuple[Measured, Candidate] | None:
+    """Return what diverges least of all that have a gain when they are timed as a front's points are, or None."""
+    found = [(search, candidate) for search in searches for candidate in search.reach(target, prefer)]
+    for search, candidate in sorted(found, key=lambda pair: pair[1].score.divergence or 0.0):
+        timed = search.timed(candidate)
+        if gain(timed, search.front, prefer) >= target:
+            return search, timed
+    return None
+
+
+def none(figures: Figures, name: str, target: float) -> None:
+    """Write that nothing has a gain."""
+    figures.add(name, 1.0, "times: none but the uncompressed model", f">= {target:g}", False)
+
+
+def measure(figures: Figures, data: str, search: str, place: Path, settings: Sequence[str]) -> Measured:
+    """Run one search and write what its points retain."""
     out, name = place / f"{data.split('/')[1]}-{search.replace(' ', '-')}", f"{data}, {search}"
     bank = f"storage.bank={out}-bank"
     run = RunConfig.from_file("demo", overrides=[f"data.source={data}", bank, *settings])
@@ -154,24 +172,40 @@ def measure(figures: Figures, data: str, search: str, place: Path, settings: Seq
         bound = MINUTES if search == SEARCHES[0] else math.inf
         said = f"<= {bound:g}" if search == SEARCHES[0] else "reported"
         figures.add(f"{name}: the whole search", minutes, "minutes", said, minutes <= bound)
-    measured = Measured(figures, name, study.front(), Workshop(run, out / "artefacts"))
+    measured = Measured(figures, name, study.front(), study.candidates(), Workshop(run, out / "artefacts"))
     wanted = [("latency", share, target) for share, target in FASTEST[search]]
     wanted += [("size", share, target) for share, target in SMALLEST]
     for prefer, share, target in wanted:
-        extreme, more = ("fastest", "faster") if prefer == "latency" else ("smallest", "smaller")
-        what = f"{extreme} with {share:.0%} of the accuracy"
-        measured.write(what, chosen(measured.front, share, prefer), prefer, share, target)
-        scored = [c for c in study.candidates() if c.measurement is not None and c.feasible and not c.plan.trained]
-        reach = [c for c in scored if gain(c, measured.front, prefer) >= target]
-        picked = measured.nearest(reach, target, prefer)
+        extreme, more = {"latency": "fastest", "size": "smallest"}[prefer], MORE[prefer]
+        of_extreme = f"{name}, {extreme} with {share:.0%} of the accuracy"
+        of_best = f"{name}, best of {target:g} times {more}"
+        if (point := chosen(measured.front, share, prefer)) is None:
+            none(figures, of_extreme, target)
+        else:
+            measured.write(of_extreme, point, prefer, share, target)
+        reach = measured.reach(target, prefer)
         if len(reach) > 1:
             gained, interval = gained_by_nearness(measured.shop, reach)
             said = f"{name}, least divergent over most accurate of {target:g} times {more}"
             figures.add(f"{said}: on the other half of search rows", gained, "share of rows", interval=interval)
-        measured.write(f"best of {target:g} times {more}", picked, prefer, share, target)
-        if picked is not None and search != SEARCHES[0]:
-            again = api.recover(picked, overrides=OF_PICKED, progress=print)
-            measured.write(f"best of {target:g} times {more}, recovered", again, prefer, share, target)
+        if (found := nearest([measured], target, prefer)) is None:
+            none(figures, of_best, target)
+        else:
+            measured.write(of_best, found[1], prefer, share, target)
+    return measured
+
+
+def recover(figures: Figures, data: str, searches: Sequence[Measured]) -> None:
+    """Recover the best candidates of several searches on the same data, and write what they retain then."""
+    wanted = [("latency", share, target) for share, target in FASTEST[SEARCHES[1]]]
+    for prefer, share, target in [*wanted, *(("size", share, target) for share, target in SMALLEST)]:
+        name = f"{data}, {BOTH}, best of {target:g} times {MORE[prefer]}, recovered"
+        if (found := nearest(searches, target, prefer)) is None:
+            none(figures, name, target)
+            continue
+        search, candidate = found
+        again = api.recover(candidate, overrides=OF_PICKED, progress=print)
+        search.write(name, again, prefer, share, target)
 
 
 def main() -> None:
@@ -191,12 +225,15 @@ def main() -> None:
         for data in options.data:
             trained = RunConfig.from_file("demo", overrides=[f"data.source={data}", f"storage.bank={place / 'bank'}"])
             model = api.finetune(trained, progress=print)
+            measured = []
             for search in options.searches:
                 trials = options.trials or TRIALS[search]
                 settings = [f"search.trials={trials}", "search.keep_artefacts=all", f"model.id={model}"]
                 settings += SETTINGS[search]
                 settings += [f"recovery.learning_rate={options.learning_rate}"]
-                measure(figures, data, search, place, settings)
+                measured.append(measure(figures, data, search, place, settings))
+            if len(measured) == len(SEARCHES):
+                recover(figures, data, measured)
 
 
 if __name__ == "__main__":

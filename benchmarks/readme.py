@@ -69,8 +69,8 @@ _BEST = ("{}, {}, best of {} times {}", "{}, {}, best of {} times {}: retained o
 _AIMS = (
     ("without training", "4", "faster"),
     ("without training", "12", "smaller"),
-    ("with students", "6", "faster, recovered"),
-    ("with students", "10", "faster, recovered"),
+    ("of both searches", "6", "faster, recovered"),
+    ("of both searches", "10", "faster, recovered"),
 )
 SUMMARY = {
     DEMO: (
