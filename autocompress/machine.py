@@ -46,6 +46,11 @@ def adds_in_16_bits(about: Mapping[str, Any] | None = None) -> bool:
     return about["system"].endswith(("x86_64", "AMD64")) and _SUMS_IN_32_BITS.isdisjoint(about["cpu"]["features"])
 
 
+def has_vnni() -> bool:
+    """Say whether this CPU is an x86 one that adds products of 8 bits in 32."""
+    return not _SUMS_IN_32_BITS.isdisjoint(cpu()["features"])
+
+
 def has_bfloat16() -> bool:
     """Say whether this CPU multiplies bfloat16 natively, where it is faster than float32."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu()["features"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from autocompress import machine
 from autocompress.config import RunConfig
 from autocompress.decisions import (
     DropBlocks,
@@ -103,6 +104,33 @@ def test_what_comes_back_predicts_as_the_artefact(
     again = AutoModelForSequenceClassification.from_pretrained(saved).eval()
     with torch.no_grad():
         assert torch.equal(again(**batch.inputs()).logits, found(**batch.inputs()).logits)
+
+
+@pytest.mark.slow
+def test_products_with_4_bits_round_what_the_runtime_rounds(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autocompress.hf.modeling import compressed_model
+
+    wide = Quantize(weight_bits=4, group_size=32)
+    plan = CompressionPlan(tuple((f"block.{n}.{kind}", wide) for n in range(3) for kind in ("attention", "ffn")))
+    session = shop.runtime.load(shop.build(plan, tmp_path / "artefact"), shop.run.target)
+    [batch] = shop.splits["search"].head(24).in_order_of_length(24)
+    expected = session.run(batch.arrays())
+
+    def distance() -> float:
+        base, kept, pieces = shop.parted(plan)
+        made = compressed_model(cut_to_blocks(base, kept), pieces, plan, shop.teacher_folder, shop.runtime)
+        with torch.no_grad():
+            return float(np.abs(made(**batch.inputs()).logits.numpy() - expected).mean())
+
+    followed = distance()
+    monkeypatch.setattr(type(shop.runtime), "rounded_together", lambda *_: 0)
+    of_floats = distance()
+    if shop.runtime.name == "openvino" and not machine.has_vnni():
+        assert followed == of_floats < 1e-5
+    else:
+        assert followed < 0.6 * of_floats
 
 
 def one(layers: dict[str, object]) -> dict[str, object]:

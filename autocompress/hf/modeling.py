@@ -93,8 +93,8 @@ def packed_model(model: EncoderModel, pieces: Mapping[str, Piece], runtime: Runt
                 if site == "embeddings":
                     holder: PackedLinear | PackedEmbedding = PackedEmbedding(Stored.of(factor, table=True))
                 else:
-                    anew = "group" if runtime.rounds_groups(factor.weight) else ""
-                    holder = PackedLinear(Stored.of(factor, anew=anew))
+                    columns = runtime.rounded_together(factor.weight)
+                    holder = PackedLinear(Stored.of(factor, anew=str(columns) if columns else ""))
                 holder.fill(factor)
                 made.append(holder)
             model.replace(path, made[0] if len(made) == 1 else nn.Sequential(*made))

@@ -34,8 +34,8 @@ class Stored:
         rounded: whether what is multiplied is rounded to 8 bits first.
         tokens: of a table that was trimmed, how many tokens there are; else 0.
         half: whether scales of a table are in half precision, as runtimes store them at 8 bits.
-        anew: where the range of what it is multiplied with is taken at each call: ``group``, of as many columns as
-            share a step, or, in what earlier versions wrote of ONNX Runtime's, ``call``, of all of it.
+        anew: where the range of what it is multiplied with is taken at each call, of how many columns of a token, as a
+            number. Earlier versions wrote ``group``, of as many as share a step, and ``call``, of all that is there.
     """
 
     bits: int
@@ -185,7 +185,9 @@ class PackedLinear(_Holder):
             steps = torch.round((read.float().clamp(low, high) - low) / (high - low) * 255)
             read = (steps / 255 * (high - low) + low).to(read)
         elif self.stored.anew:
-            read = _by_call(read) if self.stored.anew == "call" else _by_group(read, self.stored.group)
+            anew = self.stored.anew
+            columns = self.stored.group if anew == "group" else 0 if anew == "call" else int(anew)
+            read = _by_group(read, columns) if columns else _by_call(read)
         bias = self.get_buffer("bias").to(read) if self.stored.bias else None
         return functional.linear(read, self.matrix(), bias)
 
@@ -214,7 +216,7 @@ def _by_call(read: torch.Tensor) -> torch.Tensor:
 
 
 def _by_group(read: torch.Tensor, group: int) -> torch.Tensor:
-    """Round as ONNX Runtime's MatMulNBits does: each token's groups of columns to 255 levels around 0."""
+    """Round as runtimes do that multiply by 4 bits: each token's groups of columns to 255 levels around 0."""
     parts = read.reshape(*read.shape[:-1], -1, group)
     step = (parts.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(read.dtype).tiny)
     return (torch.round(parts / step) * step).reshape(read.shape)

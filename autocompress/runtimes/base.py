@@ -170,9 +170,12 @@ class Runtime(ABC):
     def weight_bytes(self, product: Product) -> float:
         """Return the bytes that a matrix's weights and scales take in this runtime's files."""
 
-    def rounds_groups(self, weight: Packed) -> bool:
-        """Return whether what is multiplied by ``weight`` is rounded in its groups, though the plan keeps floats."""
-        return False
+    def rounded_together(self, weight: Packed) -> int:
+        """Return how many columns of what ``weight`` multiplies are rounded to 8 bits together, at each call.
+
+        0 where they are multiplied as the plan says.
+        """
+        return 0
 
     @abstractmethod
     def load(self, artifact: Artifact, target: TargetConfig) -> Session:

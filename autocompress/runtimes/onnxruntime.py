@@ -122,8 +122,10 @@ class ONNXRuntime(Runtime):
             return stored + weights / product.group + 4 * product.outer
         return stored + (4 * weights / product.group if product.bits == 4 else 0)
 
-    def rounds_groups(self, weight: Packed) -> bool:
-        return weight.bits == 4 and weight.multiples is None and has_kernel(weight)
+    def rounded_together(self, weight: Packed) -> int:
+        return (
+            int(weight.values.shape[2]) if weight.bits == 4 and weight.multiples is None and has_kernel(weight) else 0
+        )
 
     def load(self, artifact: Artifact, target: TargetConfig) -> ONNXSession:
         import onnxruntime

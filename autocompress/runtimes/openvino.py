@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from autocompress import machine
 from autocompress.anatomy import ModelShape
 from autocompress.config import TargetConfig
 from autocompress.decisions import MaxTokens
@@ -45,6 +46,8 @@ from autocompress.runtimes.base import (
 from autocompress.task import Batch
 from autocompress.transforms.quantize import ActivationRange, Packed
 
+_ROUNDED_TOGETHER = 32
+"""Columns that the plugin rounds together, by default, before it multiplies them by 4 bits in groups of a multiple."""
 _STAND_IN_BYTES = 4096
 """Float constants from this size on are replaced in a stand-in."""
 
@@ -153,6 +156,10 @@ class OpenVINORuntime(Runtime):
         if product.whole_steps:
             return stored + weights / product.group + 4 * product.outer
         return stored + (2 * weights / product.group if product.bits == 4 else 0)
+
+    def rounded_together(self, weight: Packed) -> int:
+        narrow = weight.bits == 4 and weight.multiples is None and weight.values.shape[2] % _ROUNDED_TOGETHER == 0
+        return _ROUNDED_TOGETHER if narrow and machine.has_vnni() else 0
 
     def load(self, artifact: Artifact, target: TargetConfig) -> OpenVINOSession:
         with _ONE_AT_A_TIME:
