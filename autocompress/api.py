@@ -288,7 +288,7 @@ def validate(run: RunConfig) -> dict[str, Any]:
     space_file = SearchSpace.load(run.space)
     with tempfile.TemporaryDirectory() as scratch:
         workshop = Workshop(run, Path(scratch))
-        loaded = model.load(workshop.source, labels=workshop.task.labels, tokens=workshop.longest)
+        loaded = workshop.loaded(workshop.source)
     space = bind(space_file, loaded.shape, tokens=run.target.tokens)
     ladder = list(uniform_ladder(space))
     for params in ladder:
@@ -306,6 +306,7 @@ def validate(run: RunConfig) -> dict[str, Any]:
         "data": {
             "classes": list(workshop.task.labels),
             "rows": {name: len(rows) for name, rows in workshop.task.splits.items()},
+            "search_rows_cut": workshop.splits["search"].cut,
         },
         "space": {
             "name": space_file.name,

@@ -394,8 +394,7 @@ def export(
 def measure(
     folder: Annotated[Path, typer.Argument(help="A folder that export wrote.")],
     pairs: Annotated[
-        int | None,
-        typer.Option("--pairs", min=5, max=10_000, help="Blocks of runs of each, by default as many as export takes."),
+        int | None, typer.Option("--pairs", help="Blocks of runs of each, by default as many as export takes.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -16,13 +16,16 @@ MEASUREMENT, MEASUREMENT_SCHEMA = "measurement.json", 3
 """What every export holds, its scores and what is needed to run it; and the version of that."""
 CONFIRMING_PAIRS = 20
 """Blocks of runs that confirm an exported latency: more than a search takes, and nothing beside."""
-_LOADS = 4
+_LOADS, _MOST_PAIRS = 4, 10_000
 
 
 def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
     """Time an exported folder against its reference; see `autocompress.measure`."""
-    if pairs < _LOADS:
-        raise ConfigError(f"measure: pairs must be >= {_LOADS}, one for each time that both are loaded, got {pairs}")
+    if not _LOADS <= pairs <= _MOST_PAIRS:
+        raise ConfigError(
+            f"measure: pairs must be >= {_LOADS}, one for each time that both are loaded, and <= {_MOST_PAIRS}, "
+            f"got {pairs}"
+        )
     artifact = Artifact.open(folder)
     try:
         about = json.loads((folder / MEASUREMENT).read_text(encoding="utf-8"))

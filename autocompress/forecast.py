@@ -156,7 +156,7 @@ def forecast(run: RunConfig, progress: Progress = silent) -> Forecast:
         settings["storage"]["bank"] = str(Path(scratch) / "bank")
         workshop = Workshop(RunConfig.from_mapping(settings), Path(scratch) / "artefacts")
         headed = model.head_labels(workshop.source) is not None
-        loaded = model.load(workshop.source, labels=workshop.task.labels, tokens=workshop.longest)
+        loaded = workshop.loaded(workshop.source)
         # The time of a forward pass does not depend on what was learned.
         workshop.__dict__["teacher"] = loaded
         space = bind(SearchSpace.load(run.space), loaded.shape, tokens=run.target.tokens)

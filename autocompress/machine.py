@@ -43,12 +43,17 @@ def adds_in_16_bits(about: Mapping[str, Any] | None = None) -> bool:
         about: the fingerprint of a machine, by default this one's.
     """
     about = fingerprint() if about is None else about
-    return about["system"].endswith(("x86_64", "AMD64")) and _SUMS_IN_32_BITS.isdisjoint(about["cpu"]["features"])
+    return about["system"].endswith(("x86_64", "AMD64")) and not has_vnni(about)
 
 
-def has_vnni() -> bool:
-    """Say whether this CPU is an x86 one that adds products of 8 bits in 32."""
-    return not _SUMS_IN_32_BITS.isdisjoint(cpu()["features"])
+def has_vnni(about: Mapping[str, Any] | None = None) -> bool:
+    """Say whether a CPU is an x86 one that adds products of 8 bits in 32.
+
+    Args:
+        about: the fingerprint of a machine, by default this one's.
+    """
+    features = cpu()["features"] if about is None else about["cpu"]["features"]
+    return not _SUMS_IN_32_BITS.isdisjoint(features)
 
 
 def has_bfloat16() -> bool:

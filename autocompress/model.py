@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from autocompress.anatomy import BlockShape, ModelShape
-from autocompress.errors import ConfigError, ModelError, first_line
+from autocompress.errors import ModelError, first_line
 from autocompress.origins import VOCABULARIES
 
 ROLES = {"attention": ("query", "key", "value", "output"), "ffn": ("ffn_in", "ffn_out")}
@@ -97,6 +97,14 @@ class EncoderModel:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens it reads at once, or None where it has no table of their places."""
+        tables = [m for path, m in self.module.named_modules() if isinstance(m, nn.Embedding) and "position" in path]
+        # RoBERTa's places begin after the number that stands for padding.
+        firsts = [0 if table.padding_idx is None else table.padding_idx + 1 for table in tables]
+        return min((table.num_embeddings - first for table, first in zip(tables, firsts, strict=True)), default=None)
+
     def clone(self) -> EncoderModel:
         return EncoderModel(copy.deepcopy(self.module), self.layout, self.shape, self.base)
 
@@ -163,18 +171,16 @@ def head_labels(folder: Path) -> tuple[str, ...] | None:
     return tuple(names[key] for key in sorted(names, key=int))
 
 
-def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0, tokens: int = 0) -> EncoderModel:
+def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0) -> EncoderModel:
     """Load a classifier over ``labels`` and prove its anatomy; a missing head is initialised from ``seed``.
 
     Args:
         folder: of the model.
         labels: names of the classes.
         seed: of a head that is made.
-        tokens: how many it will have to read at once.
 
     Raises:
         ModelError: if the files are refused, the architecture is unknown, or the anatomy is not understood.
-        ConfigError: if it reads fewer tokens at once.
     """
     check_files(folder)
     from transformers import AutoModelForSequenceClassification
@@ -208,18 +214,8 @@ def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0, tokens: int = 
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ModelError(f"model: {folder}: lacks weights that its config.json asks for: {lacking[0]}{more}")
-    if (most := _most_tokens(module)) is not None and tokens > most:
-        raise ConfigError(f"data.max_tokens: must be <= {most}, as {folder} reads no more, and a row has {tokens}")
     module.config.problem_type = "single_label_classification"
     return understand(module.eval(), base=fingerprint(folder))
-
-
-def _most_tokens(module: nn.Module) -> int | None:
-    """Return how many places of tokens a model tells apart, or None where it has no table of them."""
-    tables = [m for path, m in module.named_modules() if isinstance(m, nn.Embedding) and "position" in path]
-    # RoBERTa's places begin after the number that stands for padding.
-    firsts = [0 if table.padding_idx is None else table.padding_idx + 1 for table in tables]
-    return min((table.num_embeddings - first for table, first in zip(tables, firsts, strict=True)), default=None)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -22,6 +22,7 @@ from autocompress import machine, model, origins, recovery, soup, task, training
 from autocompress.bank import Bank, default_bank
 from autocompress.config import OF_PICKED_POINTS, RunConfig
 from autocompress.decisions import Recover, Student
+from autocompress.errors import ConfigError
 from autocompress.model import EncoderModel
 from autocompress.pieces import code_version
 from autocompress.plan import MODEL_SITE, CompressionPlan
@@ -90,10 +91,22 @@ class Trained:
     def splits(self) -> Mapping[str, Split]:
         return self.task.tokenized(self.tokenizer, self.run.data.max_tokens)
 
-    @property
-    def longest(self) -> int:
-        """How many tokens a model has to read at once: those of the longest search row, or what is timed."""
-        return max(self.run.target.tokens, *map(len, self.splits["search"].input_ids))
+    def loaded(self, folder: Path) -> EncoderModel:
+        """Load a classifier that reads all rows, or one to be; a head that it has to get comes from the run's seed.
+
+        Raises:
+            ModelError: if it cannot be loaded or is not understood.
+            ConfigError: if what is timed, or a row, has more tokens than it reads at once.
+        """
+        found = model.load(folder, labels=self.task.labels, seed=self.run.seed)
+        most = found.most_tokens
+        if most is None or self.run.data.max_tokens <= most:
+            return found
+        # Only now, as it takes a while: rows may all be shorter than they could be.
+        longest = max(self.run.target.tokens, *(len(row) for split in self.splits.values() for row in split.input_ids))
+        if longest > most:
+            raise ConfigError(f"data.max_tokens: must be <= {most}, as {folder} reads no more, and a row has {longest}")
+        return found
 
     @cached_property
     def calibration(self) -> Split:
@@ -135,7 +148,7 @@ class Trained:
         config = self.run.model.finetune
         rows = self.splits["train"]
         self.progress(f"fine-tuning {self.run.model.id} on {len(rows)} rows for {config.epochs:g} epochs")
-        loaded = model.load(self.source, labels=self.task.labels, seed=self.run.seed, tokens=self.longest)
+        loaded = self.loaded(self.source)
         budget = training.TrainingBudget(**config.model_dump(), precision=self.precision())
         with torch_threads(self.threads):
             training.finetune(
@@ -146,7 +159,7 @@ class Trained:
 
     @cached_property
     def teacher(self) -> EncoderModel:
-        return model.load(self.teacher_folder, labels=self.task.labels, tokens=self.longest)
+        return self.loaded(self.teacher_folder)
 
     def precision(self) -> str:
         wanted = self.run.recovery.precision

@@ -591,9 +591,14 @@ def test_more_tokens_than_the_model_reads_are_refused(call: Call, run_yaml: Path
     data = pd.read_csv(RunConfig.from_file(run_yaml).data.source)
     data.assign(text=data["text"] + " good" * 300).to_csv(tmp_path / "long.csv", index=False)
     long = ["--data", tmp_path / "long.csv", "--set"]
-    line = call("validate", run_yaml, *long, "data.max_tokens=4096").line(2)
-    assert re.match(r"data\.max_tokens: must be <= \d+, as .+ reads no more, and a row has \d+$", line)
+    refused = r"data\.max_tokens: must be <= \d+, as .+ reads no more, and a row has \d+$"
+    assert re.match(refused, call("validate", run_yaml, *long, "data.max_tokens=4096").line(2))
     assert call("validate", run_yaml, *long, "data.max_tokens=64").code == 0
+    for row in range(6):  # whichever split it is in
+        data.assign(text=data["text"].where(data.index != row, data["text"] + " good" * 300)).to_csv(
+            tmp_path / "long.csv", index=False
+        )
+        assert re.match(refused, call("validate", run_yaml, *long, "data.max_tokens=4096").line(2)), row
 
 
 def test_validate_says_what_it_found(call: Call, run_yaml: Path, tmp_path: Path) -> None:
@@ -603,7 +608,10 @@ def test_validate_says_what_it_found(call: Call, run_yaml: Path, tmp_path: Path)
     assert found["data"] == {
         "classes": ["negative", "positive"],
         "rows": {"train": 180, "search": 60, "test": 60},
+        "search_rows_cut": 0,
     }
+    short = ["--set", "data.max_tokens=4", "--set", "target.tokens=4"]
+    assert call("validate", run_yaml, *short, "--json").json()["data"]["search_rows_cut"] == 60
     assert found["space"]["name"] == "encoder-small"
     assert found["space"]["uniform_plans"] > 5
     assert found["target"]["runtime"] == "openvino"

@@ -99,9 +99,10 @@ def test_a_folder_is_held_against_what_it_says(runtime: Runtime, exported: Path)
     assert found["latency_ratio_in_search"] == 0.4
 
 
-def test_fewer_pairs_than_loads_are_refused(runtime: Runtime, exported: Path) -> None:
-    with pytest.raises(ConfigError, match=r"measure: pairs must be >= 4, .* got 3"):
-        exported_folder.measure(exported, pairs=3)
+@pytest.mark.parametrize("pairs", [3, 10_001])
+def test_fewer_pairs_than_loads_and_very_many_are_refused(runtime: Runtime, exported: Path, pairs: int) -> None:
+    with pytest.raises(ConfigError, match=rf"measure: pairs must be >= 4, .*, and <= 10000, got {pairs}$"):
+        exported_folder.measure(exported, pairs=pairs)
     assert not runtime.loaded
 
 

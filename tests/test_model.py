@@ -19,7 +19,7 @@ from torch import nn
 
 from autocompress import model
 from autocompress.anatomy import BlockShape, ModelShape
-from autocompress.errors import ConfigError, ModelError
+from autocompress.errors import ModelError
 
 SHAPE = ModelShape(HIDDEN, (BlockShape(HEADS, HIDDEN // HEADS, NEURONS),) * BLOCKS, len(VOCABULARY))
 ROLES = ["query", "key", "value", "output", "ffn_in", "ffn_out"]
@@ -40,14 +40,9 @@ class TestAnatomy:
         assert loaded.shape == dataclasses.replace(SHAPE, table_width=HIDDEN // 2 if family == "electra" else 0)
         assert loaded.parameters() == sum(p.numel() for p in loaded.module.parameters())
 
-    def test_more_tokens_than_it_reads_are_refused(self, family: str, tiny_model: Callable[..., Path]) -> None:
-        folder = tiny_model(family)
-        with pytest.raises(
-            ConfigError, match=r"^data\.max_tokens: must be <= \d+, as .+ reads no more, and a row has 8192$"
-        ) as refused:
-            model.load(folder, labels=LABELS, tokens=8192)
-        most = int(str(refused.value).split("must be <= ")[1].split(",")[0])
-        module = model.load(folder, labels=LABELS, tokens=most).module
+    def test_it_reads_as_many_tokens_as_it_says_and_no_more(self, family: str, loaded: model.EncoderModel) -> None:
+        most, module = loaded.most_tokens, loaded.module
+        assert most is not None
         ids = torch.full((1, most), len(VOCABULARY) - 1)
         assert module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.isfinite().all()
         longer = torch.full((1, most + 1), len(VOCABULARY) - 1)
