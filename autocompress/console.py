@@ -154,6 +154,7 @@ def about_choice(choice: Choice) -> dict[str, Any]:
         BETTER[near.better]: {
             "trial": near.point.number,
             "instead": trade_words(choice.point.score, near.point.score, near.better),
+            **({"limits": "broken"} if near.beyond else {}),
         }
         for near in choice.neighbours
     }

@@ -1,7 +1,7 @@
 """Ship a picked candidate and prove the copy: reloaded in a fresh process it must predict as it was scored.
 
-An exported folder holds the model's files, the tokenizer, ``measurement.json`` with search and held-out scores, a
-model card, and in ``reference/`` a stand-in of the uncompressed model to be timed against.
+An exported folder holds the model's files, the tokenizer, the plan, ``measurement.json`` with search and held-out
+scores, a model card, and in ``reference/`` a stand-in of the uncompressed model to be timed against.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from autocompress import fresh, hub, scoring, timing
 from autocompress.config import RunConfig
 from autocompress.errors import ExportError, RuntimeBuildError, first_line
 from autocompress.evaluate import Workshop, kept_logits
-from autocompress.exported import CONFIRMING_PAIRS, MEASUREMENT, MEASUREMENT_SCHEMA
+from autocompress.exported import CONFIRMING_PAIRS, MEASUREMENT, MEASUREMENT_SCHEMA, listed
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Drop, Measurement
 from autocompress.report.card import model_card
@@ -119,7 +119,7 @@ def export(
                     shipped = _export_unpacked(candidate, run, name, scored, aside, progress)
                 else:
                     shipped = _export(candidate, run, FORMATS[name], scored, aside, progress)
-                _list(aside)
+                _list(aside, candidate.plan)
                 if len(formats) > 1:
                     _clear(out)
                 _put(aside, target)
@@ -225,6 +225,7 @@ def _export(
         "plan_id": candidate.plan.plan_id,
         "runtime": runtime,
         "target": workshop.run.target.model_dump(),
+        "data": workshop.task.fingerprint,
         "labels": list(workshop.task.labels),
         "max_tokens": run.data.max_tokens,
         "pair": run.data.text_pair is not None,
@@ -239,7 +240,7 @@ def _export(
     }
     (aside / MEASUREMENT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     (aside / "predict.py").write_text(predict_script(runtime), encoding="utf-8")
-    card = model_card(candidate, run, runtime, confirmed, test, test_drop, agreement)
+    card = model_card(candidate, run, runtime, confirmed, test, test_drop, agreement, data=workshop.task.fingerprint)
     (aside / "README.md").write_text(card, encoding="utf-8")
     return Export(aside, confirmed, test, test_drop, agreement, measured.latency_ratio)
 
@@ -278,7 +279,8 @@ def _export_unpacked(
     test = scoring.accuracy(on_test, workshop.splits["test"])
     test_drop = scoring.drop(on_test, workshop.reference_logits_on_test, workshop.splits["test"])
     drop = scoring.drop(found, workshop.reference_logits, workshop.splits["search"])
-    measured = dataclasses.replace(candidate.score, **own.fields(), **drop.fields(), divergence=None, size_bytes=size)
+    found_here = {**own.fields(), **drop.fields(), "fingerprint": workshop.fingerprint}
+    measured = dataclasses.replace(candidate.score, **found_here, divergence=None, size_bytes=size)
     about = {
         "schema": MEASUREMENT_SCHEMA,
         "trial": candidate.number,
@@ -286,6 +288,7 @@ def _export_unpacked(
         "runtime": runner,
         "scored_with": run.target.runtime,
         "inputs": inputs,
+        "data": workshop.task.fingerprint,
         "labels": list(workshop.task.labels),
         "max_tokens": run.data.max_tokens,
         "pair": run.data.text_pair is not None,
@@ -298,7 +301,8 @@ def _export_unpacked(
     }
     (aside / MEASUREMENT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     (aside / "predict.py").write_text(predict_script(runner), encoding="utf-8")
-    card = model_card(candidate, run, runner, measured, test, test_drop, agreement, timed=False)
+    data = workshop.task.fingerprint
+    card = model_card(candidate, run, runner, measured, test, test_drop, agreement, data=data, timed=False)
     (aside / "README.md").write_text(card, encoding="utf-8")
     return Export(aside, measured, test, test_drop, agreement, candidate.score.latency_ratio, timed=False)
 
@@ -332,8 +336,9 @@ def _put(made: Path, out: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _list(made: Path) -> None:
-    """Write into an export what it consists of."""
+def _list(made: Path, plan: CompressionPlan) -> None:
+    """Write into an export its plan, and what it consists of."""
+    (made / "plan.json").write_text(json.dumps(json.loads(plan.to_json()), indent=1), encoding="utf-8")
     about = json.loads((made / MEASUREMENT).read_text(encoding="utf-8"))
     about["files"] = sorted(entry.name for entry in made.iterdir())
     (made / MEASUREMENT).write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -341,14 +346,9 @@ def _list(made: Path) -> None:
 
 def _clear(out: Path) -> None:
     """Delete what an earlier export put into a folder, which may be of another format and be read in place of ours."""
-    try:
-        listed = [str(name) for name in json.loads((out / MEASUREMENT).read_text(encoding="utf-8"))["files"]]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or of a version that did not list them
-        return
     # Last what tells them, so that what was interrupted can be gone on with.
-    for name in sorted(listed, key=lambda name: name == MEASUREMENT):
-        if name == Path(name).name and name not in ("", ".", ".."):  # and leads nowhere else
-            _remove(out / name)
+    for name in sorted(listed(out / MEASUREMENT), key=lambda name: name == MEASUREMENT):
+        _remove(out / name)
 
 
 def _remove(there: Path) -> None:

@@ -66,6 +66,7 @@ class SearchStatus:
         gain: hypervolume over that of the uniform plans measured so far, or None without any.
         seconds_each: wall time a candidate, since this command began to evaluate.
         untrained: students that plans may start from and that are not distilled yet, which takes time of its own.
+        stage: what is done once all candidates are evaluated.
     """
 
     done: int
@@ -74,8 +75,9 @@ class SearchStatus:
     stopped: int
     front: Front
     gain: float | None
-    seconds_each: float
+    seconds_each: float = 0.0
     untrained: int = 0
+    stage: str = ""
 
     @property
     def seconds_left(self) -> float:
@@ -87,10 +89,10 @@ class SearchStatus:
         students = "a student" if self.untrained == 1 else f"{self.untrained} students"
         apart = f", training of {students} apart" if self.untrained else ""
         gain = "" if self.gain is None else f", hypervolume {self.gain:.2f}x the uniform plans'"
+        rest = self.stage or f"{self.seconds_each:.1f} s each, {self.seconds_left:.0f} s left{apart}"
         return (
             f"{self.done}/{self.total} candidates, {self.failed} failed, {self.stopped} stopped early, "
-            f"{len(self.front)} on the front{gain}, {self.seconds_each:.1f} s each, {self.seconds_left:.0f} s left"
-            f"{apart}"
+            f"{len(self.front)} on the front{gain}, {rest}"
         )
 
 
@@ -122,6 +124,13 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 workers.open()
         with clock("reference"):
             study = open_for_writing(run, folder, workshop, progress)
+
+        def stage(said: str) -> None:
+            """Let those who follow see what stands, before what may take minutes."""
+            tables.write_csv(study.candidates(), folder / "study.csv")
+            if watch is not None:
+                watch(_status(study, workshop, stage=said))
+
         try:
             if study.repaired is not None:
                 progress(f"the study's last record was torn and was cut off; the file as it was: {study.repaired.name}")
@@ -142,12 +151,13 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                     _evaluate(study, workshop, workers, trackers, progress, watch, exchange)
             # Workers end while what is to be timed is loaded, unless that is elsewhere, where they are needed to go.
             quiet = workers.stop if workers is not None and workshop.device is None else None
-            refine(study, workshop, clock, quiet=quiet, progress=progress)
+            refine(study, workshop, clock, quiet=quiet, progress=progress, stage=stage)
             if workers is not None:
                 workers.stop()  # a baseline has a Ray of its own
             write_predictions(study)
             with clock("baselines"):
                 for name in run.baselines:
+                    stage(f"a {name} search to hold it against")
                     _baseline(name, study, workshop, progress, cluster)
             with clock("results"):
                 trackers.tell(study.candidates())
@@ -200,7 +210,7 @@ def _evaluate(
 ) -> None:
     """Have the remaining candidates evaluated."""
     run = study.run
-    total, reference, majority = run.search.trials, study.reference, workshop.majority
+    total, reference = run.search.trials, study.reference
     progress(f"evaluating {study.remaining} of {total} candidates with {workshop.runtime.name}")
     if run.search.seeds and total <= (uniform := count_uniform(workshop.space)):
         progress(
@@ -225,7 +235,7 @@ def _evaluate(
             drop_dominated(study, workshop.artefacts, candidate)
         if watch is not None:
             each = (time.perf_counter() - began) / (study.finished - before)
-            watch(_status(study, reference, majority, each, workshop.untrained))
+            watch(_status(study, workshop, seconds_each=each, untrained=workshop.untrained))
 
     if exchange is not None:
         exchange.put(workshop.reference_folder.name, workshop.reference_folder)
@@ -254,8 +264,8 @@ def _fetch(exchange: Depot, study: Study, candidate: Candidate, artefacts: Path)
     exchange.remove(plan_id)
 
 
-def _status(study: Study, reference: Any, majority: float, each: float, untrained: int) -> SearchStatus:
-    candidates = study.candidates()
+def _status(study: Study, workshop: Workshop, **more: Any) -> SearchStatus:
+    candidates, reference, majority = study.candidates(), study.reference, workshop.majority
     states = Counter(c.state for c in candidates)
     ladder = volume([c for c in candidates if c.origin == "uniform"], reference, majority)
     front = study.front()
@@ -266,8 +276,7 @@ def _status(study: Study, reference: Any, majority: float, each: float, untraine
         stopped=states["PRUNED"],
         front=front,
         gain=volume(candidates, reference, majority) / ladder if ladder > 0 else None,
-        seconds_each=each,
-        untrained=untrained,
+        **more,
     )
 
 

@@ -64,6 +64,19 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
     }
 
 
+def listed(measurement: Path) -> list[str]:
+    """Return what an export consists of, by its file of measurements: names of files and folders beside that.
+
+    None if it cannot be read, or is of a version that did not list them.
+    """
+    try:
+        found = [str(name) for name in json.loads(measurement.read_text(encoding="utf-8"))["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    # Nothing that leads elsewhere: these are to be deleted.
+    return [name for name in found if name == Path(name).name and name not in ("", ".", "..")]
+
+
 def time_against_stand_in(artifact: Artifact, target: TargetConfig, vocabulary: int, pairs: int) -> timing.Latency:
     """Time an exported artefact in turn with the reference in its folder."""
     runtime, reference = get_runtime(artifact.runtime), Artifact.open(artifact.folder / "reference")

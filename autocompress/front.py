@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -35,6 +35,22 @@ _NAMES = {"latency": "speed", "size_bytes": "size", "peak_memory": "memory"}
 """What an objective is called where its reader weighs it against others."""
 
 
+class Limited(NamedTuple):
+    """What a point has of something that is limited.
+
+    Args:
+        name: with its unit.
+        value: the point's.
+        limit: the most that it may be.
+        least: a smaller limit counts as this where it is told how far one is missed.
+    """
+
+    name: str
+    value: float
+    limit: float
+    least: float
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a picked point must keep to; None is no limit.
@@ -51,22 +67,23 @@ class Limits:
     max_latency_ratio: float | None = None
     max_size_mb: float | None = None
 
-    def of(self, score: Measurement, reference: Measurement) -> list[tuple[str, float, float]]:
-        """Return, for each limit that is set, its name, what the point has, and the limit."""
+    def of(self, score: Measurement, reference: Measurement) -> list[Limited]:
+        """Return, for each limit that is set, what the point has."""
+        drop = None if self.max_accuracy_drop is None else 100 * self.max_accuracy_drop
         every = (
-            ("accuracy drop", reference.accuracy - score.accuracy, self.max_accuracy_drop),
-            ("latency in ms", score.latency_ms, self.max_latency_ms),
-            ("latency ratio", score.latency_ratio, self.max_latency_ratio),
-            ("size in MB", score.size_bytes / 1e6, self.max_size_mb),
+            ("points of accuracy lost", 100 * (reference.accuracy - score.accuracy), drop, 0.1),
+            ("latency in ms", score.latency_ms, self.max_latency_ms, 1e-3),
+            ("latency ratio", score.latency_ratio, self.max_latency_ratio, 1e-3),
+            ("size in MB", score.size_bytes / 1e6, self.max_size_mb, 1e-3),
         )
-        return [(name, value, limit) for name, value, limit in every if limit is not None]
+        return [Limited(name, value, limit, least) for name, value, limit, least in every if limit is not None]
 
     def excess(self, score: Measurement, reference: Measurement) -> float:
         """Return by how much the limit that is missed most is exceeded, relative to it; not above 0 keeps to all."""
         found = (
             # Relative, so that milliseconds and megabytes can be compared.
-            (value - limit) / max(abs(limit), 1e-3) - _ROUNDING
-            for _, value, limit in self.of(score, reference)
+            (of.value - of.limit) / max(abs(of.limit), of.least) - _ROUNDING
+            for of in self.of(score, reference)
         )
         return max(found, default=0.0)
 
@@ -78,10 +95,12 @@ class Neighbour:
     Args:
         better: the objective that it is better in.
         point: the point.
+        beyond: whether it breaks a limit that was given.
     """
 
     better: str
     point: Candidate
+    beyond: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,10 +194,11 @@ class Front:
         if not feasible:
             nearest = min(offered, key=lambda c: limits.excess(c.score, self.reference))
             found = limits.of(nearest.score, self.reference)
-            missed = "; ".join(f"{name} {value:.4g} (limit {limit:g})" for name, value, limit in found)
+            missed = "; ".join(f"{of.name} {of.value:.4g} (limit {of.limit:g})" for of in found)
             raise NoFeasiblePointError(f"pick: no point is feasible; the nearest is trial {nearest.number}: {missed}")
         point = self._best(feasible, prefer)
-        return Choice(point, self._reason(point, feasible, len(offered), prefer, limits), self.neighbours(point))
+        reason = self._reason(point, feasible, len(offered), prefer, limits)
+        return Choice(point, reason, self.neighbours(point, limits))
 
     def _best(self, among: Sequence[Candidate], prefer: Preference) -> Candidate:
         if prefer == "latency":
@@ -200,7 +220,7 @@ class Front:
         front = "the front, by accuracy or by divergence" if prefer == "divergence" and self.nearby else "the front"
         whom = f"the {offered} points of {front}"
         if found := limits.of(point.score, self.reference):
-            kept = ", ".join(f"{name} {value:.3g} <= {limit:g}" for name, value, limit in found)
+            kept = ", ".join(f"{of.name} {of.value:.3g} <= {of.limit:g}" for of in found)
             if len(among) == 1:
                 return f"the only one of {whom} within the limits ({kept})"
             whom = f"the {len(among)} of {whom} within the limits ({kept})"
@@ -212,12 +232,13 @@ class Front:
         together = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
         return f"the knee of {whom}: nearest to the best {together}, each scaled to their range"
 
-    def neighbours(self, point: Candidate) -> tuple[Neighbour, ...]:
+    def neighbours(self, point: Candidate, limits: Limits | None = None) -> tuple[Neighbour, ...]:
         """Return, for each objective in which some point is better, the one that gives up least of the others for it.
 
         What is given up is the distance in all other objectives in which it is worse, each scaled to the front's range;
-        of those that give up as much, the one that gains most.
+        of those that give up as much, the one that gains most. What breaks ``limits`` is told, and says so.
         """
+        limits = limits or Limits()
         others = [c for c in self.points if c.number != point.number]
         if not others:
             return ()
@@ -229,7 +250,8 @@ class Front:
             if len(better):
                 lost = np.linalg.norm(np.maximum(worse[better], 0), axis=1)
                 order = np.lexsort((worse[better, column], lost.round(9)))
-                found.append(Neighbour(name, others[better[order[0]]]))
+                near = others[better[order[0]]]
+                found.append(Neighbour(name, near, limits.excess(near.score, self.reference) > 0))
         return tuple(found)
 
     def trial(self, number: int) -> Candidate:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autocompress.errors import ExportError, first_line
+from autocompress.exported import MEASUREMENT, listed
 from autocompress.origins import DEMO_MODEL
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 _DEMO_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -67,6 +73,8 @@ def check(repository: Repository) -> None:
 def push(folder: Path, repository: Repository, message: str) -> str:
     """Put every file of ``folder`` into a repository, which is made where it is missing; returns its address.
 
+    What an earlier export put there goes: it may be of another format and be read in place of this one.
+
     Raises:
         ExportError: if the hub does not take them.
     """
@@ -75,8 +83,27 @@ def push(folder: Path, repository: Repository, message: str) -> str:
     api = HfApi()
     with _in_our_words(repository):
         made = api.create_repo(repository.name, private=repository.private, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message)
+        old = _listed_in(api, made.repo_id)
+        api.upload_folder(
+            repo_id=made.repo_id, folder_path=folder, commit_message=message, delete_patterns=[*old, *_below(old)]
+        )
     return str(made)
+
+
+def _listed_in(api: HfApi, repository: str) -> list[str]:
+    """Return what an export consists of that is in a repository already."""
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+
+    with tempfile.TemporaryDirectory(prefix="autocompress-hub-") as scratch:
+        try:
+            found = listed(Path(api.hf_hub_download(repository, MEASUREMENT, local_dir=scratch)))
+        except (EntryNotFoundError, RevisionNotFoundError):  # none, or nothing at all
+            return []
+    return [name for name in found if not set(name) & set("*?[")]  # which would stand for others, too
+
+
+def _below(names: list[str]) -> list[str]:
+    return [f"{name}/*" for name in names]
 
 
 @contextmanager

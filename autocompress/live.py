@@ -64,13 +64,21 @@ class Live:
                     return _waiting(str(error))
             return self._made[1]
 
+    def _goes_on(self) -> bool:
+        """Return whether candidates were written since the report was, which is the last that a search writes."""
+        report, table = self._folder / "report.html", self._folder / "study.csv"
+        return table.exists() and not (report.exists() and report.stat().st_mtime_ns >= table.stat().st_mtime_ns)
+
     def _make(self, version: str) -> str:
         with closing(self._open(self._folder)) as study:
             report = report_of(study)
-        missing = study.run.search.trials - study.finished
-        at = time.strftime("%H:%M:%S")
-        said = f"{study.finished} of {study.run.search.trials} candidates at {at}; this page follows the search."
-        return dataclasses.replace(report, standing=said if missing > 0 else "", version=version).html()
+        wanted, at = study.run.search.trials, time.strftime("%H:%M:%S")
+        said = ""
+        if study.finished < wanted:
+            said = f"{study.finished} of {wanted} candidates at {at}; this page follows the search."
+        elif self._goes_on():
+            said = f"All {wanted} candidates at {at}; what comes at the end of a search is still to be done."
+        return dataclasses.replace(report, standing=said, version=version).html()
 
 
 def _waiting(reason: str) -> str:

@@ -18,7 +18,13 @@ from autocompress.trained import Progress
 
 
 def refine(
-    study: Study, workshop: Workshop, clock: Stopwatch, *, quiet: Callable[[], None] | None, progress: Progress
+    study: Study,
+    workshop: Workshop,
+    clock: Stopwatch,
+    *,
+    quiet: Callable[[], None] | None,
+    progress: Progress,
+    stage: Progress,
 ) -> None:
     """Add what the run file asks to make of the front's points, and time all that stand on it anew.
 
@@ -27,15 +33,18 @@ def refine(
         workshop: of its run.
         clock: takes the time of recovery and of confirmation.
         quiet: called before anything is timed; returns when nothing else runs.
-        progress: told what is being done.
+        progress: told what is being done, a line at a time.
+        stage: told what comes next and takes a while.
     """
     with clock("recovery"):
+        if study.run.search.reconstruct or study.run.search.recover:
+            stage("making more of the front's points")
         _reconstruct(study, workshop, progress)
         _recover(study, workshop, progress)
     added = True
     while added:  # a latency that does not hold lets others on the front, until nothing is new there
         with clock("confirmation"):
-            _confirm(study, workshop, quiet, progress)
+            _confirm(study, workshop, quiet, progress, stage)
         with clock("recovery"):
             added = _reconstruct(study, workshop, progress)
 
@@ -110,7 +119,9 @@ def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
             progress(f"trial {candidate.number} cannot be recovered: {error}")
 
 
-def _confirm(study: Study, workshop: Workshop, quiet: Callable[[], None] | None, progress: Progress) -> None:
+def _confirm(
+    study: Study, workshop: Workshop, quiet: Callable[[], None] | None, progress: Progress, stage: Progress
+) -> None:
     """Time the front's points anew, one after the other; points that this pushes off the front stay in the study.
 
     With them those that may belong there, as far as there are no more of them.
@@ -119,6 +130,8 @@ def _confirm(study: Study, workshop: Workshop, quiet: Callable[[], None] | None,
     waiting = [c for c in front if not c.score.confirmed]
     if waiting:
         waiting += study.contenders(study.candidates())[: len(front)]
+    if pairs and waiting:
+        stage("timing the front anew")
     while pairs and waiting:
         points = []
         for candidate in waiting:

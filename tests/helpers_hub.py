@@ -60,11 +60,35 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def do_GET(self) -> None:
+        if not self._known():
+            return
+        path = self.path.split("?")[0]
+        name, _, rest = path.removeprefix("/api/models/").partition("/tree/")
+        if path == "/api/whoami-v2":
+            self._answer({"type": "user", "name": "me", "auth": {"type": "access_token"}})
+        elif rest == "main":
+            files = self.hub.files.get(name, {}).items()
+            self._answer([{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in files])
+        else:
+            self._file(path)
+
+    def do_HEAD(self) -> None:
         if self._known():
-            if self.path == "/api/whoami-v2":
-                self._answer({"type": "user", "name": "me", "auth": {"type": "access_token"}})
-            else:
-                self._answer({"error": "not here"}, 404)
+            self._file(self.path)
+
+    def _file(self, path: str) -> None:
+        name, _, file = path.removeprefix("/").partition("/resolve/main/")
+        content = self.hub.files.get(name, {}).get(file)
+        self.send_response(200 if content is not None else 404)
+        if content is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        else:
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if content is not None and self.command == "GET":
+            self.wfile.write(content)
 
     def do_PUT(self) -> None:
         # The address itself is the permission, as with the real one.
@@ -115,6 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.messages.append(said["summary"])
             elif line["key"] == "file":
                 files[said["path"]] = base64.b64decode(said["content"])
+            elif line["key"] == "deletedFile":
+                del files[said["path"]]
             else:
                 assert PurePosixPath(said["path"]).suffix in LARGE
                 files[said["path"]] = self.hub.large[said["oid"]]

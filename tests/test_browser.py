@@ -169,11 +169,54 @@ def test_axes_can_be_chosen_and_there_are_three_dimensions(page: Any, tmp_path: 
     assert page.evaluate(f"{front}.error_x") is None, "a size has no interval"
     page.locator("#solid").check()
     assert page.evaluate(f"{front}.type") == "scatter3d"
+    assert page.evaluate(f"{front}.error_y.array.length") == 3
     assert page.evaluate(f"{title}.scene.zaxis.title.text") == "size, MB"
     page.locator("#solid").uncheck()
     page.locator("#log").check()
     assert page.evaluate(f"{title}.xaxis.type") == "log"
     assert errors == []
+
+
+@pytest.mark.parametrize("axis", ["accuracy", "latency", "size"])
+def test_an_axis_has_labels_whatever_it_spans(page: Any, tmp_path: Path, axis: str) -> None:
+    opened(page, write(tmp_path, POINTS))
+    page.locator("#log").check()
+    page.locator("#axis-x").select_option(axis)
+    labels = page.locator("#figure-front .xaxislayer-above .xtick").all_text_contents()
+    assert len(labels) >= 2
+
+
+def test_what_an_axis_cannot_show_is_said(page: Any, tmp_path: Path) -> None:
+    known = [
+        dataclasses.replace(c, measurement=dataclasses.replace(c.score, divergence=None if c.number else 0.1))
+        for c in POINTS
+        if c.measurement is not None
+    ]
+    opened(page, write(tmp_path, known))
+    assert page.locator("#thinned").text_content() == ""
+    page.locator("#axis-y").select_option("divergence")
+    shown = drawn(page)
+    assert page.locator("#thinned").text_content() == " 2 have no such number, or none that this axis can show."
+    assert "other candidates" not in shown
+
+
+def test_the_command_is_copied_and_if_not_then_it_says_so(page: Any, tmp_path: Path) -> None:
+    page.add_init_script(
+        "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async (text) => { window.copied = text; }}})"
+    )
+    opened(page, write(tmp_path, POINTS))
+    page.locator(".command button").click()
+    assert page.locator(".command button").text_content() == "Copied"
+    assert page.evaluate("window.copied") == page.locator("#command").input_value()
+    page.evaluate(
+        """() => {
+          navigator.clipboard.writeText = async () => { throw new Error("not allowed"); };
+          document.execCommand = () => false;
+        }"""
+    )
+    page.locator("#candidates button").first.click()
+    page.locator(".command button").click()
+    page.wait_for_function("document.querySelector('.command button').textContent === 'Selected'")
 
 
 @pytest.mark.parametrize(

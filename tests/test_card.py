@@ -33,7 +33,7 @@ def card(
     score = make_measurement(accuracy=0.85, size_bytes=12_340_000, ratio=0.25)
     measured = dataclasses.replace(score, fingerprint={**MACHINE, **fingerprint})
     run = RunConfig.from_mapping({"name": name, "model": {"id": model}, "data": {"source": "demo/movies"}})
-    return model_card(make_candidate(7, plan=plan), run, "openvino", measured, TEST, DROP, 0.991)
+    return model_card(make_candidate(7, plan=plan), run, "openvino", measured, TEST, DROP, 0.991, data="0123abcd")
 
 
 def rows(text: str) -> dict[str, str]:
@@ -50,6 +50,7 @@ def test_its_numbers_are_those_that_it_was_given() -> None:
     assert found["Size"] == "12.34 MB"
     assert found["Latency over the uncompressed model's"] == "0.250 [0.245, 0.255]"
     assert found["Measured on"] == "Some CPU"
+    assert found["Data, fingerprint of its rows"] == "demo/movies, 0123abcd"
     assert found["Versions"] == "openvino 1, torch 2"
     assert found["Same predictions as the study's candidate"] == "99.1 % of the search rows"
     assert found["Trial, plan"] == f"7, {PLAN.plan_id}"
@@ -65,7 +66,9 @@ def test_it_says_where_eight_bits_compute_something_else(plan: CompressionPlan, 
 def test_what_multiplies_floats_overflows_nowhere() -> None:
     score = dataclasses.replace(make_measurement(), fingerprint=MACHINE)
     run = RunConfig.from_mapping({"name": "a"})
-    made = model_card(make_candidate(7, plan=PLAN), run, "transformers", score, TEST, DROP, 0.991, timed=False)
+    made = model_card(
+        make_candidate(7, plan=PLAN), run, "transformers", score, TEST, DROP, 0.991, data="0123abcd", timed=False
+    )
     assert "Not for" not in rows(made)
 
 

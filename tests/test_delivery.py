@@ -13,6 +13,7 @@ from helpers_records import make_measurement
 from autocompress import delivery
 from autocompress.config import RunConfig
 from autocompress.errors import ExportError
+from autocompress.plan import CompressionPlan
 
 
 class TestPuttingInPlace:
@@ -54,7 +55,7 @@ class TestPuttingInPlace:
         (out / "reference").mkdir(parents=True)
         for name in ("config.json", "model.safetensors", "tokenizer.json", "measurement.json", "reference/model.onnx"):
             (out / name).write_text("{}", encoding="utf-8")
-        delivery._list(out)
+        delivery._list(out, CompressionPlan())
         for name in ("notes.json", "other.safetensors"):
             (out / name).write_text("mine", encoding="utf-8")
         delivery._put(made, out)

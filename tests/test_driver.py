@@ -58,6 +58,11 @@ def test_what_is_left_is_at_the_present_speed() -> None:
     assert status(done=40).seconds_left == 0
 
 
+def test_what_comes_after_the_last_candidate_stands_in_place_of_the_time_that_is_left() -> None:
+    words = status(done=40, stage="timing the front anew").words()
+    assert words.endswith("hypervolume 1.23x the uniform plans', timing the front anew")
+
+
 def test_training_that_is_to_come_is_said_beside_the_time_that_is_left() -> None:
     assert status(untrained=1).words().endswith("70 s left, training of a student apart")
     assert status(untrained=3).words().endswith("70 s left, training of 3 students apart")

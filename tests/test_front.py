@@ -125,7 +125,7 @@ def test_infeasible_limits_name_the_nearest_point_and_what_it_misses() -> None:
     with pytest.raises(NoFeasiblePointError) as caught:
         three_points().pick(max_latency_ms=4.6, max_accuracy_drop=0.015)
     assert str(caught.value) == (
-        "pick: no point is feasible; the nearest is trial 2: accuracy drop 0.01 (limit 0.015); "
+        "pick: no point is feasible; the nearest is trial 2: points of accuracy lost 1 (limit 1.5); "
         "latency in ms 4.8 (limit 4.6)"
     )
 
@@ -203,7 +203,7 @@ class TestReasons:
         found = three_points().choose(Limits(max_accuracy_drop=0.05, max_size_mb=40), "latency")
         assert found.point.number == 2
         assert found.reason == (
-            "the fastest of the 2 of the 3 points of the front within the limits (accuracy drop 0.01 <= 0.05, "
+            "the fastest of the 2 of the 3 points of the front within the limits (points of accuracy lost 1 <= 5, "
             "size in MB 17 <= 40)"
         )
 
@@ -240,6 +240,12 @@ class TestNeighbours:
             ("size_bytes", 3),
             ("latency", 3),
         ]
+
+    def test_what_breaks_a_limit_is_told_as_such(self) -> None:
+        found = three_points().choose(Limits(max_accuracy_drop=0.02)).neighbours
+        lost = {near.point.number: three_points().reference.accuracy - near.point.score.accuracy for near in found}
+        assert {near.point.number: near.beyond for near in found} == {n: drop > 0.02 for n, drop in lost.items()}
+        assert {True, False} == {near.beyond for near in found}
 
     def test_who_is_best_in_something_has_none_there(self) -> None:
         assert [near.better for near in three_points().neighbours(three_points().trial(1))] == ["size_bytes", "latency"]

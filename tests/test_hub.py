@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,22 @@ def test_every_file_arrives(hub_on_loopback: Hub, exported: Path) -> None:
     assert hub_on_loopback.files == {"me/small": written}
     assert hub_on_loopback.messages == ["Trial 3"]
     assert hub_on_loopback.large, "large files go another way"
+
+
+def test_what_an_earlier_export_put_there_goes_and_nothing_else(hub_on_loopback: Hub, tmp_path: Path) -> None:
+    def export(name: str, *files: str) -> Path:
+        for file in (*files, "measurement.json"):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text("{}", encoding="utf-8")
+        listed = sorted(file.name for file in (tmp_path / name).iterdir())
+        (tmp_path / name / "measurement.json").write_text(json.dumps({"files": [*listed, "*"]}), encoding="utf-8")
+        return tmp_path / name
+
+    first = export("hf", "config.json", "tokenizer/tokenizer.json", "README.md")
+    hub.push(first, Repository("me/small"), "first")
+    hub_on_loopback.files["me/small"]["NOTES.md"] = b"by hand"
+    hub.push(export("openvino", "model.xml", "README.md"), Repository("me/small"), "second")
+    assert set(hub_on_loopback.files["me/small"]) == {"model.xml", "README.md", "measurement.json", "NOTES.md"}
 
 
 @pytest.mark.parametrize("private", [False, True])

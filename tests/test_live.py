@@ -64,6 +64,16 @@ def test_a_finished_search_says_nothing_of_its_standing(tmp_path: Path) -> None:
         assert 'class="standing"' not in ask(address)[1]
 
 
+def test_a_search_that_has_all_its_candidates_and_goes_on_is_said(tmp_path: Path) -> None:
+    study = made_study(tmp_path / "results", majority=MAJORITY)
+    write_results(study)
+    report = (study.folder / "report.html").stat().st_mtime_ns
+    for later, said in ((-1, False), (1, True)):
+        os.utime(study.folder / "study.csv", ns=(report + later, report + later))
+        with api.serve(study.folder) as address:
+            assert ("All 6 candidates at " in ask(address)[1]) == said
+
+
 def test_what_is_written_gives_another_version(address: str, folder: Path) -> None:
     first = ask(address, "/version")[1]
     assert ask(address, "/version")[1] == first

@@ -89,7 +89,7 @@ def test_what_was_timed_at_a_bad_moment_comes_back(tmp_path: Path) -> None:
     paper: Any = Paper(tmp_path, candidates, {0: 0.31, 1: 0.5, 2: 0.28})
     drop_dominated(paper, tmp_path, candidates[3])
     assert paper.left() == {0, 1, 2}
-    _confirm(paper, paper, None, lambda _: None)
+    _confirm(paper, paper, None, lambda _: None, lambda _: None)
     [numbers] = paper.rounds
     assert sorted(numbers) == [0, 1, 2]
     assert {c.number for c in paper.front().points} == {1, 2}
@@ -102,12 +102,14 @@ def test_a_latency_that_does_not_hold_lets_others_on_the_front_and_is_told_once(
     paper: Any = Paper(tmp_path, candidates, {0: 0.45, 1: 0.42})
     drop_dominated(paper, tmp_path, candidates[2])
     assert paper.left() == {0}
-    _confirm(paper, paper, None, lambda _: None)
+    stages: list[str] = []
+    _confirm(paper, paper, None, lambda _: None, stages.append)
     assert paper.rounds == [[0], [1]]
     assert paper.rebuilt == [1]
     assert paper.left() == {1}
-    _confirm(paper, paper, None, lambda _: None)
+    _confirm(paper, paper, None, lambda _: None, stages.append)
     assert len(paper.rounds) == 2, "nothing is left to be timed"
+    assert stages == ["timing the front anew"]
 
 
 @pytest.mark.parametrize("epochs", [1.0, 0.0])
@@ -145,5 +147,5 @@ def test_as_many_points_are_recovered_as_are_asked_for_and_one_that_cannot_be_co
 def test_no_more_contenders_are_timed_than_the_front_has_points(tmp_path: Path) -> None:
     candidates = [timed(0, 0.8, 0.3, 0.29), *(timed(n, 0.8, 0.3 + n / 100, 0.2) for n in range(1, 6))]
     paper: Any = Paper(tmp_path, candidates, dict.fromkeys(range(6), 0.3))
-    _confirm(paper, paper, None, lambda _: None)
+    _confirm(paper, paper, None, lambda _: None, lambda _: None)
     assert paper.rounds == [[0, 1]]

@@ -38,11 +38,13 @@ def model_card(
     test_drop: Drop,
     agreement: float,
     *,
+    data: str,
     timed: bool = True,
 ) -> str:
     """Return Markdown with YAML front matter; every number comes from the arguments.
 
-    Without ``timed`` the latency is another file's, and is left out.
+    ``data`` is the fingerprint of all rows, splits and classes. Without ``timed`` the latency is another file's, and is
+    left out.
     """
     about = {"library_name": "autocompress", "pipeline_tag": "text-classification"}
     if (base := published_name(run.model.id)) is not None:
@@ -68,7 +70,7 @@ def model_card(
         ("Versions", said),
         ("Same predictions as the study's candidate", f"{agreement * 100:.1f} % of the search rows"),
         ("Model", _public(run.model.id)),
-        ("Data", _public(run.data.source)),
+        ("Data, fingerprint of its rows", f"{_public(run.data.source)}, {data}"),
         ("Seed", str(run.seed)),
         ("Trial, plan", f"{candidate.number}, {candidate.plan.plan_id}"),
     ]

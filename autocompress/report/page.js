@@ -182,7 +182,8 @@
     const scaled = view.log ? Math.log : (value) => value;
     const placed = (value) => value !== null && !(view.log && value <= 0);
     const usable = indices.filter((i) => placed(x.of(all, i)) && y.of(all, i) !== null);
-    if (usable.length < 1000) return usable;
+    const lacking = indices.length - usable.length;
+    if (usable.length < 1000) return { drawn: usable, lacking, under: 0 };
     const xs = usable.map((i) => scaled(x.of(all, i))), ys = usable.map((i) => y.of(all, i));
     const [left, right, low, high] = [Math.min, Math.max].flatMap((f) => [xs.reduce((a, b) => f(a, b))])
       .concat([Math.min, Math.max].map((f) => ys.reduce((a, b) => f(a, b))));
@@ -193,7 +194,7 @@
       const key = column * 1000 + row;
       if (!cells.has(key)) cells.set(key, i);
     });
-    return [...cells.values()];
+    return { drawn: [...cells.values()], lacking, under: usable.length - cells.size };
   }
   function trace(name, s, indices, extra) {
     const x = AXES[view.x], y = AXES[view.y], z = AXES[view.z];
@@ -249,8 +250,9 @@
           outlinewidth: 0,
         },
       },
-      error_x: view.solid ? undefined : bars(view.x, indices),
-      error_y: view.solid ? undefined : bars(view.y, indices),
+      error_x: bars(view.x, indices),
+      error_y: bars(view.y, indices),
+      error_z: view.solid ? bars(view.z, indices) : undefined,
     });
   }
   function edge(indices) {
@@ -278,13 +280,13 @@
     const ladder = rest.filter((i) => all.origin[i] === "uniform" && all.feasible[i]);
     const others = rest.filter((i) => all.origin[i] !== "uniform" && all.feasible[i]);
     const broken = rest.filter((i) => !all.feasible[i]);
-    const drawn = thinned(others);
+    const drawnOthers = thinned(others), drawnBroken = thinned(broken);
     const found = [];
     const plain = { size: 6, color: colour("faint"), line: { width: 1, color: colour("faint") } };
-    if (drawn.length) found.push(trace("other candidates", all, drawn, { marker: plain }));
-    if (broken.length) {
+    if (drawnOthers.drawn.length) found.push(trace("other candidates", all, drawnOthers.drawn, { marker: plain }));
+    if (drawnBroken.drawn.length) {
       const cross = { size: 6, symbol: view.solid ? "x" : "x-thin", color: colour("faint"), line: { width: 1.5, color: colour("faint") } };
-      found.push(trace("breaks a constraint", all, thinned(broken), { marker: cross }));
+      found.push(trace("breaks a constraint", all, drawnBroken.drawn, { marker: cross }));
     }
     const random = range(data.random.accuracy.length);
     const drawnRandom = view.only ? random.filter(within(data.random)) : random;
@@ -305,7 +307,8 @@
       const ring = { symbol: "circle-open", size: view.solid ? 12 : 24, color: colour("mark"), line: { width: 3, color: colour("mark") } };
       found.push({ ...trace("selected", all, [view.selected], { marker: ring }), hoverinfo: "skip", showlegend: false });
     }
-    return { found, left: others.length - drawn.length };
+    const left = (reason) => drawnOthers[reason] + drawnBroken[reason];
+    return { found, under: left("under"), lacking: left("lacking") };
   }
   function dressed(layout) {
     const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true };
@@ -320,19 +323,23 @@
     return both;
   }
   function draw() {
-    const { found, left } = traces();
+    const { found, under, lacking } = traces();
+    // Labels at 1, 2 and 5 of each decade; on less than one there may be none of these.
+    const shown = found.flatMap(({ x }) => x).filter((value) => value > 0);
+    const [least, most] = [Math.min, Math.max].map((f) => shown.reduce((a, b) => f(a, b), shown[0]));
+    const dtick = view.log && most >= 10 * least ? "D2" : undefined;
     const titled = (name) => ({ title: { text: AXES[name].title }, gridcolor: colour("line"), color: colour("text") });
     const type = view.log ? "log" : "linear";
     const layout = dressed({
       height: 560,
       uirevision: `${view.x} ${view.y} ${view.z} ${view.log} ${view.solid}`,
-      xaxis: { title: { text: AXES[view.x].title }, type, dtick: view.log ? "D2" : undefined, rangemode: view.x === "accuracy" ? "normal" : "tozero" },
+      xaxis: { title: { text: AXES[view.x].title }, type, dtick, rangemode: view.x === "accuracy" ? "normal" : "tozero" },
       yaxis: { title: { text: AXES[view.y].title }, rangemode: "normal" },
       scene: { xaxis: { ...titled(view.x), type }, yaxis: titled(view.y), zaxis: titled(view.z) },
     });
-    byId("thinned").textContent = left
-      ? ` ${left} candidates that no longer count lie under others that are drawn, and are left out.`
-      : "";
+    byId("thinned").textContent =
+      (under ? ` ${under} candidates off the front lie under others that are drawn, and are left out.` : "") +
+      (lacking ? ` ${lacking} have no such number, or none that this axis can show.` : "");
     const plot = byId("figure-front");
     Plotly.react(plot, found, layout, config);
     if (!plot.dataset.ready) {
@@ -468,13 +475,14 @@
     field.setAttribute("aria-label", "Command that exports this point");
     const button = make("button", { type: "button", textContent: "Copy" });
     button.addEventListener("click", async () => {
+      let copied = true;
       try {
         await navigator.clipboard.writeText(text);
       } catch {
         field.select();
-        document.execCommand("copy");
+        copied = document.execCommand("copy");
       }
-      button.textContent = "Copied";
+      button.textContent = copied ? "Copied" : "Selected";
     });
     return make("div", { className: "command" }, field, button);
   }

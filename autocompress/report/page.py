@@ -160,7 +160,7 @@ def _explorer(front: Front) -> str:
     together = f" The front is judged by {names} together." if len(front.objectives) > 2 else ""
     axes = "".join(
         f'<label>{said} <select id="axis-{axis}"></select></label>'
-        for axis, said in (("x", "across"), ("y", "up"), ("z", "colour and depth"))
+        for axis, said in (("x", "across"), ("y", "up"), ("z", "colour, size, depth"))
     )
     limits = "".join(
         f'<div><label for="limit-{name}">{said} <output id="limit-{name}-value" for="limit-{name}"></output></label>'
