@@ -418,7 +418,7 @@ class Listing(StrEnum):
 
 @app.command()
 def ls(what: Listing, as_json: Json = False) -> None:
-    """List search spaces, transforms, runtimes, or the studies under results/."""
+    """List search spaces, transforms, runtimes and what exports to them, or the studies under results/."""
     found: dict[str, Any] = {}
     if what is Listing.spaces:
         from autocompress.space import SearchSpace, shipped_spaces
@@ -429,9 +429,11 @@ def ls(what: Listing, as_json: Json = False) -> None:
 
         found = {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in DECISIONS.items()}
     elif what is Listing.runtimes:
+        from autocompress import delivery
         from autocompress import doctor as examination
 
-        found = dict(examination.runtimes())
+        formats = {f"export --format {name}": words for name, words in delivery.formats().items()}
+        found = {**examination.runtimes(), **formats}
     else:
         from autocompress import api
         from autocompress.storage import holds_study

@@ -193,6 +193,8 @@ def _times_of(shipped: Export) -> dict[str, Any]:
 
 def words_of_measured(found: Mapping[str, Any]) -> str:
     """Say what `autocompress.measure` found, held against what the export stored."""
+    if "latency_ratio" not in found:
+        return "PyTorch unpacks the weights and computes in floats: this is not the latency that was searched for."
     now, low, high = (found[f"latency_ratio{end}"] for end in ("", "_low", "_high"))
     stored = found["stored_latency_ratio"]
     where = "" if found["same_machine"] else ", which is of another machine"

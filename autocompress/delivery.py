@@ -23,7 +23,7 @@ from autocompress import fresh, hub, scoring, timing
 from autocompress.config import RunConfig
 from autocompress.errors import ExportError, RuntimeBuildError, first_line
 from autocompress.evaluate import Workshop, kept_logits
-from autocompress.exported import CONFIRMING_PAIRS, MEASUREMENT, MEASUREMENT_SCHEMA, listed
+from autocompress.exported import CONFIRMING_PAIRS, MEASUREMENT, MEASUREMENT_SCHEMA, UNPACKED, listed
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Drop, Measurement
 from autocompress.report.card import model_card
@@ -36,8 +36,6 @@ from autocompress.transforms.prune import cut_to_blocks
 
 FORMATS = {"openvino": "openvino", "onnx": "onnxruntime"}
 """Export format to the runtime that builds and runs it."""
-UNPACKED = {"hf": "transformers", "torch": "torch"}
-"""Export format to what runs it: PyTorch, which unpacks the stored weights and multiplies floats."""
 LEAST_AGREEMENT = 0.98
 """Share of rows on which PyTorch must predict as the artefact that was scored.
 
@@ -73,6 +71,16 @@ class Export:
     pushed: str | None = None
 
 
+def formats() -> dict[str, str]:
+    """Return, by export format, what it takes and when a point is refused."""
+    same = "refused where the copy predicts otherwise than it was scored"
+    nearly = f"refused where fewer than {LEAST_AGREEMENT:.0%} of the search rows are predicted as they were scored"
+    found = {name: f"what {runtime} runs; {same}" for name, runtime in FORMATS.items()}
+    found["hf"] = f"what transformers read after `import autocompress`, with unpacked weights; {nearly}"
+    found["torch"] = f"the same as one program; {nearly}, or where torch.export cannot record the architecture"
+    return found
+
+
 def format_of(run: RunConfig) -> str:
     """Return the format of the artefacts that a run's candidates are scored as."""
     return next(name for name, runtime in FORMATS.items() if runtime == run.target.runtime)
@@ -106,7 +114,14 @@ def export(
     with closing(Study(candidate.folder, run)) as study:
         if study.outdated is not None:
             raise ExportError(f"export: {candidate.folder}: {study.outdated}")
-        study.require_data(Workshop(run, candidate.folder / "artefacts").task.fingerprint)
+        workshop = Workshop(run, candidate.folder / "artefacts")
+        study.require_data(workshop.task.fingerprint)
+    if "torch" in formats:
+        from autocompress.hf import program
+
+        # A block stands for all: they are alike in what can be recorded of them.
+        cut = cut_to_blocks(workshop.teacher, (0,)).module
+        program.require_recordable(cut, _inputs(workshop), run.data.max_tokens)
     with tempfile.TemporaryDirectory(prefix="autocompress-export-") as artefacts:
         scored = _scored(candidate, run, Path(artefacts), progress)
         found = {}
@@ -256,7 +271,7 @@ def _export_unpacked(
     base, kept, pieces = workshop.parted(candidate.plan)
     cut = cut_to_blocks(base, kept)
     model = modeling.compressed_model(cut, pieces, candidate.plan, workshop.teacher_folder, workshop.runtime)
-    inputs = list(next(iter(workshop.batches("search"))).inputs())
+    inputs = _inputs(workshop)
     if name == "hf":
         model.save_pretrained(aside)
         size = sum(file.stat().st_size for file in aside.glob("*.safetensors"))
@@ -287,6 +302,8 @@ def _export_unpacked(
         "plan_id": candidate.plan.plan_id,
         "runtime": runner,
         "scored_with": run.target.runtime,
+        "target": run.target.model_dump(),
+        "vocabulary": workshop.vocabulary,
         "inputs": inputs,
         "data": workshop.task.fingerprint,
         "labels": list(workshop.task.labels),
@@ -305,6 +322,11 @@ def _export_unpacked(
     card = model_card(candidate, run, runner, measured, test, test_drop, agreement, data=data, timed=False)
     (aside / "README.md").write_text(card, encoding="utf-8")
     return Export(aside, measured, test, test_drop, agreement, candidate.score.latency_ratio, timed=False)
+
+
+def _inputs(workshop: Workshop) -> list[str]:
+    """Return the names of what the model reads."""
+    return list(next(iter(workshop.batches("search"))).inputs())
 
 
 def _run_unpacked(folder: Path, workshop: Workshop, split: str, score: Measurement) -> np.ndarray:

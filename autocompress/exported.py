@@ -1,4 +1,4 @@
-"""What can be done with an exported folder alone: time it against the stand-in of the reference that it carries."""
+"""What can be done with an exported folder alone: time it, against the stand-in of the reference if it carries one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from autocompress import machine, timing
+import numpy as np
+
+from autocompress import machine, slot, timing
 from autocompress.config import TargetConfig
-from autocompress.errors import ConfigError, ExportError
+from autocompress.errors import ConfigError, ExportError, first_line
 from autocompress.records import Measurement
 from autocompress.runtimes import Artifact, get_runtime
 
 MEASUREMENT, MEASUREMENT_SCHEMA = "measurement.json", 3
 """What every export holds, its scores and what is needed to run it; and the version of that."""
+UNPACKED = {"hf": "transformers", "torch": "torch"}
+"""Export format to what runs it: PyTorch, which unpacks the stored weights and multiplies floats."""
 CONFIRMING_PAIRS = 20
 """Blocks of runs that confirm an exported latency: more than a search takes, and nothing beside."""
 _LOADS, _MOST_PAIRS = 4, 10_000
@@ -26,19 +30,25 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
             f"measure: pairs must be >= {_LOADS}, one for each time that both are loaded, and <= {_MOST_PAIRS}, "
             f"got {pairs}"
         )
-    artifact = Artifact.open(folder)
     try:
         about = json.loads((folder / MEASUREMENT).read_text(encoding="utf-8"))
-        stored = Measurement.from_json(json.dumps(about["search"]))
+        by_pytorch = about.get("runtime") in UNPACKED.values()
+        stored = None if by_pytorch else Measurement.from_json(json.dumps(about["search"]))
         target = TargetConfig(**about["target"])
         vocabulary = int(about["vocabulary"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{folder / MEASUREMENT}: cannot be read ({error}); give an exported folder") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"{folder / MEASUREMENT}: cannot be read ({first_line(error)}); give a folder that export wrote, with this "
+            "version"
+        ) from None
     if about.get("schema") != MEASUREMENT_SCHEMA:
         raise ExportError(
             f"{folder / MEASUREMENT}: schema must be {MEASUREMENT_SCHEMA}, got {about.get('schema')!r}, of a "
             "version that took latencies otherwise: export the trial again"
         )
+    if stored is None:
+        return _time_in_pytorch(folder, tuple(about["inputs"]), target, vocabulary, pairs)
+    artifact = Artifact.open(folder)
     here = machine.fingerprint()
     eight_bits = artifact.plan.integer_arithmetic
     if eight_bits and machine.adds_in_16_bits(here) and not machine.adds_in_16_bits(stored.fingerprint):
@@ -61,6 +71,32 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
         "target": target.model_dump(),
         "machine": here,
         "same_machine": here["id"] == stored.fingerprint.get("id"),
+    }
+
+
+def _time_in_pytorch(
+    folder: Path, names: tuple[str, ...], target: TargetConfig, vocabulary: int, pairs: int
+) -> dict[str, Any]:
+    """Time what PyTorch runs. There is nothing beside it to hold that against."""
+    import torch
+
+    from autocompress.hf.reload import read
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(target.threads)
+    try:
+        inputs, clock = timing.inputs_of(names, target, vocabulary, 0), timing.clock_of(target)
+        session = timing.ready(read(folder), inputs)
+        with slot.timing():
+            seconds = np.concatenate([timing.block(session, inputs, clock).seconds for _ in range(pairs)])
+    finally:
+        torch.set_num_threads(before)
+    p50, p90 = np.quantile(seconds, (0.5, 0.9)) * 1e3
+    return {
+        "latency_ms": float(p50),
+        "latency_p90_ms": float(p90),
+        "target": target.model_dump() | {"runtime": "torch"},
+        "machine": machine.fingerprint(),
     }
 
 

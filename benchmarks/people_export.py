@@ -18,8 +18,9 @@ from statistics import mean
 from figures import Figures
 
 from autocompress import api
-from autocompress.delivery import FORMATS, UNPACKED, Export
+from autocompress.delivery import FORMATS, Export
 from autocompress.errors import AutocompressError
+from autocompress.exported import UNPACKED
 
 POINTS = 20
 AGREE, SHIFT = 0.999, 0.05

@@ -138,9 +138,9 @@ def test_eight_bits_from_a_cpu_with_vnni_are_refused_on_one_without(
 @pytest.mark.parametrize("lost", ["search", "target", "vocabulary"])
 def test_what_is_not_an_exported_folder_is_refused(runtime: Runtime, exported: Path, lost: str) -> None:
     change(exported, **{lost: None})
-    with pytest.raises(ExportError, match=r"measurement\.json: cannot be read \(.*\); give an exported folder"):
+    with pytest.raises(ExportError, match=r"measurement\.json: cannot be read \(.*\); give a folder that export wrote"):
         exported_folder.measure(exported, pairs=8)
     (exported / "measurement.json").unlink()
-    with pytest.raises(ExportError, match="give an exported folder"):
+    with pytest.raises(ExportError, match="give a folder that export wrote"):
         exported_folder.measure(exported, pairs=8)
     assert not runtime.loaded

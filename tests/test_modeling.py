@@ -70,16 +70,17 @@ def test_what_comes_back_predicts_as_the_artefact(
 
     from autocompress.hf.modeling import compressed_model
     from autocompress.hf.program import PROGRAM, write_program
-    from autocompress.hf.reload import of_program
+    from autocompress.hf.reload import read
 
     plan = CompressionPlan(decisions)  # type: ignore[arg-type]
     base, kept, pieces = shop.parted(plan)
     made = compressed_model(cut_to_blocks(base, kept), pieces, plan, shop.teacher_folder, shop.runtime)
     made.save_pretrained(tmp_path)
-    program = tmp_path / PROGRAM
+    program = tmp_path / "program" / PROGRAM
+    program.parent.mkdir()
     inputs = list(next(shop.splits["search"].head(1).in_order_of_length(1)).inputs())
     write_program(made, inputs, 16, program)
-    run_program = of_program(program)
+    run_program = read(tmp_path / "program").run
     found = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert type(found).__name__ == "CompressedForSequenceClassification"
     assert found.config.id2label == dict(enumerate(shop.task.labels))

@@ -28,6 +28,7 @@ from test_study import CSV_COLUMNS, plan_ids, rows, states
 from autocompress import api, delivery, task
 from autocompress.config import RunConfig, TargetConfig
 from autocompress.errors import AutocompressError, ExportError
+from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.scoring import logits_of
@@ -278,9 +279,27 @@ def test_what_pytorch_runs_predicts_as_its_score(searched: Path, workplace: Path
     assert said.returncode == 0, said.stderr
     about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
     assert [line.split("\t")[0] in about["labels"] for line in said.stdout.splitlines()] == [True, True]
-    refused = command("measure", folder, cwd=workplace)
-    assert refused.code == 1
-    assert "holds no artefact.json" in refused.err
+    timed = command("measure", folder, "--pairs", "4", "--json", cwd=workplace)
+    assert timed.code == 0, timed.err
+    found = json.loads(timed.out)
+    assert 0 < found["latency_ms"] <= found["latency_p90_ms"]
+    assert "latency_ratio" not in found
+    assert found["target"]["runtime"] == "torch"
+    assert CompressionPlan.from_json((folder / "plan.json").read_text(encoding="utf-8")).plan_id == about["plan_id"]
+
+
+def test_what_can_be_no_program_is_refused_before_any_work(
+    searched: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr("torch.export.export", refuse)
+    monkeypatch.setattr(delivery, "_scored", lambda *_: pytest.fail("something was done"))
+    chosen = api.open_study(searched).front().pick(prefer="size")
+    with pytest.raises(ExportError, match=r"cannot be recorded by torch.export \(data-dependent\)"):
+        api.export(chosen, workplace / "never", formats=["openvino", "torch"])
+    assert not (workplace / "never").exists()
 
 
 def test_an_export_whose_bank_holds_another_model_is_refused(

@@ -32,15 +32,27 @@ def write_program(model: nn.Module, inputs: Sequence[str], most_tokens: int, fil
     Raises:
         ExportError: if the model cannot be recorded as one program.
     """
+    torch.export.save(_recorded(model, inputs, most_tokens), file)
+    return file.stat().st_size
+
+
+def require_recordable(model: nn.Module, inputs: Sequence[str], most_tokens: int) -> None:
+    """Refuse a model of which no program can be made; the arguments are those of `write_program`.
+
+    Raises:
+        ExportError: if it cannot be recorded.
+    """
+    _recorded(model, inputs, most_tokens)
+
+
+def _recorded(model: nn.Module, inputs: Sequence[str], most_tokens: int) -> torch.export.ExportedProgram:
     example = tuple(torch.ones(2, min(8, most_tokens), dtype=torch.int64) for _ in inputs)
     rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens", max=most_tokens)
     shapes = (tuple({0: rows, 1: tokens} for _ in inputs),)
     try:
         with torch.no_grad():
-            program = torch.export.export(LogitsOnly(model, inputs).eval(), example, dynamic_shapes=shapes)
+            return torch.export.export(LogitsOnly(model, inputs).eval(), example, dynamic_shapes=shapes)
     # What torch raises here has no common base below Exception, and is about the model alone.
     except Exception as error:
         said = first_line(error)
         raise ExportError(f"export: this architecture cannot be recorded by torch.export ({said})") from None
-    torch.export.save(program, file)
-    return file.stat().st_size

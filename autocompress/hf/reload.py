@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,43 +12,48 @@ import torch
 import autocompress  # noqa: F401 - lets transformers know what the folder holds
 from autocompress.hf.program import PROGRAM
 from autocompress.rows import read_rows, write_logits
+from autocompress.runtimes.base import Session
 
-Run = Callable[[dict[str, np.ndarray]], np.ndarray]
+
+class InPyTorch(Session):
+    """An exported folder that PyTorch runs.
+
+    Args:
+        call: takes tensors by name, in the order in which they were prepared, and returns logits.
+    """
+
+    def __init__(self, call: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]) -> None:
+        self._call: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = call
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        assert self._call is not None, "closed"
+        with torch.no_grad():
+            logits: np.ndarray = self._call({name: torch.from_numpy(array) for name, array in inputs.items()}).numpy()
+        return logits
+
+    def close(self) -> None:
+        self._call = None
 
 
-def of_transformers(folder: Path) -> Run:
-    """Return what runs a folder that transformers reads."""
+def read(folder: Path) -> InPyTorch:
+    """Read an exported folder as its users do."""
+    if (file := folder / PROGRAM).exists():
+        program = torch.export.load(file).module()
+        return InPyTorch(lambda tensors: program(*tensors.values()))
     from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
 
-    # A folder that was just written: nothing is fetched, and no code in it is run.
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # Nothing is fetched, and no code in it is run.
     model = AutoModelForSequenceClassification.from_pretrained(  # nosec B615
         folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
     ).eval()
-
-    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
-        with torch.no_grad():
-            found: np.ndarray = model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits.numpy()
-        return found
-
-    return run
-
-
-def of_program(file: Path) -> Run:
-    """Return what runs a program; its inputs come in the order in which they were prepared."""
-    program = torch.export.load(file).module()
-
-    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
-        with torch.no_grad():
-            found: np.ndarray = program(*map(torch.from_numpy, batch.values())).numpy()
-        return found
-
-    return run
+    return InPyTorch(lambda tensors: model(**tensors).logits)
 
 
 def main(folder: Path, scratch: Path) -> None:
     """Write the logits of the rows in ``scratch``, ``rows x classes``, to ``scratch``."""
-    program = folder / PROGRAM
-    write_logits(scratch, read_rows(scratch), of_program(program) if program.exists() else of_transformers(folder))
+    write_logits(scratch, read_rows(scratch), read(folder).run)
 
 
 if __name__ == "__main__":
