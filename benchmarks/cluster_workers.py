@@ -115,7 +115,7 @@ def searched(figures: Figures, sampler: SamplerName, trials: int) -> None:
     figures.add(f"{words}: doubled", doubled, "candidates", "0", doubled == 0)
     figures.add(f"{words}: time over the ideal", took / ideal, "times")
     figures.add(f"{words}: candidates a second", trials / took, "candidates")
-    figures.add(f"{words}: ask, median", float(np.median(asks)), "seconds", interval=[min(asks), max(asks)])
+    figures.add(f"{words}: ask, median", float(np.median(asks)), "seconds", extremes=[min(asks), max(asks)])
 
 
 def soaked() -> None:

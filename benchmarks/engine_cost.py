@@ -169,7 +169,7 @@ def seconds_of(action: Callable[[], object]) -> float:
 def below(
     figures: Figures, name: str, value: float, unit: str, limit: float, spread: list[float] | None = None
 ) -> None:
-    figures.add(name, value, unit, f"< {limit:g}", value < limit, spread)
+    figures.add(name, value, unit, f"< {limit:g}", value < limit, extremes=spread)
 
 
 def asking(figures: Figures, scratch: Path, space: BoundSpace) -> None:

@@ -26,6 +26,8 @@ class Figure:
     commit: str = ""
     cpu: dict[str, object] | None = None
     """On which it was measured, where that is not the file's."""
+    extremes: list[float] | None = None
+    """The smallest and the largest of what the value sums up, which is no interval."""
 
 
 @dataclass
@@ -51,9 +53,10 @@ class Figures:
         target: str = "reported",
         holds: bool = True,
         interval: list[float] | None = None,
+        extremes: list[float] | None = None,
     ) -> None:
         """Add a figure, in place of one of the same name, and print it."""
-        figure = Figure(name, float(value), unit, interval, target, bool(holds), commit())
+        figure = Figure(name, float(value), unit, interval, target, bool(holds), commit(), extremes=extremes)
         known = [n for n, old in enumerate(self.figures) if old.name == name]
         if known:
             self.figures[known[0]] = figure
@@ -81,6 +84,8 @@ class Figures:
         for figure in figures:
             if figure["cpu"] in (None, fingerprint["cpu"]):
                 del figure["cpu"]
+            if figure["extremes"] is None:
+                del figure["extremes"]
         content = {
             "figures": figures,
             "command": self.command,

@@ -104,7 +104,7 @@ def main() -> None:
                     f"{what}, front by {judged}: {name}",
                     float(np.mean(values)),
                     "points" if name == "points" else "share",
-                    interval=[min(values), max(values)],
+                    extremes=[min(values), max(values)],
                 )
     figures.write()
 

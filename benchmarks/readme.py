@@ -22,7 +22,7 @@ from held_out import DATA
 from plotly.subplots import make_subplots
 
 from autocompress.config import RunConfig
-from autocompress.front import Front
+from autocompress.front import CLOSE, Front
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 from autocompress.report.figures import dress, front_figure
@@ -51,7 +51,7 @@ METHODS = {
 OPTIONS = {
     "pruning": ("methods-ablation", "% of (heads|neurons): "),
     "rank": ("methods-ablation", "^rank "),
-    "bits": ("methods-ablation", "bits: "),
+    "bits": ("methods-ablation", r"(bits|w\da8): "),
     "vocabulary": ("methods-vocabulary", ""),
     "reconstruction": ("methods-ablation", "reconstructed"),
     "recovery": ("methods-recovery", ""),
@@ -193,6 +193,37 @@ def tools_picture(chromium: str) -> None:
     shoot(figure, FIGURES / "against-tools.png", chromium)
 
 
+def tools_table() -> str:
+    """Return the fastest and the smallest model of every tool that lose at most a point of accuracy."""
+    content = contents(TOOLS)
+    more = content["more"]
+    lines = ["| | fastest that loses at most 1 point | smallest that loses at most 1 point |", "|---|---|---|"]
+    for runtime, name in RUNTIMES.items():
+        points = [p for p in more["points"] if p["runtime"] == runtime]
+        [plain] = [p for p in points if p["name"] == "fp32"]
+        ours = [
+            {"accuracy": accuracy, "size_bytes": size, "latency_ratio": ratio}
+            for accuracy, size, ratio in more[f"{runtime}: our front, accuracy, bytes and ratio"]
+        ]
+        groups = {"autocompress": ours}
+        groups |= {TOOL_NAMES[t]: [p for p in points if p["tool"] == t] for t in sorted({p["tool"] for p in points})}
+        for tool, group in groups.items():
+            close = [p for p in group if p["accuracy"] >= plain["accuracy"] - CLOSE - 1e-9]
+            fastest, smallest = (min(close, key=lambda p: p[key]) for key in ("latency_ratio", "size_bytes"))
+            cells = [
+                f"{1 / fastest['latency_ratio']:.1f}x faster, {_beside(fastest)}",
+                f"{plain['size_bytes'] / smallest['size_bytes']:.1f}x smaller, {_beside(smallest)}",
+            ]
+            lines.append(f"| {name}: {tool} | {' | '.join(cells)} |")
+    said = f"{measured_on(content)}; accuracy is on the search rows, that of the uncompressed model {{:.1%}}"
+    command = f"reproduce with `{content['command']}` ([as JSON](results/benchmarks/{TOOLS}.json))"
+    return "\n".join([f"{said.format(plain['accuracy'])}; {command}.", "", *lines])
+
+
+def _beside(point: Mapping[str, float]) -> str:
+    return f"{point['size_bytes'] / 1e6:.1f} MB, {point['accuracy']:.1%}"
+
+
 def cpu_words(cpu: dict[str, Any]) -> str:
     """Say what kind of processor it is."""
     return f"{cpu['cores']} cores of {cpu['name']} ({', '.join(cpu['features'])})"
@@ -214,7 +245,9 @@ def rows(content: dict[str, Any], *, with_target: bool = False, only: Sequence[s
     for figure in content["figures"]:
         if (with_target and figure["target"] == "reported") or (only is not None and figure["name"] not in only):
             continue
-        interval = f"{figure['interval'][0]:.4g} to {figure['interval'][1]:.4g}" if figure["interval"] else ""
+        low, high = figure["interval"] or figure.get("extremes") or ("", "")
+        interval = f"{low:.4g} to {high:.4g}" if low != "" else ""
+        interval += "" if figure["interval"] or not interval else ", the least and the most"
         mark = "" if figure["target"] == "reported" else ("holds" if figure["holds"] else "**falls short**")
         value = f"{figure['value']:.4g} {figure['unit']}"
         found.append(f"| {figure['name']} | {value} | {interval} | {figure['target']} | {mark} |")
@@ -350,7 +383,7 @@ def tables() -> None:
     """Fill the tables of all pages."""
     methods = [methods_table(file, how) for file, how in METHODS.items() if (FIGURES / f"{file}.json").exists()]
     methods += [joint_table()] if (FIGURES / f"{JOINT}.json").exists() else []
-    put(ROOT / "README.md", {"summary": grouped(SUMMARY, up="")})
+    put(ROOT / "README.md", {"summary": grouped(SUMMARY, up=""), "tools": tools_table()})
     put(
         ROOT / "docs" / "results.md",
         {

@@ -76,7 +76,7 @@ def main() -> None:
         figures.add(what, tau, "Kendall's tau-b", ">= 0.7", tau >= 0.7)
     gains = [float(b) - c.score.accuracy for c, b in zip(done, after, strict=True)]
     figures.add(
-        f"{len(done)} plans: accuracy gained", float(np.mean(gains)), "share", interval=[min(gains), max(gains)]
+        f"{len(done)} plans: accuracy gained", float(np.mean(gains)), "share", extremes=[min(gains), max(gains)]
     )
     figures.write()
 

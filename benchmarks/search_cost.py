@@ -121,7 +121,7 @@ def searched(figures: Figures, out: Path, label: str, started: float, wall: floa
     if not made:  # what the driver makes while workers evaluate would be counted twice
         figures.add(f"{label}: engine's own cost", own, "share of wall time", "<= 0.05", own <= 0.05)
     asks = timing["ask"]
-    figures.add(f"{label}: ask, median", median(asks), "seconds", interval=[min(asks), max(asks)])
+    figures.add(f"{label}: ask, median", median(asks), "seconds", extremes=[min(asks), max(asks)])
     figures.add(f"{label}: points on the front", len(study.front()), "points")
     gain = pareto.volume(study.front().points, study.reference, study.majority or 0.0) / pareto.volume(
         [c for c in study.candidates() if c.origin == "uniform"], study.reference, study.majority or 0.0
