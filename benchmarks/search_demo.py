@@ -244,7 +244,7 @@ def main() -> None:
 def everything(bench: Bench, keep: Path | None) -> None:
     demo = bench.scratch / "demo"
     helped, _, _ = bench.run("--help", log="help")
-    bench.add("--help", helped, "seconds", "<= 0.7", helped <= 0.7)
+    bench.add("--help", helped, "seconds", "<= 0.5", helped <= 0.5)
     main_job(bench, demo)
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)

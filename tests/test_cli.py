@@ -205,6 +205,12 @@ def test_help_imports_nothing_heavy(spawn: Call, args: list[str]) -> None:
     assert "\x1b" not in done.out
 
 
+def test_a_shell_completes_commands(spawn: Call) -> None:
+    asked = {"_AUTOCOMPRESS_COMPLETE": "complete_bash", "COMP_WORDS": "autocompress re", "COMP_CWORD": "1"}
+    done = spawn(env=asked, code="import sys; from autocompress import cli; sys.argv = ['autocompress']; cli.main()")
+    assert set(done.out.split()) == {"report", "recover", "retarget"}
+
+
 # --- run files (rows 1 to 4 of the faults)
 
 

@@ -81,6 +81,17 @@ def test_what_is_said_of_a_model_and_data_of_ones_own_runs(
     assert (tmp_path / "mine" / "README.md").is_file()
 
 
+def test_what_readme_shows_is_shown_on_pages_that_are_run() -> None:
+    pages = {
+        line for page in ("quickstart.md", "your-own.md") for block in blocks(page, "sh") for line in block.splitlines()
+    }
+    shown = [line.split(" && ")[-1] for block in blocks("../README.md", "sh") for line in block.splitlines()]
+    assert len(shown) > 5
+    assert {line for line in shown if line.startswith("autocompress ")} <= pages
+    [program] = blocks("../README.md", "python")
+    assert any(set(program.splitlines()) <= set(block.splitlines()) for block in blocks("python.md", "python"))
+
+
 @pytest.mark.slow
 def test_the_python_examples_run(tmp_path: Path, quick: tuple[Path, str], tiny_run: Callable[..., RunConfig]) -> None:
     shutil.copytree(quick[0] / "results", tmp_path / "results")
