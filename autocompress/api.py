@@ -236,7 +236,8 @@ def export(
         formats: ``openvino``, ``onnx``, ``hf`` for transformers, ``torch`` for a program of ``torch.export``; without
             any, that of the runtime that the study is for.
         force: accept a folder that is not empty.
-        push_to_hub: repository, ``OWNER/NAME``, that what was exported is put into, with one format.
+        push_to_hub: repository, ``OWNER/NAME``, that what was exported is put into, with one format; an earlier
+            export in it goes.
         private: make that repository private where it is not there yet.
         progress: told what happens, a line at a time.
 
@@ -262,10 +263,21 @@ def export(
 
 
 def measure(folder: str | Path, *, pairs: int = exported.CONFIRMING_PAIRS) -> dict[str, Any]:
-    """Time an exported folder on this machine against the reference that it carries.
+    """Time an exported folder on this machine, one of a runtime against the reference that it carries.
+
+    A program of ``torch.export`` may run code when it is read: measure none that you would not run.
+
+    Args:
+        folder: that `export` wrote.
+        pairs: blocks of runs.
 
     Returns:
-        The latency now, the stored one, and the machine that each comes from.
+        ``latency_ms`` and ``latency_p90_ms`` now, ``target`` and ``machine``; of a runtime's folder also the ratio with
+        its interval, the stored one, and whether that is of this machine.
+
+    Raises:
+        ConfigError: if ``pairs`` are fewer than 4 or more than 10,000.
+        ExportError: if it is no exported folder, or computes something else on this CPU.
     """
     return exported.measure(Path(folder), pairs=pairs)
 

@@ -367,7 +367,8 @@ def export(
     max_size_mb: MaxMb = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option("--push-to-hub", help="Put it into this repository of the Hugging Face hub, too.")
+        str | None,
+        typer.Option("--push-to-hub", help="Put it into this hub repository, in place of an earlier export."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make that repository private if it is new.")] = False,
     as_json: Json = False,
@@ -394,11 +395,11 @@ def export(
 def measure(
     folder: Annotated[Path, typer.Argument(help="A folder that export wrote.")],
     pairs: Annotated[
-        int | None, typer.Option("--pairs", help="Blocks of runs of each, by default as many as export takes.")
+        int | None, typer.Option("--pairs", help="Blocks of runs, 4 to 10,000; by default as many as export takes.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time an exported folder on this machine against its reference."""
+    """Time an exported folder on this machine, against the reference that it carries if it is a runtime's."""
     from autocompress import api
 
     found = api.measure(folder) if pairs is None else api.measure(folder, pairs=pairs)

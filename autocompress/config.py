@@ -139,7 +139,7 @@ class SearchConfig(Section):
     reconstruct: bool = Field(
         False,
         description="at the end, fit the weights of the front's pruned points to what the model or student was before "
-        "it was pruned, by least squares on calibration rows; what that leads to is added",
+        "it was pruned, by least squares on data.reconstruction_rows; what that leads to is added",
     )
     recover: int = Field(0, ge=0, le=1000, description="points that are trained at the end, the best ranks first")
     keep_artefacts: Literal["front", "all"] = Field("front", description="candidates whose files stay")

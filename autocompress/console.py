@@ -93,12 +93,13 @@ def live() -> Iterator[Callable[[Any], None]]:
         with Live(console=console, refresh_per_second=4, transient=True) as shown:
             yield lambda found: shown.update(_table_of(found))
         return
-    said = time.perf_counter()
+    said, stage = time.perf_counter(), ""
 
     def say(found: Any) -> None:
-        nonlocal said
-        if time.perf_counter() - said >= _SECONDS_BETWEEN_LINES:
-            said = time.perf_counter()
+        nonlocal said, stage
+        begun = found.stage.split(":")[0]
+        if begun != stage or time.perf_counter() - said >= _SECONDS_BETWEEN_LINES:
+            said, stage = time.perf_counter(), begun
             progress(found.words())
 
     yield say

@@ -114,14 +114,14 @@ def export(
     with closing(Study(candidate.folder, run)) as study:
         if study.outdated is not None:
             raise ExportError(f"export: {candidate.folder}: {study.outdated}")
-        workshop = Workshop(run, candidate.folder / "artefacts")
+        workshop = Workshop(run, candidate.folder / "artefacts", progress)
         study.require_data(workshop.task.fingerprint)
     if "torch" in formats:
         from autocompress.hf import program
 
         # A block stands for all: they are alike in what can be recorded of them.
         cut = cut_to_blocks(workshop.teacher, (0,)).module
-        program.require_recordable(cut, _inputs(workshop), run.data.max_tokens)
+        program.require_recordable(cut, _inputs(workshop), _most_tokens(workshop))
     with tempfile.TemporaryDirectory(prefix="autocompress-export-") as artefacts:
         scored = _scored(candidate, run, Path(artefacts), progress)
         found = {}
@@ -242,7 +242,7 @@ def _export(
         "target": workshop.run.target.model_dump(),
         "data": workshop.task.fingerprint,
         "labels": list(workshop.task.labels),
-        "max_tokens": run.data.max_tokens,
+        "max_tokens": _most_tokens(workshop),
         "pair": run.data.text_pair is not None,
         "truncation_side": workshop.tokenizer.truncation_side,
         "vocabulary": workshop.vocabulary,
@@ -277,11 +277,11 @@ def _export_unpacked(
         size = sum(file.stat().st_size for file in aside.glob("*.safetensors"))
         workshop.tokenizer.save_pretrained(aside)
     else:
-        size = program.write_program(model, inputs, run.data.max_tokens, aside / program.PROGRAM)
+        size = program.write_program(model, inputs, _most_tokens(workshop), aside / program.PROGRAM)
         workshop.tokenizer.save_pretrained(aside / "tokenizer")
     progress("reloading in a fresh process")
     expected = kept_logits(scored.folder)
-    found = _run_unpacked(aside, workshop, "search", candidate.score)
+    found = _run_unpacked(aside, workshop, "search", candidate.score, runner)
     agreement = float((found.argmax(1) == expected.argmax(1)).mean())
     if agreement < LEAST_AGREEMENT:
         raise ExportError(
@@ -290,7 +290,7 @@ def _export_unpacked(
         )
     progress("scoring on the held-out test split")
     own = scoring.accuracy(found, workshop.splits["search"])
-    on_test = _run_unpacked(aside, workshop, "test", candidate.score)
+    on_test = _run_unpacked(aside, workshop, "test", candidate.score, runner)
     test = scoring.accuracy(on_test, workshop.splits["test"])
     test_drop = scoring.drop(on_test, workshop.reference_logits_on_test, workshop.splits["test"])
     drop = scoring.drop(found, workshop.reference_logits, workshop.splits["search"])
@@ -307,7 +307,7 @@ def _export_unpacked(
         "inputs": inputs,
         "data": workshop.task.fingerprint,
         "labels": list(workshop.task.labels),
-        "max_tokens": run.data.max_tokens,
+        "max_tokens": _most_tokens(workshop),
         "pair": run.data.text_pair is not None,
         "truncation_side": workshop.tokenizer.truncation_side,
         "search": dataclasses.asdict(own),
@@ -324,16 +324,22 @@ def _export_unpacked(
     return Export(aside, measured, test, test_drop, agreement, candidate.score.latency_ratio, timed=False)
 
 
+def _most_tokens(workshop: Workshop) -> int:
+    """Return how many tokens of a text are read: as in the search, and no more than the model has places for."""
+    most, asked = workshop.teacher.most_tokens, workshop.run.data.max_tokens
+    return asked if most is None else min(most, asked)
+
+
 def _inputs(workshop: Workshop) -> list[str]:
     """Return the names of what the model reads."""
     return list(next(iter(workshop.batches("search"))).inputs())
 
 
-def _run_unpacked(folder: Path, workshop: Workshop, split: str, score: Measurement) -> np.ndarray:
+def _run_unpacked(folder: Path, workshop: Workshop, split: str, score: Measurement, runner: str) -> np.ndarray:
     """Return the logits of a split from a process that reads the folder as its users do."""
     write_rows(folder.parent, workshop.batches(split))
     patience = _patience(workshop.run, score, len(workshop.splits[split]))
-    _elsewhere("autocompress.hf.reload", str(folder), str(folder.parent), seconds=patience)
+    _elsewhere("autocompress.hf.reload", str(folder), str(folder.parent), runner, seconds=patience)
     return read_logits(folder.parent)
 
 

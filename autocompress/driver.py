@@ -33,7 +33,7 @@ from autocompress.records import Candidate
 from autocompress.refine import drop_dominated, refine
 from autocompress.report import tables
 from autocompress.report.tables import write_aside
-from autocompress.results import BASELINES, write_predictions, write_results
+from autocompress.results import BASELINES, STAGE, write_predictions, write_results
 from autocompress.seeds import count_uniform
 from autocompress.stopwatch import Stopwatch
 from autocompress.storage import holds_study
@@ -124,12 +124,17 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 workers.open()
         with clock("reference"):
             study = open_for_writing(run, folder, workshop, progress)
+        latest = ""
 
-        def stage(said: str) -> None:
-            """Let those who follow see what stands, before what may take minutes."""
-            tables.write_csv(study.candidates(), folder / "study.csv")
+        def stage(said: str, how_far: str = "") -> None:
+            """Let those who follow see what stands, and what takes minutes now."""
+            nonlocal latest
+            if said != latest:
+                latest = said
+                tables.write_csv(study.candidates(), folder / "study.csv")
+                write_aside(folder / STAGE, said)
             if watch is not None:
-                watch(_status(study, workshop, stage=said))
+                watch(_status(study, workshop, stage=f"{said}{how_far}"))
 
         try:
             if study.repaired is not None:
@@ -157,12 +162,12 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
             write_predictions(study)
             with clock("baselines"):
                 for name in run.baselines:
-                    stage(f"a {name} search to hold it against")
-                    _baseline(name, study, workshop, progress, cluster)
+                    _baseline(name, study, workshop, progress, cluster, stage)
             with clock("results"):
                 trackers.tell(study.candidates())
                 workshop.bank.trim()
                 write_results(study)
+                (folder / STAGE).unlink(missing_ok=True)
         finally:
             study.close()
     spent = {"driver": clock.seconds, "bank": workshop.bank.made_seconds, "ask": study.ask_seconds}
@@ -280,7 +285,14 @@ def _status(study: Study, workshop: Workshop, **more: Any) -> SearchStatus:
     )
 
 
-def _baseline(name: str, study: Study, workshop: Workshop, progress: Progress, cluster: Cluster | None) -> None:
+def _baseline(
+    name: str,
+    study: Study,
+    workshop: Workshop,
+    progress: Progress,
+    cluster: Cluster | None,
+    stage: Callable[[str, str], None],
+) -> None:
     """Run a search to hold this one against, in a folder of its own, with as many evaluations."""
     folder = study.folder / BASELINES / name
     (folder / "artefacts").mkdir(parents=True, exist_ok=True)
@@ -293,7 +305,11 @@ def _baseline(name: str, study: Study, workshop: Workshop, progress: Progress, c
         shutil.copyfile(study.folder / "environment.json", folder / "environment.json")
     progress(f"baseline: {name} search with {study.run.search.trials} candidates")
     run, said = RunConfig.from_mapping(settings), lambda line: progress(f"{name}: {line}")
-    drive(run, folder, progress=said, cluster=cluster)
+
+    def watched(status: SearchStatus) -> None:
+        stage(f"a {name} search to hold it against", f": {status.done} of {status.total} candidates")
+
+    drive(run, folder, progress=said, watch=watched, cluster=cluster)
 
 
 def _run_for_workers(workshop: Workshop, *, elsewhere: bool) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
         stored = None if by_pytorch else Measurement.from_json(json.dumps(about["search"]))
         target = TargetConfig(**about["target"])
         vocabulary = int(about["vocabulary"])
+        names = tuple(about["inputs"]) if by_pytorch else ()
+        inputs = timing.inputs_of(names, target, vocabulary, 0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(
             f"{folder / MEASUREMENT}: cannot be read ({first_line(error)}); give a folder that export wrote, with this "
@@ -47,7 +50,7 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
             "version that took latencies otherwise: export the trial again"
         )
     if stored is None:
-        return _time_in_pytorch(folder, tuple(about["inputs"]), target, vocabulary, pairs)
+        return _time_in_pytorch(folder, about["runtime"], inputs, target, pairs)
     artifact = Artifact.open(folder)
     here = machine.fingerprint()
     eight_bits = artifact.plan.integer_arithmetic
@@ -75,7 +78,7 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
 
 
 def _time_in_pytorch(
-    folder: Path, names: tuple[str, ...], target: TargetConfig, vocabulary: int, pairs: int
+    folder: Path, runner: str, inputs: Mapping[str, np.ndarray], target: TargetConfig, pairs: int
 ) -> dict[str, Any]:
     """Time what PyTorch runs. There is nothing beside it to hold that against."""
     import torch
@@ -85,8 +88,12 @@ def _time_in_pytorch(
     before = torch.get_num_threads()
     torch.set_num_threads(target.threads)
     try:
-        inputs, clock = timing.inputs_of(names, target, vocabulary, 0), timing.clock_of(target)
-        session = timing.ready(read(folder), inputs)
+        try:
+            session = timing.ready(read(folder, runner), inputs)
+        # Whatever torch and transformers raise is about the files.
+        except Exception as error:
+            raise ExportError(f"{folder}: cannot be read ({first_line(error)}); export the trial again") from None
+        clock = timing.clock_of(target)
         with slot.timing():
             seconds = np.concatenate([timing.block(session, inputs, clock).seconds for _ in range(pairs)])
     finally:
@@ -103,10 +110,13 @@ def _time_in_pytorch(
 def listed(measurement: Path) -> list[str]:
     """Return what an export consists of, by its file of measurements: names of files and folders beside that.
 
-    None if it cannot be read, or is of a version that did not list them.
+    None if it cannot be read, is not of an export, or of a version that did not list them.
     """
     try:
-        found = [str(name) for name in json.loads(measurement.read_text(encoding="utf-8"))["files"]]
+        about = json.loads(measurement.read_text(encoding="utf-8"))
+        found = [str(name) for name in about["files"]]
+        if not (isinstance(about["schema"], int) and about["plan_id"]):
+            return []
     except (OSError, ValueError, KeyError, TypeError):
         return []
     # Nothing that leads elsewhere: these are to be deleted.

@@ -92,11 +92,13 @@ def push(folder: Path, repository: Repository, message: str) -> str:
 
 def _listed_in(api: HfApi, repository: str) -> list[str]:
     """Return what an export consists of that is in a repository already."""
-    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
     with tempfile.TemporaryDirectory(prefix="autocompress-hub-") as scratch:
         try:
             found = listed(Path(api.hf_hub_download(repository, MEASUREMENT, local_dir=scratch)))
+        except LocalEntryNotFoundError:  # the hub did not say
+            raise
         except (EntryNotFoundError, RevisionNotFoundError):  # none, or nothing at all
             return []
     return [name for name in found if not set(name) & set("*?[")]  # which would stand for others, too

@@ -18,14 +18,14 @@ from pathlib import Path
 
 from autocompress import __version__
 from autocompress.errors import AutocompressError, ConfigError
-from autocompress.results import report_of
+from autocompress.results import STAGE, report_of
 from autocompress.study import Study
 
 HOST = "127.0.0.1"
 _NAMES = (HOST, "localhost")
 _WAIT_S = 5
 """Between two looks of a page that waits for the first candidate."""
-_WRITTEN = ("study.csv", "report.html", "environment.json")
+_WRITTEN = ("study.csv", "report.html", "environment.json", STAGE)
 """Files that a search writes as it goes on."""
 
 
@@ -64,11 +64,6 @@ class Live:
                     return _waiting(str(error))
             return self._made[1]
 
-    def _goes_on(self) -> bool:
-        """Return whether candidates were written since the report was, which is the last that a search writes."""
-        report, table = self._folder / "report.html", self._folder / "study.csv"
-        return table.exists() and not (report.exists() and report.stat().st_mtime_ns >= table.stat().st_mtime_ns)
-
     def _make(self, version: str) -> str:
         with closing(self._open(self._folder)) as study:
             report = report_of(study)
@@ -76,8 +71,10 @@ class Live:
         said = ""
         if study.finished < wanted:
             said = f"{study.finished} of {wanted} candidates at {at}; this page follows the search."
-        elif self._goes_on():
-            said = f"All {wanted} candidates at {at}; what comes at the end of a search is still to be done."
+        else:
+            with suppress(OSError):  # a search that has ended left none
+                stage = (self._folder / STAGE).read_text(encoding="utf-8")
+                said = f"All {wanted} candidates at {at}; what is left to do: {stage}."
         return dataclasses.replace(report, standing=said, version=version).html()
 
 

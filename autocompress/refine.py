@@ -34,19 +34,17 @@ def refine(
         clock: takes the time of recovery and of confirmation.
         quiet: called before anything is timed; returns when nothing else runs.
         progress: told what is being done, a line at a time.
-        stage: told what comes next and takes a while.
+        stage: told what is done next, if there is something to do.
     """
     with clock("recovery"):
-        if study.run.search.reconstruct or study.run.search.recover:
-            stage("making more of the front's points")
-        _reconstruct(study, workshop, progress)
-        _recover(study, workshop, progress)
+        _reconstruct(study, workshop, progress, stage)
+        _recover(study, workshop, progress, stage)
     added = True
     while added:  # a latency that does not hold lets others on the front, until nothing is new there
         with clock("confirmation"):
             _confirm(study, workshop, quiet, progress, stage)
         with clock("recovery"):
-            added = _reconstruct(study, workshop, progress)
+            added = _reconstruct(study, workshop, progress, stage)
 
 
 def drop_dominated(study: Study, artefacts: Path, latest: Candidate) -> None:
@@ -61,7 +59,7 @@ def drop_dominated(study: Study, artefacts: Path, latest: Candidate) -> None:
         shutil.rmtree(artefacts / plan_id, ignore_errors=True)
 
 
-def _reconstruct(study: Study, workshop: Workshop, progress: Progress) -> bool:
+def _reconstruct(study: Study, workshop: Workshop, progress: Progress, stage: Progress) -> bool:
     """Fit the front's pruned points to what was there before they were pruned, if the run file says so.
 
     Returns:
@@ -76,6 +74,7 @@ def _reconstruct(study: Study, workshop: Workshop, progress: Progress) -> bool:
         try:
             plan = candidate.plan.recovered(RECONSTRUCTED)
             if plan.plan_id not in known:
+                stage("reconstructing points of the front")
                 added, any_added = _add(study, workshop, candidate, plan, "reconstruct", progress), True
                 if study.run.search.keep_artefacts == "front":
                     drop_dominated(study, workshop.artefacts, added)
@@ -95,7 +94,7 @@ def _add(
     return added
 
 
-def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
+def _recover(study: Study, workshop: Workshop, progress: Progress, stage: Progress) -> None:
     """Distil the most promising structures (rung 2), best non-dominated rank first, as many as the run file asks."""
     trains = bool(study.run.recovery.epochs)
     done = [c for c in study.candidates() if c.origin == "recover" and c.plan.trained == trains]
@@ -112,6 +111,7 @@ def _recover(study: Study, workshop: Workshop, progress: Progress) -> None:
         try:
             plan = workshop.recovering(candidate.plan)
             if plan.plan_id not in known:
+                stage("recovering the best points")
                 _add(study, workshop, candidate, plan, "recover", progress)
                 known.add(plan.plan_id)
                 wanted -= 1

@@ -20,6 +20,8 @@ from autocompress.study import Study
 
 BASELINES = "baselines"
 """Folder within the results folder; each baseline is a search of its own in it."""
+STAGE = "stage.txt"
+"""What a search does once all its candidates are evaluated; gone when it has ended."""
 
 
 def write_results(study: Study) -> None:

@@ -281,7 +281,7 @@ class Trained:
         return target
 
     def sums(self, base: EncoderModel) -> Wanted:
-        """Return what gives the sums in ``base`` that a reconstruction aims at, for the calibration rows."""
+        """Return what gives the sums in ``base`` that a reconstruction aims at, for the rows that it is fitted on."""
 
         def make(folder: Path) -> None:
             self.progress(f"running {self.reconstruction_rows} training rows to reconstruct by")

@@ -121,6 +121,7 @@ def pictures(browser: Any, results: Path) -> None:
                 page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
                 page.goto(file.as_uri())
                 page.wait_for_selector("html[data-ready]")
+                page.wait_for_selector("#detail table.plan")  # which a study of before does not have
                 page.wait_for_timeout(500)  # what is animated comes to rest
                 clip = {"x": 0, "y": 0, "width": width, "height": height}
                 page.screenshot(path=PICTURES / f"report-{width}-{scheme}.png", full_page=True, clip=clip)

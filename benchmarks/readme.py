@@ -346,7 +346,7 @@ def joint_table() -> str:
             low, high = (100 * end for end in gained["interval"])
             cells[2] = f"{100 * gained['value']:+.1f} points [{low:+.1f}, {high:+.1f}] in the mean"
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    said = f"{measured_on(content)}, without any training, as many candidates for each search"
+    said = f"{measured_on(content)}, without any training, as many candidates for each search or all that a space has"
     return "\n".join([f"{said}; {reproduced(JOINT)}.", "", *lines])
 
 

@@ -32,6 +32,8 @@ class Hub:
         self.messages: list[str] = []
         self.large: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.silent = False
+        """Whether it keeps to itself what is there."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -77,6 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(self.path)
 
     def _file(self, path: str) -> None:
+        if self.hub.silent:
+            self._answer({"error": "not now"}, 403)
+            return
         name, _, file = path.removeprefix("/").partition("/resolve/main/")
         content = self.hub.files.get(name, {}).get(file)
         self.send_response(200 if content is not None else 404)

@@ -196,8 +196,11 @@ def test_what_an_axis_cannot_show_is_said(page: Any, tmp_path: Path) -> None:
     assert page.locator("#thinned").text_content() == ""
     page.locator("#axis-y").select_option("divergence")
     shown = drawn(page)
-    assert page.locator("#thinned").text_content() == " 2 have no such number, or none that this axis can show."
+    assert page.locator("#thinned").text_content() == (
+        " 4 candidates have no such number, or none that an axis can show."
+    )
     assert "other candidates" not in shown
+    assert shown["Pareto front"] == 1
 
 
 def test_the_command_is_copied_and_if_not_then_it_says_so(page: Any, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class TestPuttingInPlace:
         out = tmp_path / "out"
         (out / "reference").mkdir(parents=True)
         for name in ("config.json", "model.safetensors", "tokenizer.json", "measurement.json", "reference/model.onnx"):
-            (out / name).write_text("{}", encoding="utf-8")
+            (out / name).write_text('{"schema": 1, "plan_id": "any"}', encoding="utf-8")
         delivery._list(out, CompressionPlan())
         for name in ("notes.json", "other.safetensors"):
             (out / name).write_text("mine", encoding="utf-8")
@@ -67,7 +67,8 @@ class TestPuttingInPlace:
         out.mkdir()
         (tmp_path / "kept").write_text("mine", encoding="utf-8")
         (out / "mine.txt").write_text("mine", encoding="utf-8")
-        (out / "measurement.json").write_text(json.dumps({"files": listed}), encoding="utf-8")
+        about = {"schema": 1, "plan_id": "any", "files": listed}
+        (out / "measurement.json").write_text(json.dumps(about), encoding="utf-8")
         delivery._put(made, out)
         assert (tmp_path / "kept").exists()
         assert (out / "mine.txt").exists()

@@ -170,14 +170,20 @@ def searched(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Search
 
 @pytest.mark.slow
 def test_statuses_count_up_to_the_number_of_candidates(searched: Searched) -> None:
-    assert [status.done for status in searched.statuses] == list(range(1, TRIALS + 1))
+    evaluated = [status for status in searched.statuses if not status.stage]
+    assert [status.done for status in evaluated] == list(range(1, TRIALS + 1))
+    assert searched.statuses[: len(evaluated)] == evaluated, "stages come after that"
+    stages = dict.fromkeys(status.stage.split(":")[0] for status in searched.statuses[len(evaluated) :])
+    assert {"timing the front anew", "a random search to hold it against"} <= set(stages)
+    assert searched.statuses[-1].stage.endswith(f": {TRIALS} of {TRIALS} candidates")
+    assert not (searched.folder / "stage.txt").exists()
     assert {status.total for status in searched.statuses} == {TRIALS}
     last = searched.statuses[-1]
     states = [c.state for c in searched.candidates() if c.origin != "recover"]
     assert (last.failed, last.stopped) == (states.count("FAIL"), states.count("PRUNED"))
     assert last.seconds_left == 0
-    assert searched.statuses[0].untrained >= last.untrained
-    assert all(status.seconds_each > 0 and 0 < len(status.front) <= status.done for status in searched.statuses)
+    assert searched.statuses[0].untrained >= evaluated[-1].untrained
+    assert all(status.seconds_each > 0 and 0 < len(status.front) <= status.done for status in evaluated)
     assert not any(line.startswith("a search starts with") for line in searched.lines), "it reaches beyond them"
     assert any(
         line.startswith(f"[ {TRIALS}/{TRIALS}] trial ") or f"{TRIALS}/{TRIALS}" in line for line in searched.lines
@@ -227,7 +233,7 @@ def test_the_front_is_reconstructed(searched: Searched, run: RunConfig, tmp_path
             shop.build(plan, shop.artefacts / plan.plan_id)
             score = dataclasses.replace(study.reference, size_bytes=size, latency_ratio=ratio)
             study.add(plan, score, origin="sampler")
-        assert _reconstruct(study, shop, lines.append)
+        assert _reconstruct(study, shop, lines.append, lambda _: None)
         parents = {c.plan: c.number for c in study.candidates()}
         made = [c for c in study.candidates() if c.plan.of_type(Recover).get(MODEL_SITE) == FITTED]
         assert pruned.with_decision(MODEL_SITE, FITTED) in {c.plan for c in made}
@@ -239,7 +245,7 @@ def test_the_front_is_reconstructed(searched: Searched, run: RunConfig, tmp_path
             line = f"trial {candidate.number} is trial {parent} reconstructed"
             assert any(said.startswith(line) for said in [*searched.lines, *lines])
             assert (shop.artefacts / candidate.plan.plan_id).exists() == (candidate in front)
-        assert not _reconstruct(study, shop, lines.append), "all of them are known"
+        assert not _reconstruct(study, shop, lines.append, lambda _: None), "all of them are known"
 
 
 @pytest.mark.slow

@@ -106,6 +106,15 @@ def test_fewer_pairs_than_loads_and_very_many_are_refused(runtime: Runtime, expo
     assert not runtime.loaded
 
 
+def test_what_pytorch_cannot_read_is_said(exported: Path) -> None:
+    change(exported, runtime="torch", inputs=["input_ids"])
+    with pytest.raises(ExportError, match=r"out: cannot be read \(.+\); export the trial again$"):
+        exported_folder.measure(exported, pairs=4)
+    change(exported, inputs=["nothing"])
+    with pytest.raises(ExportError, match=r"cannot be read \('nothing'\)"):
+        exported_folder.measure(exported, pairs=4)
+
+
 def test_latencies_of_another_protocol_are_not_compared(runtime: Runtime, exported: Path) -> None:
     change(exported, schema=2)
     with pytest.raises(ExportError, match=r"schema must be 3, got 2, of a version .* export the trial again"):

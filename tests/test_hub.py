@@ -38,7 +38,8 @@ def test_what_an_earlier_export_put_there_goes_and_nothing_else(hub_on_loopback:
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / file).write_text("{}", encoding="utf-8")
         listed = sorted(file.name for file in (tmp_path / name).iterdir())
-        (tmp_path / name / "measurement.json").write_text(json.dumps({"files": [*listed, "*"]}), encoding="utf-8")
+        about = {"schema": 1, "plan_id": "any", "files": [*listed, "*"]}
+        (tmp_path / name / "measurement.json").write_text(json.dumps(about), encoding="utf-8")
         return tmp_path / name
 
     first = export("hf", "config.json", "tokenizer/tokenizer.json", "README.md")
@@ -46,6 +47,16 @@ def test_what_an_earlier_export_put_there_goes_and_nothing_else(hub_on_loopback:
     hub_on_loopback.files["me/small"]["NOTES.md"] = b"by hand"
     hub.push(export("openvino", "model.xml", "README.md"), Repository("me/small"), "second")
     assert set(hub_on_loopback.files["me/small"]) == {"model.xml", "README.md", "measurement.json", "NOTES.md"}
+
+
+def test_what_is_there_must_be_told_before_anything_is_put_beside_it(hub_on_loopback: Hub, exported: Path) -> None:
+    hub.push(exported, Repository("me/small"), "first")
+    before = dict(hub_on_loopback.files["me/small"])
+    hub_on_loopback.silent = True
+    (exported / "new.bin").write_bytes(b"new")
+    with pytest.raises(ExportError, match="me/small: the hub refused or did not answer"):
+        hub.push(exported, Repository("me/small"), "second")
+    assert hub_on_loopback.files["me/small"] == before
 
 
 @pytest.mark.parametrize("private", [False, True])

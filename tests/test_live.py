@@ -64,14 +64,18 @@ def test_a_finished_search_says_nothing_of_its_standing(tmp_path: Path) -> None:
         assert 'class="standing"' not in ask(address)[1]
 
 
-def test_a_search_that_has_all_its_candidates_and_goes_on_is_said(tmp_path: Path) -> None:
+def test_what_a_search_does_after_its_last_candidate_is_said(tmp_path: Path) -> None:
     study = made_study(tmp_path / "results", majority=MAJORITY)
     write_results(study)
-    report = (study.folder / "report.html").stat().st_mtime_ns
-    for later, said in ((-1, False), (1, True)):
-        os.utime(study.folder / "study.csv", ns=(report + later, report + later))
-        with api.serve(study.folder) as address:
-            assert ("All 6 candidates at " in ask(address)[1]) == said
+    stage = study.folder / "stage.txt"
+    with api.serve(study.folder) as address:
+        versions = [ask(address, "/version")[1]]
+        stage.write_text("timing the front anew", encoding="utf-8")
+        assert "; what is left to do: timing the front anew." in ask(address)[1]
+        versions.append(ask(address, "/version")[1])
+        stage.unlink()
+        assert "what is left to do" not in ask(address)[1]
+    assert versions[0] != versions[1]
 
 
 def test_what_is_written_gives_another_version(address: str, folder: Path) -> None:

@@ -80,7 +80,7 @@ def test_what_comes_back_predicts_as_the_artefact(
     program.parent.mkdir()
     inputs = list(next(shop.splits["search"].head(1).in_order_of_length(1)).inputs())
     write_program(made, inputs, 16, program)
-    run_program = read(tmp_path / "program").run
+    run_program = read(tmp_path / "program", "torch").run
     found = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert type(found).__name__ == "CompressedForSequenceClassification"
     assert found.config.id2label == dict(enumerate(shop.task.labels))

@@ -138,7 +138,7 @@ def test_as_many_points_are_recovered_as_are_asked_for_and_one_that_cannot_be_co
     paper.recovering, paper.add = recovering, add
     paper.evaluate = lambda plan: make_candidate(0, plan=plan, accuracy=0.95).score
     for _ in range(2):
-        _recover(paper, paper, said.append)
+        _recover(paper, paper, said.append, lambda _: None)
         made = [c.plan.without(Recover) for c in paper.candidates() if c.origin == "recover"]
         assert made == plans[1:3]
     assert said.count("trial 0 cannot be recovered: nothing is left of it") == 1

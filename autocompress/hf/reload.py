@@ -35,10 +35,15 @@ class InPyTorch(Session):
         self._call = None
 
 
-def read(folder: Path) -> InPyTorch:
-    """Read an exported folder as its users do."""
-    if (file := folder / PROGRAM).exists():
-        program = torch.export.load(file).module()
+def read(folder: Path, runner: str) -> InPyTorch:
+    """Read an exported folder as its users do.
+
+    Args:
+        folder: the export.
+        runner: what it was written for: ``torch``, whose programs may run code when they are read, or ``transformers``.
+    """
+    if runner == "torch":
+        program = torch.export.load(folder / PROGRAM).module()
         return InPyTorch(lambda tensors: program(*tensors.values()))
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -51,10 +56,10 @@ def read(folder: Path) -> InPyTorch:
     return InPyTorch(lambda tensors: model(**tensors).logits)
 
 
-def main(folder: Path, scratch: Path) -> None:
+def main(folder: Path, scratch: Path, runner: str) -> None:
     """Write the logits of the rows in ``scratch``, ``rows x classes``, to ``scratch``."""
-    write_logits(scratch, read_rows(scratch), read(folder).run)
+    write_logits(scratch, read_rows(scratch), read(folder, runner).run)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

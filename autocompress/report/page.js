@@ -180,21 +180,26 @@
   function thinned(indices) {
     const x = AXES[view.x], y = AXES[view.y];
     const scaled = view.log ? Math.log : (value) => value;
-    const placed = (value) => value !== null && !(view.log && value <= 0);
-    const usable = indices.filter((i) => placed(x.of(all, i)) && y.of(all, i) !== null);
-    const lacking = indices.length - usable.length;
-    if (usable.length < 1000) return { drawn: usable, lacking, under: 0 };
-    const xs = usable.map((i) => scaled(x.of(all, i))), ys = usable.map((i) => y.of(all, i));
+    if (indices.length < 1000) return { drawn: indices, under: 0 };
+    const xs = indices.map((i) => scaled(x.of(all, i))), ys = indices.map((i) => y.of(all, i));
     const [left, right, low, high] = [Math.min, Math.max].flatMap((f) => [xs.reduce((a, b) => f(a, b))])
       .concat([Math.min, Math.max].map((f) => ys.reduce((a, b) => f(a, b))));
     const cells = new Map();
-    usable.forEach((i, n) => {
+    indices.forEach((i, n) => {
       const column = Math.floor((MOST_DRAWN.columns * (xs[n] - left)) / (right - left || 1));
       const row = Math.floor((MOST_DRAWN.rows * (ys[n] - low)) / (high - low || 1));
       const key = column * 1000 + row;
       if (!cells.has(key)) cells.set(key, i);
     });
-    return { drawn: [...cells.values()], lacking, under: usable.length - cells.size };
+    return { drawn: [...cells.values()], under: indices.length - cells.size };
+  }
+  function placed(i) {
+    // Whether the axes can show a candidate.
+    const shown = view.solid ? [view.x, view.y, view.z] : [view.x, view.y];
+    return shown.every((axis) => {
+      const value = AXES[axis].of(all, i);
+      return value !== null && !(axis === view.x && view.log && value <= 0);
+    });
   }
   function trace(name, s, indices, extra) {
     const x = AXES[view.x], y = AXES[view.y], z = AXES[view.z];
@@ -275,7 +280,8 @@
     };
   }
   function traces() {
-    const shown = view.only ? measured.filter(keeps) : measured;
+    const wanted = view.only ? measured.filter(keeps) : measured;
+    const shown = wanted.filter(placed);
     const rest = shown.filter((i) => !all.front[i]);
     const ladder = rest.filter((i) => all.origin[i] === "uniform" && all.feasible[i]);
     const others = rest.filter((i) => all.origin[i] !== "uniform" && all.feasible[i]);
@@ -298,7 +304,7 @@
       const square = { size: 8, symbol: "square-open", color: colour("ladder"), line: { width: 1.5, color: colour("ladder") } };
       found.push(trace("uniform ladder", all, ladder, { marker: square }));
     }
-    const kept = view.only ? front.filter(keeps) : front;
+    const kept = shown.filter((i) => all.front[i]);
     if (kept.length) found.push(frontTrace(kept));
     const star = { symbol: view.solid ? "diamond" : "star", size: view.solid ? 7 : 15, color: "#d1495b", line: { width: 1, color: colour("text") } };
     found.push(trace("uncompressed reference", reference, [0], { marker: star }));
@@ -307,8 +313,7 @@
       const ring = { symbol: "circle-open", size: view.solid ? 12 : 24, color: colour("mark"), line: { width: 3, color: colour("mark") } };
       found.push({ ...trace("selected", all, [view.selected], { marker: ring }), hoverinfo: "skip", showlegend: false });
     }
-    const left = (reason) => drawnOthers[reason] + drawnBroken[reason];
-    return { found, under: left("under"), lacking: left("lacking") };
+    return { found, under: drawnOthers.under + drawnBroken.under, lacking: wanted.length - shown.length };
   }
   function dressed(layout) {
     const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true };
@@ -339,7 +344,7 @@
     });
     byId("thinned").textContent =
       (under ? ` ${under} candidates off the front lie under others that are drawn, and are left out.` : "") +
-      (lacking ? ` ${lacking} have no such number, or none that this axis can show.` : "");
+      (lacking ? ` ${lacking} candidates have no such number, or none that an axis can show.` : "");
     const plot = byId("figure-front");
     Plotly.react(plot, found, layout, config);
     if (!plot.dataset.ready) {

@@ -185,7 +185,7 @@ def _convert(model: EncoderModel, batch: Batch) -> tuple[Any, tuple[str, ...]]:
     content = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # The tracing exporter is deprecated but takes a tenth of the newer one's time, which counts per candidate.
+        # The tracing exporter is deprecated but much faster than the newer one.
         torch.onnx.export(
             wrapped,
             tuple(example.values()),
