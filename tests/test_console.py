@@ -43,9 +43,11 @@ def test_off_a_terminal_a_search_says_now_and_then_how_far_it_is(
     with console.live() as say:
         for number in range(40):
             now += 1.0
-            say(SimpleNamespace(words=lambda number=number: f"{number} candidates"))
+            say(SimpleNamespace(stage="", words=lambda number=number: f"{number} candidates"))
+        for stage in ("timing", "random: 1 of 2", "random: 2 of 2"):
+            say(SimpleNamespace(stage=stage, words=lambda stage=stage: stage))
     said = [line.partition(" ")[2] for line in capsys.readouterr().err.splitlines()]
-    assert said == ["14 candidates", "29 candidates"], "every 15 seconds"
+    assert said == ["14 candidates", "29 candidates", "timing", "random: 1 of 2"], "every 15 seconds, and each stage once"
 
 
 def test_a_point_is_told_with_its_intervals() -> None:
