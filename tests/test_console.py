@@ -47,7 +47,7 @@ def test_off_a_terminal_a_search_says_now_and_then_how_far_it_is(
         for stage in ("timing", "random: 1 of 2", "random: 2 of 2"):
             say(SimpleNamespace(stage=stage, words=lambda stage=stage: stage))
     said = [line.partition(" ")[2] for line in capsys.readouterr().err.splitlines()]
-    assert said == ["14 candidates", "29 candidates", "timing", "random: 1 of 2"], "every 15 seconds, and each stage once"
+    assert said == ["14 candidates", "29 candidates", "timing", "random: 1 of 2"], "every 15 seconds, and a stage once"
 
 
 def test_a_point_is_told_with_its_intervals() -> None:
