@@ -42,7 +42,17 @@ BANK_VERSION = 1
 TRAINED = ("finetuned", "distilled")
 """Kinds whose entries took training: minutes to hours each, where the others take seconds."""
 
-_IN_PIECES = (*TRAINED, "orders", "reconstructed", "sums")
+_IN_PIECES = (
+    *TRAINED,
+    "channels",
+    "importance",
+    "moments",
+    "orders",
+    "reconstructed",
+    "sensitivity",
+    "sums",
+    "teacher-logits",
+)
 """Kinds that are not made in one piece: whoever wants to time would wait in vain for what takes minutes, and what takes
 seconds says for itself when it works."""
 

@@ -91,17 +91,20 @@ class Bases(Trained):
     def _importance(self, base: EncoderModel) -> Importance:
         drops = self._space_file.drop_blocks.at_most if self._space_file.drop_blocks else 0
         code = code_version(("transforms/importance.py", "transforms/vocabulary.py"))
-        key = self._key(base=base.base, drops=drops, precision=self.precision(), code=code, counted=_COUNTED_ROWS)
+        rows = {"counted": _COUNTED_ROWS, "drop_rows": _DROP_ROWS}
+        key = self._key(base=base.base, drops=drops, precision=self.precision(), code=code, **rows)
 
         def make(folder: Path) -> None:
             self.progress(f"scoring heads, neurons and blocks on {len(self.calibration)} calibration rows")
+            with slot.working():
+                counts = self._counts()
             with torch_threads(self.threads):
                 scores = importance(
                     base,
                     self.calibration_batches(at_once=FITTED_AT_ONCE),
                     drops=drops,
                     drop_batches=self.calibration_batches(_DROP_ROWS),
-                    counts=self._counts(),
+                    counts=counts,
                     autocast=self._autocast,
                 )
             tensors = {f"heads.{n}": t for n, t in enumerate(scores.heads)}
@@ -206,7 +209,7 @@ class Bases(Trained):
         def moments() -> list[dict[str, Moments]]:
             if built.base in self._read_in:
                 return self._read_in[built.base]
-            with slot.working(), torch_threads(self.threads):
+            with torch_threads(self.threads):
                 return take_moments(built, rows, sites=narrow, autocast=self._autocast)
 
         return Importance(
@@ -298,8 +301,9 @@ class Bases(Trained):
                     )
                 (folder / "sensitivity.json").write_text(found.to_json(), encoding="utf-8")
 
-            about = {"base": base.base, "scores": scores.name, "options": named, "rows": _SENSITIVITY_ROWS}
-            key = self._key(**about, precision=self.precision(), code=code_version((*SOURCES, "sensitivity.py")))
+            rows_of = {"rows": _SENSITIVITY_ROWS, "range_rows": RANGE_ROWS}
+            about = {"base": base.base, "scores": scores.name, "options": named, "precision": self.precision()}
+            key = self._key(**about, **rows_of, code=code_version((*SOURCES, "sensitivity.py")))
             self._sensitivities[base.base] = self.bank.load(
                 "sensitivity", key, make, lambda f: Sensitivity.from_json((f / "sensitivity.json").read_text())
             )
@@ -332,8 +336,10 @@ class Bases(Trained):
             trained = self._rounded.get(base.base, {})
             save_piece(make_piece(base, site, decisions, scores, self.activations(base), trained), folder)
 
-        about = {"base": base.base, "scores": scores.name, "site": site}
+        about = {"base": base.base, "scores": scores.name, "site": site, "range_rows": RANGE_ROWS}
         key = self._key(**about, decisions=[d.to_dict() for d in decisions], code=code_version())
+        if reads_moments(site, decisions) and not self.bank.path("pieces", key).is_dir():
+            _take(scores, site)  # before it is this process's turn, which it would keep for all of them
         return self.bank.load("pieces", key, make, read_piece)
 
     def activations(self, base: EncoderModel) -> Activations:

@@ -11,11 +11,11 @@ import json
 import shutil
 import subprocess
 import tempfile
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from autocompress import fresh, hub, scoring, timing
 from autocompress.config import RunConfig
 from autocompress.errors import ExportError, RuntimeBuildError, first_line
 from autocompress.evaluate import Workshop, kept_logits
-from autocompress.exported import CONFIRMING_PAIRS, MEASUREMENT, MEASUREMENT_SCHEMA, UNPACKED, listed
+from autocompress.exported import CONFIRMING_PAIRS, FORMATS, MEASUREMENT_SCHEMA, UNPACKED
+from autocompress.parcel import MEASUREMENT, clear, put, seal
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Drop, Measurement
 from autocompress.report.card import model_card
@@ -34,8 +35,6 @@ from autocompress.study import Study
 from autocompress.trained import Progress, torch_threads
 from autocompress.transforms.prune import cut_to_blocks
 
-FORMATS = {"openvino": "openvino", "onnx": "onnxruntime"}
-"""Export format to the runtime that builds and runs it."""
 LEAST_AGREEMENT = 0.98
 """Share of rows on which PyTorch must predict as the artefact that was scored.
 
@@ -134,10 +133,10 @@ def export(
                     shipped = _export_unpacked(candidate, run, name, scored, aside, progress)
                 else:
                     shipped = _export(candidate, run, FORMATS[name], scored, aside, progress)
-                _list(aside, candidate.plan)
+                seal(aside, candidate.plan)
                 if len(formats) > 1:
-                    _clear(out)
-                _put(aside, target)
+                    clear(out)
+                put(aside, target)
                 found[name] = dataclasses.replace(shipped, folder=target)
                 if repository is not None:
                     progress(f"{target} is ready; pushing it to {repository.name}")
@@ -235,28 +234,11 @@ def _export(
             confirmed = confirmed.drifting(measured.latency_drift)
     agreement = float((expected.argmax(1) == kept_logits(scored.folder).argmax(1)).mean())
     about = {
-        "schema": MEASUREMENT_SCHEMA,
-        "trial": candidate.number,
-        "plan_id": candidate.plan.plan_id,
-        "runtime": runtime,
-        "target": workshop.run.target.model_dump(),
-        "data": workshop.task.fingerprint,
-        "labels": list(workshop.task.labels),
-        "max_tokens": _most_tokens(workshop),
-        "pair": run.data.text_pair is not None,
-        "truncation_side": workshop.tokenizer.truncation_side,
-        "vocabulary": workshop.vocabulary,
         "search": dataclasses.asdict(confirmed),
         "latency_ratio_in_search": measured.latency_ratio,
         "latency_pairs": CONFIRMING_PAIRS,
-        "test": dataclasses.asdict(test),
-        "test_drop": test_drop._asdict(),
-        "agreement_with_scored_candidate": agreement,
     }
-    (aside / MEASUREMENT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-    (aside / "predict.py").write_text(predict_script(runtime), encoding="utf-8")
-    card = model_card(candidate, run, runtime, confirmed, test, test_drop, agreement, data=workshop.task.fingerprint)
-    (aside / "README.md").write_text(card, encoding="utf-8")
+    _describe(aside, candidate, workshop, runtime, confirmed, test, test_drop, agreement, about)
     return Export(aside, confirmed, test, test_drop, agreement, measured.latency_ratio)
 
 
@@ -297,31 +279,51 @@ def _export_unpacked(
     found_here = {**own.fields(), **drop.fields(), "fingerprint": workshop.fingerprint}
     measured = dataclasses.replace(candidate.score, **found_here, divergence=None, size_bytes=size)
     about = {
+        "scored_with": run.target.runtime,
+        "inputs": inputs,
+        "search": dataclasses.asdict(own),
+        "size_bytes": size,
+    }
+    _describe(aside, candidate, workshop, runner, measured, test, test_drop, agreement, about, timed=False)
+    return Export(aside, measured, test, test_drop, agreement, candidate.score.latency_ratio, timed=False)
+
+
+def _describe(
+    aside: Path,
+    candidate: Candidate,
+    workshop: Workshop,
+    runner: str,
+    measured: Measurement,
+    test: scoring.Accuracy,
+    test_drop: Drop,
+    agreement: float,
+    more: Mapping[str, Any],
+    *,
+    timed: bool = True,
+) -> None:
+    """Write what an export says of itself, to programs and to people, and the program that runs it."""
+    run, data = workshop.run, workshop.task.fingerprint
+    about = {
         "schema": MEASUREMENT_SCHEMA,
         "trial": candidate.number,
         "plan_id": candidate.plan.plan_id,
         "runtime": runner,
-        "scored_with": run.target.runtime,
         "target": run.target.model_dump(),
-        "vocabulary": workshop.vocabulary,
-        "inputs": inputs,
-        "data": workshop.task.fingerprint,
+        "data": data,
         "labels": list(workshop.task.labels),
         "max_tokens": _most_tokens(workshop),
         "pair": run.data.text_pair is not None,
         "truncation_side": workshop.tokenizer.truncation_side,
-        "search": dataclasses.asdict(own),
+        "vocabulary": workshop.vocabulary,
         "test": dataclasses.asdict(test),
         "test_drop": test_drop._asdict(),
-        "size_bytes": size,
         "agreement_with_scored_candidate": agreement,
+        **more,
     }
     (aside / MEASUREMENT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     (aside / "predict.py").write_text(predict_script(runner), encoding="utf-8")
-    data = workshop.task.fingerprint
-    card = model_card(candidate, run, runner, measured, test, test_drop, agreement, data=data, timed=False)
+    card = model_card(candidate, run, runner, measured, test, test_drop, agreement, data=data, timed=timed)
     (aside / "README.md").write_text(card, encoding="utf-8")
-    return Export(aside, measured, test, test_drop, agreement, candidate.score.latency_ratio, timed=False)
 
 
 def _most_tokens(workshop: Workshop) -> int:
@@ -341,49 +343,6 @@ def _run_unpacked(folder: Path, workshop: Workshop, split: str, score: Measureme
     patience = _patience(workshop.run, score, len(workshop.splits[split]))
     _elsewhere("autocompress.hf.reload", str(folder), str(folder.parent), runner, seconds=patience)
     return read_logits(folder.parent)
-
-
-def _put(made: Path, out: Path) -> None:
-    """Bring what is in ``made`` to ``out``, which may be on another disk: all of it, or an error and nothing."""
-    out = out.resolve()  # aside and in place are then on one disk
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    try:
-        shutil.copytree(made, aside)
-        if not out.exists():
-            aside.replace(out)
-            return
-        # What else was in the folder stays there: it was asked for by force.
-        _clear(out)
-        for entry in aside.iterdir():
-            _remove(out / entry.name)
-            entry.replace(out / entry.name)
-    except OSError as error:
-        raise ExportError(f"export: {out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _list(made: Path, plan: CompressionPlan) -> None:
-    """Write into an export its plan, and what it consists of."""
-    (made / "plan.json").write_text(json.dumps(json.loads(plan.to_json()), indent=1), encoding="utf-8")
-    about = json.loads((made / MEASUREMENT).read_text(encoding="utf-8"))
-    about["files"] = sorted(entry.name for entry in made.iterdir())
-    (made / MEASUREMENT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-
-
-def _clear(out: Path) -> None:
-    """Delete what an earlier export put into a folder, which may be of another format and be read in place of ours."""
-    # Last what tells them, so that what was interrupted can be gone on with.
-    for name in sorted(listed(out / MEASUREMENT), key=lambda name: name == MEASUREMENT):
-        _remove(out / name)
-
-
-def _remove(there: Path) -> None:
-    if there.is_dir() and not there.is_symlink():
-        shutil.rmtree(there)
-    else:
-        there.unlink(missing_ok=True)
 
 
 def _reload(folder: Path, workshop: Workshop, scratch: Path, score: Measurement) -> tuple[np.ndarray, timing.Latency]:

@@ -299,7 +299,7 @@ def _baseline(
     settings = study.run.model_dump(mode="json", by_alias=True)
     settings["baselines"], settings["trackers"] = [], []
     settings["search"] |= {"sampler": name, "seeds": False, "skip_behind": False}
-    settings["search"] |= {"reconstruct": False, "recover": 0, "confirm_pairs": 0}
+    settings["search"] |= {"reconstruct": False, "recover": 0}
     if not (folder / "artefacts" / "reference").is_dir():
         shutil.copytree(workshop.reference_folder, folder / "artefacts" / "reference")
         shutil.copyfile(study.folder / "environment.json", folder / "environment.json")
@@ -307,7 +307,8 @@ def _baseline(
     run, said = RunConfig.from_mapping(settings), lambda line: progress(f"{name}: {line}")
 
     def watched(status: SearchStatus) -> None:
-        stage(f"a {name} search to hold it against", f": {status.done} of {status.total} candidates")
+        now = f", {status.stage}" if status.stage else ""
+        stage(f"a {name} search to hold it against", f": {status.done} of {status.total} candidates{now}")
 
     drive(run, folder, progress=said, watch=watched, cluster=cluster)
 
@@ -398,6 +399,7 @@ def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) ->
             f"the rows ({run.search.confirm_pairs} in rounds over all points for points of the front, loaded anew in "
             f"between), inputs of {run.target.batch_size} x {run.target.tokens} tokens, "
             + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")
+            + f", pairs with a reference slower than {timing.SLOWED:g} times its fastest taken anew and left out"
             + ", lower quartile of the candidate's runs over that of the reference's with its 95 % bootstrap interval "
             "over moments and pairs; where those of a front were taken twice it includes by how much they drift from "
             "one time to another",

@@ -139,7 +139,7 @@ class Workshop(Bases):
             model = cut_to_blocks(base, kept)
             example = self.calibration_batches(RANGE_ROWS)[0]
             runtime = self.runtime
-            sources = tuple(f"runtimes/{name}.py" for name in ("base", runtime.name))
+            sources = ("transforms/prune.py", *(f"runtimes/{name}.py" for name in ("base", runtime.name)))
             self._templates[key] = self.bank.load(
                 "templates",
                 {
@@ -249,7 +249,7 @@ class Workshop(Bases):
         Raises:
             CannotReachFront: if the accuracy pass was ended.
         """
-        watch = Stopwatch(stages)
+        watch = Stopwatch(stages, waited=slot.waited)
         self._require_device()
         with watch("load"):
             session = self.stand.load(artifact)
@@ -361,7 +361,7 @@ class Workshop(Bases):
             front: costs of points that are not dominated, in the order of the run's objectives.
         """
         folder = self.artefacts / plan.plan_id
-        watch = Stopwatch()
+        watch = Stopwatch(waited=slot.waited)
         with torch_threads(self.run.target.threads):
             try:
                 with watch("build"):

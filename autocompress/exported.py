@@ -1,4 +1,4 @@
-"""What can be done with an exported folder alone: time it, against the stand-in of the reference if it carries one."""
+"""What is done with an exported folder alone: it is timed, against the stand-in of the reference if it carries one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import numpy as np
 from autocompress import machine, slot, timing
 from autocompress.config import TargetConfig
 from autocompress.errors import ConfigError, ExportError, first_line
+from autocompress.parcel import MEASUREMENT
 from autocompress.records import Measurement
 from autocompress.runtimes import Artifact, get_runtime
 
-MEASUREMENT, MEASUREMENT_SCHEMA = "measurement.json", 3
-"""What every export holds, its scores and what is needed to run it; and the version of that."""
+MEASUREMENT_SCHEMA = 3
+"""Version of what `MEASUREMENT` holds."""
+FORMATS = {"openvino": "openvino", "onnx": "onnxruntime"}
+"""Export format to the runtime that builds and runs it."""
 UNPACKED = {"hf": "transformers", "torch": "torch"}
 """Export format to what runs it: PyTorch, which unpacks the stored weights and multiplies floats."""
 CONFIRMING_PAIRS = 20
@@ -107,29 +110,20 @@ def _time_in_pytorch(
     }
 
 
-def listed(measurement: Path) -> list[str]:
-    """Return what an export consists of, by its file of measurements: names of files and folders beside that.
-
-    None if it cannot be read, is not of an export, or of a version that did not list them.
-    """
-    try:
-        about = json.loads(measurement.read_text(encoding="utf-8"))
-        found = [str(name) for name in about["files"]]
-        if not (isinstance(about["schema"], int) and about["plan_id"]):
-            return []
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    # Nothing that leads elsewhere: these are to be deleted.
-    return [name for name in found if name == Path(name).name and name not in ("", ".", "..")]
-
-
 def time_against_stand_in(artifact: Artifact, target: TargetConfig, vocabulary: int, pairs: int) -> timing.Latency:
     """Time an exported artefact in turn with the reference in its folder."""
     runtime, reference = get_runtime(artifact.runtime), Artifact.open(artifact.folder / "reference")
     inputs, clock = timing.inputs_of(artifact.inputs, target, vocabulary, 0), timing.clock_of(target)
     # A loaded model's speed depends a little on where its memory came to lie: load both anew for each share of pairs.
-    times = []
+    times, pace = [], timing.Pace()
     for share in (pairs // _LOADS + (number < pairs % _LOADS) for number in range(_LOADS)):
         ours, beside = (timing.ready(runtime.load(each, target), inputs) for each in (artifact, reference))
-        times.append(timing.paired_times(ours, beside, inputs, pairs=share, clock=clock))
-    return timing.summarize(times, seed=0)
+        moment: list[timing.Pair] = []
+        for _ in range(timing.ANEW):
+            count = pace.missing([moment], share, share)
+            taken = timing.paired_times(ours, beside, inputs, pairs=count, clock=clock, before=len(moment))
+            for pair in taken:
+                pace.note(pair.reference)
+            moment += taken
+        times.append(moment)
+    return timing.summarize(timing.undisturbed(times, pace.seconds), seed=0)

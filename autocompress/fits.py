@@ -10,6 +10,9 @@ FEWEST = 12
 """Measured candidates from which on fits are used."""
 _BELIEVED = 0.03
 """Relative residual up to which a measured latency counts in full: what disturbs a run often makes it much longer."""
+_ONCE, _CONFIRMED = 0.045, 0.036
+"""Relative standard deviations of latencies that were measured in a search and timed anew, from one process to another:
+those of 4 and of 6 rounds of 1 pair in ``results/benchmarks/latency-estimators.json``."""
 _ROUNDS, _MORE_ROUNDS = 12, 2
 """Times that a fit is weighted anew, from nothing and from an earlier fit to most of the same."""
 _CHANGES_OF_SETS = 3
@@ -36,12 +39,21 @@ def least_squares(inputs: np.ndarray, outputs: np.ndarray, *, ridge: float) -> F
     return Fit(weights / scale, float(np.sqrt(np.square(left).sum() / freedom)))
 
 
-def relative_fit(inputs: np.ndarray, outputs: np.ndarray, start: Fit | None = None) -> Fit:
+def relative_fit(
+    inputs: np.ndarray, outputs: np.ndarray, start: Fit | None = None, sure: np.ndarray | None = None
+) -> Fit:
     """Fit non-negative weights to ratios of ``outputs``, which are > 0, so that few that are far off move it little.
 
     By Huber's loss, as rounds of weighted least squares; see Holland and Welsch (1977), "Robust regression using
-    iteratively reweighted least-squares". ``start`` is an earlier fit to most of the same.
+    iteratively reweighted least-squares".
+
+    Args:
+        inputs: ``rows x features``.
+        outputs: ``rows``.
+        start: an earlier fit to most of the same.
+        sure: ``rows``, the inverse of each one's standard deviation, up to a factor that leaves the largest at 1.
     """
+    sure = np.ones(len(outputs)) if sure is None else sure
     spread = inputs.std(axis=0)
     scale = np.where(spread > 1e-9, spread, 1.0)
     penalty = np.sqrt(1e-4 * len(outputs)) * np.eye(inputs.shape[1])
@@ -49,10 +61,10 @@ def relative_fit(inputs: np.ndarray, outputs: np.ndarray, start: Fit | None = No
     wanted = np.zeros(len(penalty))
     weights = None if start is None else start.weights
     for _ in range(_ROUNDS if start is None else _MORE_ROUNDS):
-        trust = np.ones(len(outputs))
+        trust = sure
         if weights is not None:
             off = np.abs(np.log(np.maximum(inputs @ weights, 1e-4 * outputs) / outputs))
-            trust = np.sqrt(np.minimum(1.0, _BELIEVED / np.maximum(off, 1e-9)))
+            trust = sure * np.sqrt(np.minimum(1.0, _BELIEVED / np.maximum(off, 1e-9)))
         stacked = np.vstack([inputs / scale * (trust / outputs)[:, None], penalty])
         weights = nonnegative(stacked, np.concatenate([trust, wanted])) / scale
     assert weights is not None
@@ -72,7 +84,8 @@ def latency_fit(work: np.ndarray, ratios: np.ndarray, confirmed: np.ndarray, sta
         return relative_fit(work, ratios, start)
     searched = relative_fit(work[~confirmed], ratios[~confirmed], start)
     factor = float(np.median(ratios[confirmed] / (work[confirmed] @ searched.weights)))
-    return relative_fit(work, np.where(confirmed, ratios, factor * ratios), start)
+    sure = np.where(confirmed, 1.0, _CONFIRMED / _ONCE)
+    return relative_fit(work, np.where(confirmed, ratios, factor * ratios), start, sure)
 
 
 def nonnegative(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:

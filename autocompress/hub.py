@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autocompress.errors import ExportError, first_line
-from autocompress.exported import MEASUREMENT, listed
 from autocompress.origins import DEMO_MODEL
+from autocompress.parcel import MEASUREMENT, listed
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -27,6 +27,8 @@ _BEHIND = 3.0
 """Residual standard deviations that a prediction is given the benefit of before a plan is passed over."""
 _FINE = 16
 """Weights of 4 bits in groups below this may have no kernel: how to unpack them then stands in the graph."""
+_TABLES = (32, 16, 8, 4, 3, 2)
+"""Bits of the tables: how a row is unpacked depends on them."""
 _DESCRIBED = 8192
 """Plans whose description is kept: fits and proposals ask for the same ones again and again."""
 _LEARNED_FROM = 1000
@@ -250,8 +252,11 @@ def _work(products: Sequence[Product], after: ModelShape, read: float) -> np.nda
     neurons = read * after.runs * sum(b.neurons for b in after.blocks) / 1e3
     cheap = after.activation in ACTIVATIONS
     found += [0.0 if cheap else neurons, neurons if cheap else 0.0]
-    embedding = next(p.bits for p in products if p.kind == "embedding")
-    return np.array([*found, read * (embedding == 8), read * (embedding == 4)])
+    table = next(p.bits for p in products if p.kind == "embedding")
+    found += [read * (table == bits) for bits in _TABLES]
+    found += [read * any(p.kind == "index" for p in products)]
+    head = next(p for p in products if p.kind == "head")
+    return np.array([*found, head.integers, head.bits < 16 and not head.integers])
 
 
 def _runs(product: Product, after: ModelShape) -> int:

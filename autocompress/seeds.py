@@ -65,7 +65,8 @@ def _recipes(space: BoundSpace) -> list[dict[str, Any]]:
     found += [{"student": s, "width": w, **small} for s in students for w in widths[:1]]
     found += [{"student": s, "drop": 1, **small} for s in students]
     found += [{"rank": r, **small} for r in axes["rank"][1:]]
-    found += [{"drop": 2, **small}]
+    most = space.space.drop_blocks.at_most if space.space.drop_blocks is not None else 0
+    found += [{"drop": blocks, **small} for blocks in range(2, most + 1)]
     # 16 bits cost the most time and save size only.
     found += [{"student": s} for s in students] or [{}]
     if not any(rule.bits for rule in space.space.rules):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from autocompress import slot
 from autocompress.anatomy import ModelShape
 from autocompress.decisions import Decision, LowRank, MaxTokens, PruneHeads, PruneNeurons, Quantize, TrimVocabulary
 from autocompress.errors import PlanError
@@ -66,9 +67,14 @@ class Sensitivity:
                 }
                 # Layers are judged by all decisions at once; tables are looked up, and fill memory.
                 for part in [[place] for place in places] if site == "embeddings" else [[*places]]:
-                    changes = {place: _changes(model, site, places[place], scores, piece) for place in part}
+                    changes: dict[tuple[str, float], dict[str, Change]] = {}
+                    for place in part:
+                        with slot.working():
+                            changes[place] = _changes(model, site, places[place], scores, piece)
                     judged = [(place, change) for place, change in changes.items() if change]
-                    for ((axis, level), _), found in zip(judged, _moved(flows, [c for _, c in judged]), strict=True):
+                    with slot.working():
+                        moves = _moved(flows, [change for _, change in judged])
+                    for ((axis, level), _), found in zip(judged, moves, strict=True):
                         points = lost.setdefault((site, axis), {})
                         points[level] = points.get(level, 0.0) + 0.5 * float(found.square().sum())
         for site, decisions in options.items():
@@ -172,7 +178,7 @@ def _change(model: EncoderModel, path: str, layer: StandIn) -> Change:
 def _cut(model: EncoderModel, batch: Batch, tokens: int) -> float:
     """Return the divergence, summed over rows, that reading no more than the first ``tokens`` tokens causes."""
     whole = batch.inputs()
-    with torch.no_grad():
+    with slot.working(), torch.no_grad():
         full = functional.log_softmax(model.module(**whole).logits, dim=-1)
         short = {name: tensor[:, :tokens] for name, tensor in whole.items()}
         cut = functional.log_softmax(model.module(**short).logits, dim=-1)
@@ -210,7 +216,7 @@ def _flow(model: EncoderModel, batch: Batch, generator: torch.Generator, autocas
 
     handles = [model.module.get_submodule(path).register_forward_hook(note(path)) for path in paths]
     try:
-        with torch.enable_grad():
+        with slot.working(), torch.enable_grad():
             with autocast():
                 logits = model.module(**batch.inputs()).logits
             log_p = functional.log_softmax(logits.float(), dim=-1)

@@ -46,6 +46,11 @@ def timing() -> Iterator[None]:
         yield
 
 
+def waited() -> float:
+    """Return the seconds that this thread has waited for its turns so far."""
+    return float(getattr(_mine, "waited", 0.0))
+
+
 @contextmanager
 def _locked(name: str, kind: int) -> Iterator[None]:
     """Hold one of the machine's locks, or nothing where it does not come free in time; it ends with the process."""
@@ -56,12 +61,13 @@ def _locked(name: str, kind: int) -> Iterator[None]:
         yield
         return
     try:
-        until = time.monotonic() + _LONGEST_S
-        while time.monotonic() < until:
+        began = time.monotonic()
+        while time.monotonic() < began + _LONGEST_S:
             with suppress(OSError):
                 fcntl.flock(handle, kind | fcntl.LOCK_NB)
                 break
             time.sleep(_AGAIN_S)
+        _mine.waited = waited() + time.monotonic() - began
         yield
     finally:
         os.close(handle)

@@ -56,6 +56,7 @@ class Stand:
         self._target = target
         self._reference = reference
         self._inputs = inputs
+        self.pace = timing.Pace()
 
     @cached_property
     def reference(self) -> Session:
@@ -71,7 +72,10 @@ class Stand:
     def pairs(self, session: Session, artifact: Artifact, count: int, *, before: int = 0) -> list[timing.Pair]:
         """Time a loaded artefact against the reference; ``before`` says how many pairs of it were taken already."""
         clock, inputs = timing.clock_of(self._target), self._of(artifact)
-        return timing.paired_times(session, self.reference, inputs, pairs=count, clock=clock, before=before)
+        found = timing.paired_times(session, self.reference, inputs, pairs=count, clock=clock, before=before)
+        for pair in found:
+            self.pace.note(pair.reference)
+        return found
 
     def _of(self, artifact: Artifact) -> Mapping[str, np.ndarray]:
         """Return what an artefact reads of the inputs."""
@@ -97,7 +101,7 @@ class Stand:
 
         Args:
             artefacts: of the target.
-            count: rounds.
+            count: rounds; there are more for those that were disturbed.
             quiet: called before anything is timed; returns when nothing else runs.
             progress: told each round.
         """
@@ -107,24 +111,31 @@ class Stand:
         for some in together(artefacts, _AT_ONCE_BYTES):
             held = [reference, *(artefacts[n] for n in some)]
             sessions: dict[int, Session] = {}
-            for turn in range(count):
+            for turn in range(timing.ANEW * count):
+                left = [place for place, n in enumerate(some, start=1) if self.pace.missing(times[n], count, count)]
+                if not left:
+                    break
                 # A part of them before each round, so that rounds lie apart.
-                due = [place for place in range(len(held)) if turn == 0 or (turn - 1 - place) % _ROUNDS_A_LOAD == 0]
+                due = [place for place in (0, *left) if turn == 0 or (turn - 1 - place) % _ROUNDS_A_LOAD == 0]
                 sessions.update(zip(due, self._load_all([held[place] for place in due]), strict=True))
                 if turn == 0 and quiet is not None:
                     quiet()
                 if progress is not None:
                     progress(
                         f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {count}"
+                        if turn < count
+                        else f"confirming latencies: {len(left)} points that were disturbed once more"
                     )
-                for place, n in enumerate(some, start=1):
+                for number, place in enumerate(left):
+                    taken = times[some[place - 1]]
                     if place in due:
-                        times[n].append([])
+                        taken.append([])
                     with slot.timing():
-                        if place % _TO_A_REFERENCE == 1:
+                        if number % _TO_A_REFERENCE == 0:
                             beside = timing.block(sessions[0], self._inputs, clock)
-                        times[n][-1].append(timing.Pair.of(timing.block(sessions[place], self._inputs, clock), beside))
-        return times
+                            self.pace.note(beside.seconds)
+                        taken[-1].append(timing.Pair.of(timing.block(sessions[place], self._inputs, clock), beside))
+        return [timing.undisturbed(taken, self.pace.seconds) for taken in times]
 
     def _load_all(self, artefacts: Sequence[Artifact]) -> list[Session]:
         # Nothing else runs yet: a load takes one core for a good part of a second.
@@ -177,11 +188,12 @@ class Outpost:
             session = self._stand.load(artifact)
             try:
                 found: Moments = []
-                for count in counts:
+                for number in range(1, 1 + len(counts)):
+                    count = self._stand.pace.missing(found, sum(counts[:number]), sum(counts))
                     if count:
                         taken = sum(map(len, found))
                         found.append(self._stand.pairs(session, artifact, count, before=taken))
-                return found
+                return timing.undisturbed(found, self._stand.pace.seconds)
             finally:
                 session.close()
 

@@ -2,13 +2,15 @@
 
 One unpaired median on a busy machine is off by tens of percent. Blocks of runs of candidate and reference are therefore
 taken in turn; at one thread the clock is the process's CPU time, which other load does not stretch. What other work
-does to caches it does not undo: nothing of any search runs beside a block (`slot.py`).
+does to caches it does not undo: nothing of any search runs beside a block (`slot.py`), and what other users of the
+machine do shows in the reference: pairs in which it was slow are taken anew and left out.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,6 +31,18 @@ _BLOCK_S = _FEWEST_RUNS * SHORT_S
 """Time after which a block has enough runs."""
 _ATTEMPTS = 5
 """How often a block is timed by wall clock whose threads waited for a core for more than `DISTURBED` of its time."""
+SLOWED = 1.12
+"""Times its fastest that a block of the reference takes from which on something disturbed it.
+
+A neighbour on the same core makes it a quarter slower for seconds at a time, and a small model by a half and more. What
+it takes undisturbed scatters by less than this.
+"""
+ANEW = 2
+"""As many times the pairs that are wanted are taken at most, where some are disturbed."""
+_LEAST_QUIET = 2
+"""Pairs without which the others are not left out: one may itself be off."""
+_LATEST = 200
+"""Blocks of the reference among which the fastest is looked for: a machine's clock changes, too, and stays so."""
 BOOTSTRAP_DRAWS = 2000
 
 
@@ -122,6 +136,56 @@ class Pair:
     @classmethod
     def of(cls, candidate: Block, reference: Block) -> Pair:
         return cls(candidate.seconds, reference.seconds, max(candidate.waited, reference.waited))
+
+
+def _of_reference(block: np.ndarray) -> float:
+    return float(np.quantile(block, 0.25))
+
+
+class Pace:
+    """What the reference takes on this machine where nothing disturbs it, by its latest blocks of runs."""
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque(maxlen=_LATEST)
+
+    def note(self, block: np.ndarray) -> None:
+        """Take in the seconds of a block's runs."""
+        self._latest.append(_of_reference(block))
+
+    @property
+    def seconds(self) -> float:
+        """Of a run; infinite as long as none was noted."""
+        return min(self._latest, default=math.inf)
+
+    def missing(self, moments: Sequence[Sequence[Pair]], due: int, wanted: int) -> int:
+        """Return how many pairs are to be taken for ``due`` of them to be undisturbed, as far as they may be.
+
+        Args:
+            moments: pairs that were taken.
+            due: how many were to be taken until now.
+            wanted: how many are in the end; at most `ANEW` times as many are taken.
+        """
+        taken = [_of_reference(pair.reference) for moment in moments for pair in moment]
+        quiet = sum(seconds <= SLOWED * self.seconds for seconds in taken)
+        return max(0, min(due - quiet, ANEW * wanted - len(taken)))
+
+
+def undisturbed(moments: Sequence[Sequence[Pair]], fastest: float = math.inf) -> list[list[Pair]]:
+    """Return the pairs in which the reference was not slowed down; of too few such ones, the half where it was least.
+
+    The reference tells how the machine is: whether its speed is that of the pair's candidate, which is not looked at,
+    has no part in what is left out.
+
+    Args:
+        moments: pairs of blocks that were taken at different moments.
+        fastest: seconds of a run of the reference in its fastest block, if others than these are known.
+    """
+    taken = sorted(_of_reference(pair.reference) for moment in moments for pair in moment)
+    limit = SLOWED * min(fastest, taken[0])
+    if sum(seconds <= limit for seconds in taken) < min(_LEAST_QUIET, len(taken)):
+        limit = taken[(len(taken) - 1) // 2]
+    kept = [[pair for pair in moment if _of_reference(pair.reference) <= limit] for moment in moments]
+    return [moment for moment in kept if moment]
 
 
 def paired_times(

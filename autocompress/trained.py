@@ -179,7 +179,12 @@ class Trained:
         def make(folder: Path) -> None:
             self.progress(f"running the teacher on {len(self.splits['train'])} training rows")
             with torch_threads(self.threads):
-                logits = training.logits_of(self.teacher.module, self.splits["train"], precision=self.precision())
+                logits = training.logits_of(
+                    self.teacher.module,
+                    self.splits["train"],
+                    precision=self.precision(),
+                    progress=lambda s: self.progress(f"running the teacher: {s}"),
+                )
             save_file({"logits": logits}, folder / "logits.safetensors")
 
         key = self._key(train_rows=len(self.splits["train"]), precision=self.precision())

@@ -8,6 +8,7 @@ these would have a better score than it deserves.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from autocompress import losses, machine
+from autocompress import losses, machine, slot
 from autocompress.errors import ModelError
 from autocompress.task import Batch, Split
 
@@ -28,6 +29,8 @@ HELD_SHARE = 0.1
 """Share of the training rows that is held out where training may end early."""
 CHECK_EPOCHS = 0.25
 """Passes between two looks at the held rows."""
+_SAID_S = 20.0
+"""Seconds after which it is said how far a training is, however little that is."""
 _REFITS = 20
 """Times that what is fitted to weights while these are trained is fitted anew: choosing grids costs some steps."""
 
@@ -228,16 +231,24 @@ class _Following:
         return total
 
 
-def logits_of(module: nn.Module, rows: Split, *, precision: str = "float32") -> torch.Tensor:
+def logits_of(
+    module: nn.Module, rows: Split, *, precision: str = "float32", progress: Progress | None = None
+) -> torch.Tensor:
     """Return the model's logits in row order, ``rows x classes``, float32."""
     module.eval()
     found: torch.Tensor | None = None
+    done, said = 0, time.monotonic()
     with torch.no_grad(), autocast(precision):
         for batch in rows.in_order_of_length(64):
-            logits = module(**batch.inputs()).logits.float()
+            with slot.working():
+                logits = module(**batch.inputs()).logits.float()
             if found is None:
                 found = torch.empty(len(rows), logits.shape[1])
             found[batch.rows] = logits
+            done += len(logits)
+            if progress is not None and time.monotonic() - said > _SAID_S:
+                said = time.monotonic()
+                progress(f"{done}/{len(rows)} rows")
     assert found is not None, "no rows"
     return found
 
@@ -266,7 +277,7 @@ def _train(
     every = max(1, round(per_epoch * CHECK_EPOCHS))
     # In evaluation mode dropout is off; gradients flow all the same.
     module.train(dropout)
-    running = 0.0
+    running, said = 0.0, time.monotonic()
     for step, batch in enumerate(_drawn(rows, budget.batch_size, steps, generator), start=1):
         loss = loss_of(batch)
         if not torch.isfinite(loss):
@@ -279,7 +290,8 @@ def _train(
         running += (loss.item() - running) / min(step, 50)
         if refit is not None and step % max(1, steps // _REFITS) == 0 and step < steps:
             refit()
-        if step % max(1, steps // 10) == 0 or step == steps:
+        if step % max(1, steps // 10) == 0 or step == steps or time.monotonic() - said > _SAID_S:
+            said = time.monotonic()
             progress(f"step {step}/{steps}, loss {running:.3f}")
         if best is not None and (step % every == 0 or step == steps) and not best.goes_on(step):
             progress(f"ends at step {step}/{steps}: no better on held rows since step {best.step}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from autocompress import scoring, slot, timing
-from autocompress.records import Stopped
+from autocompress.records import Z95, Stopped
 from autocompress.runtimes import Artifact, Session
 from autocompress.stand import Moments
 from autocompress.stopwatch import Stopwatch
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 Rivals = Sequence[Sequence[float]]
 """Costs of the points on the front, in the order of a run's objectives, as the sampler is told them."""
+
+_OF_MOMENTS, _OF_PAIRS = 0.05, 0.08
+"""Relative standard deviations of latency ratios from one moment to another, and of pairs within one: what explains
+those of 2 rounds of 1 and of 2 pairs between processes in ``results/benchmarks/latency-estimators.json``."""
 
 
 class Trial:
@@ -34,6 +39,8 @@ class Trial:
         self._artifact = artifact
         self._memory_bytes = float(memory_bytes or 0)
         self._times: Moments = []
+        self._due = 0
+        """Pairs that should have been taken until now."""
         self._coming: Callable[[], Moments] | None = None
         """Waits for what is timed on another machine."""
         self._done: list[int] = []
@@ -47,9 +54,16 @@ class Trial:
 
     @property
     def latency(self) -> timing.Latency:
+        return timing.summarize(self._moments, seed=self._workshop.run.seed)
+
+    @property
+    def _moments(self) -> Moments:
+        """What counts of the times that were taken."""
         if self._coming is not None:
             self._times, self._coming = self._coming(), None
-        return timing.summarize(self._times, seed=self._workshop.run.seed)
+        if self._workshop.device is not None:
+            return self._times
+        return timing.undisturbed(self._times, self._workshop.stand.pace.seconds)
 
     def run(self, front: Rivals, watch: Stopwatch) -> None:
         """Run all rows, unless it shows that the artefact cannot reach ``front``.
@@ -73,9 +87,14 @@ class Trial:
                 self._time(pairs)
 
     def _time(self, pairs: int) -> None:
-        if pairs:
+        """Time so many pairs, and those anew that were disturbed at another moment."""
+        if not pairs:
+            return
+        stand, self._due = self._workshop.stand, self._due + pairs
+        count = stand.pace.missing(self._times, self._due, self._workshop.run.search.latency_pairs)
+        if count:
             before = sum(map(len, self._times))
-            self._times.append(self._workshop.stand.pairs(self._session, self._artifact, pairs, before=before))
+            self._times.append(stand.pairs(self._session, self._artifact, count, before=before))
 
     def _classify(self, part: Sequence[Batch]) -> None:
         rows = self._workshop.splits["search"]
@@ -92,7 +111,7 @@ class Trial:
         timed = self.latency
         size_bytes, memory_bytes = float(self._artifact.size_bytes), self._memory_bytes
         # The low end: what is on the front must not be missed for the noise of a few pairs.
-        known = {"size_bytes": size_bytes, "latency": timed.ratio_low, "peak_memory": memory_bytes}
+        known = {"size_bytes": size_bytes, "latency": fastest(timed, self._moments), "peak_memory": memory_bytes}
         bound = self._workshop.bound(known, front)
         if bound is None:
             return
@@ -107,6 +126,13 @@ class Trial:
                 peak_memory=memory_bytes,
             )
             raise CannotReachFront(stopped)
+
+
+def fastest(timed: timing.Latency, moments: Moments) -> float:
+    """Return the low end of a ratio's 95 % interval, which a bootstrap of one or two ``moments`` makes too narrow."""
+    pairs = sum(map(len, moments))
+    deviation = math.sqrt(_OF_MOMENTS**2 / len(moments) + _OF_PAIRS**2 / pairs)
+    return min(timed.ratio_low, timed.ratio * (1 - Z95 * deviation))
 
 
 def _spread(count: int, places: int) -> list[int]:

@@ -3,12 +3,15 @@
 ``python benchmarks/hypervolume.py`` on an idle machine; ``--data``, ``--seeds`` and ``--trials`` make parts of it, and
 each part that is done is kept, so that the whole can be measured in several sittings. Hypervolume is taken over
 accuracy, size and latency; the reference point is the majority-class rate with size and latency of the fp32 artefact.
+Near its best corner that volume hardly grows any more: beside it stands one in which twice as small, or twice as fast,
+is worth the same everywhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from held_out import DATA
 from autocompress import api, pareto
 from autocompress.config import RunConfig
 from autocompress.decisions import Student
-from autocompress.records import Candidate
+from autocompress.records import Candidate, Measurement
 
 SEARCHES = {
     "search": [],
@@ -49,8 +52,21 @@ def searched(data: str, kind: str, seed: int, trials: int, folder: Path) -> dict
         "ladder": pareto.volume(uniform, study.reference, majority),
         "ladder without students": pareto.volume(untrained, study.reference, majority),
         "bound": pareto.volume([ideal(candidates)], study.reference, majority),
+        "in logarithms": in_logarithms(candidates, study.reference, majority),
+        "ladder in logarithms": in_logarithms(uniform, study.reference, majority),
         "reference point": [majority, study.reference.size_bytes, 1.0],
     }
+
+
+def in_logarithms(candidates: list[Candidate], reference: Measurement, majority: float) -> float:
+    """Return the hypervolume over accuracy and the logarithms of how many times smaller and faster a candidate is."""
+    scores = [c.score for c in candidates if c.usable]
+    rows = [
+        (-s.accuracy, math.log(s.size_bytes / reference.size_bytes), math.log(s.latency_ratio))
+        for s in scores
+        if s.accuracy > majority
+    ]
+    return pareto.hypervolume(np.array(rows).reshape(len(rows), 3), (-majority, 0.0, 0.0))
 
 
 def ideal(candidates: list[Candidate]) -> Candidate:
@@ -92,6 +108,7 @@ def conclude(figures: Figures, data: str, trials: int) -> None:
     ]
     bounds = [s["bound"] / s["ladder"] for s, _ in pairs]
     bounds_of_random = [max(s["bound"], r["bound"]) / r["curve"][-1] for s, r in pairs]
+    logarithmic = [(s, r) for s, r in pairs if "in logarithms" in s and "in logarithms" in r]
     # Those of fewer seeds are out of date.
     figures.figures = [f for f in figures.figures if not f.name.startswith(f"{data}, {trials} evaluations, ")]
     what = f"{data}, {trials} evaluations, {len(pairs)} seeds"
@@ -105,6 +122,13 @@ def conclude(figures: Figures, data: str, trials: int) -> None:
     ):
         unit = "share of all" if "until" in name else "times"
         figures.add(f"{what}: {name}", float(np.mean(values)), unit, target, bool(holds), interval(values))
+    for name, over in (
+        ("random search's", [s["in logarithms"] / r["in logarithms"] for s, r in logarithmic]),
+        ("the uniform ladder's", [s["in logarithms"] / s["ladder in logarithms"] for s, _ in logarithmic]),
+    ):
+        if len(over) == len(pairs):
+            told = f"{what}: in logarithms of size and latency, hypervolume over {name}"
+            figures.add(told, float(np.mean(over)), "times", interval=interval(over))
     figures.add(f"{what}: hypervolume", float(np.mean([s["curve"][-1] for s, _ in pairs])), "of 1")
 
 

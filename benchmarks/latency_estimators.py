@@ -94,9 +94,10 @@ WAYS: dict[str, tuple[Part, Part, tuple[tuple[int, ...], tuple[int, ...]]]] = {
 }
 """Which runs count, what is made of them, and what has to be run for it: of the candidate, and of the reference.
 
-A search takes lower quartiles, with runs before those that are timed where these are short, which the demo's reference
-are not.
+With runs before those that are timed where these are short, which the demo's reference are not, and of pairs that were
+not disturbed, this is what a search does.
 """
+UNDISTURBED = "lower quartiles, disturbed pairs taken anew"
 
 
 def time_all(folder: Path, out: Path) -> None:
@@ -133,6 +134,37 @@ def apart(ratios: np.ndarray) -> tuple[float, float]:
     return float(np.sqrt(ratios.var(axis=0, ddof=1).mean())), float(close.mean())
 
 
+def of_undisturbed(runs: np.ndarray, wanted: int) -> tuple[np.ndarray, float]:
+    """Return what a search makes of the runs of one process, which takes pairs anew that were disturbed.
+
+    Args:
+        runs: ``artefacts x model x rounds x pairs x (before, timed) x runs``.
+        wanted: pairs that are to be undisturbed.
+
+    Returns:
+        ``artefacts`` ratios, and the mean seconds that a candidate takes, with the runs before those that are timed.
+    """
+    # One of each round first: rounds lie apart.
+    flat = runs.swapaxes(2, 3).reshape(len(runs), 2, ROUNDS * PAIRS, *runs.shape[4:])
+    pace = timing.Pace()
+    ratios, spent = [], 0.0
+    for artefact in flat:
+        for number in range(ROUNDS * PAIRS):
+            pace.note(_finite(artefact[REFERENCE, number, TIMED]))
+    for artefact in flat:
+        taken: list[list[timing.Pair]] = []
+        while len(taken) < ROUNDS * PAIRS and pace.missing(taken, wanted, wanted):
+            place = len(taken)
+            taken.append([timing.Pair(*(_finite(artefact[model, place, TIMED]) for model in (CANDIDATE, REFERENCE)))])
+        ratios.append(timing.summarize(timing.undisturbed(taken, pace.seconds), seed=0).ratio)
+        spent += float(np.nansum(artefact[:, : len(taken)]))
+    return np.array(ratios), spent / len(flat)
+
+
+def _finite(row: np.ndarray) -> np.ndarray:
+    return row[np.isfinite(row)]
+
+
 def compare(figures: Figures, runs: np.ndarray) -> None:
     """Write how steady each way is, for several numbers of rounds and pairs.
 
@@ -141,6 +173,17 @@ def compare(figures: Figures, runs: np.ndarray) -> None:
         runs: ``processes x artefacts x model x rounds x pairs x (before, timed) x runs``.
     """
     rng = np.random.default_rng(0)
+
+    def add(what: str, ratios: np.ndarray, spent: float) -> None:
+        """Write how far logarithms of ratios, ``processes x artefacts``, differ, and seconds a candidate."""
+        deviation, close = apart(ratios)
+        drawn = [apart(ratios[rng.integers(0, len(ratios), len(ratios))])[0] for _ in range(DRAWS)]
+        scale = np.sqrt(len(ratios) / (len(ratios) - 1))  # what is drawn with repetitions varies less
+        interval = [float(scale * end) for end in np.quantile(drawn, (0.025, 0.975))]
+        figures.add(f"{what}: standard deviation between processes", deviation, "share", interval=interval)
+        figures.add(f"{what}: pairs of processes within {CLOSE:.0%}", close, "share")
+        figures.add(f"{what}: what is run takes", spent, "seconds a candidate")
+
     of_all = runs.reshape(-1, 2, ROUNDS * PAIRS, *runs.shape[5:])
     expected = np.log(WAYS["lower quartiles"][1](timed(of_all))).mean()
     for name, (part, ratio, needed) in WAYS.items():
@@ -149,15 +192,14 @@ def compare(figures: Figures, runs: np.ndarray) -> None:
         for rounds, pairs in TAKEN:
             taken = runs[:, :, :, :rounds, :pairs].reshape(-1, 2, rounds * pairs, *runs.shape[5:])
             ratios = np.log(ratio(part(taken))).reshape(len(runs), -1)
-            deviation, close = apart(ratios)
-            drawn = [apart(ratios[rng.integers(0, len(ratios), len(ratios))])[0] for _ in range(DRAWS)]
-            scale = np.sqrt(len(ratios) / (len(ratios) - 1))  # what is drawn with repetitions varies less
-            interval = [float(scale * end) for end in np.quantile(drawn, (0.025, 0.975))]
-            what = f"{name}, {rounds} rounds of {pairs}"
-            figures.add(f"{what}: standard deviation between processes", deviation, "share", interval=interval)
-            figures.add(f"{what}: pairs of processes within {CLOSE:.0%}", close, "share")
             spent = sum(np.nansum(taken[:, model][:, :, list(rows)]) for model, rows in enumerate(needed))
-            figures.add(f"{what}: what is run takes", float(spent) / len(taken), "seconds a candidate")
+            add(f"{name}, {rounds} rounds of {pairs}", ratios, float(spent) / len(taken))
+    by_count = {rounds: [of_undisturbed(process, rounds) for process in runs] for rounds, pairs in TAKEN if pairs == 1}
+    most = np.log(np.stack([ratios for ratios, _ in by_count[max(by_count)]]))
+    figures.add(f"{UNDISTURBED}: ratio over that of lower quartiles", float(np.exp(most.mean() - expected)), "times")
+    for rounds, found in by_count.items():
+        logarithms = np.log(np.stack([ratios for ratios, _ in found]))
+        add(f"{UNDISTURBED}, {rounds} rounds of 1", logarithms, float(np.mean([spent for _, spent in found])))
 
 
 def main() -> None:

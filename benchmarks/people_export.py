@@ -18,9 +18,9 @@ from statistics import mean
 from figures import Figures
 
 from autocompress import api
-from autocompress.delivery import FORMATS, Export
+from autocompress.delivery import Export
 from autocompress.errors import AutocompressError
-from autocompress.exported import UNPACKED
+from autocompress.exported import FORMATS, UNPACKED
 from autocompress.records import Candidate
 
 POINTS = 20

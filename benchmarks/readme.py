@@ -61,7 +61,7 @@ LEFT_OUT = "methods-left-out"
 PLANS = "methods-plans"
 JOINT = "methods-joint"
 ESTIMATORS, ROUNDS = "latency-estimators", (4, 6, 12)
-PEOPLE = ("people-export", "people-report")
+PEOPLE = ("people-export", "people-newcomer", "people-report")
 COST, VOLUME = "search-cost", "search-hypervolume"
 SEARCH = (COST, VOLUME, TOOLS, "search-rungs", "search-engine-cost")
 _OVER = "{}, 200 evaluations, 5 seeds: hypervolume over {}"
@@ -390,7 +390,7 @@ def tables() -> None:
             "figures": table(DEMO),
             "search": grouped(dict.fromkeys(SEARCH), up="../"),
             "plans": table(PLANS),
-            "people": grouped(dict.fromkeys(PEOPLE), up="../"),
+            "people": grouped({name: None for name in PEOPLE if (FIGURES / f"{name}.json").exists()}, up="../"),
             "front": "\n\n".join(table(name, with_target=True) for name in FRONTS),
             "methods": "\n\n".join(methods),
             "left-out": methods_table(LEFT_OUT, "in torch, without any training"),

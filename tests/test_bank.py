@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from autocompress import bank
+from autocompress import bank, slot
 from autocompress.bank import Bank, Usage, default_bank
 from autocompress.depot import Depot
 from autocompress.errors import DepotError
@@ -116,6 +117,27 @@ def test_kinds_and_versions_are_apart(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bank, "BANK_VERSION", bank.BANK_VERSION + 1)
     assert store.get("one", MADE_FROM, make) != one
     assert make.calls == 3
+
+
+@pytest.mark.parametrize("kind", ["pieces", "importance", "moments", "sensitivity", "teacher-logits", "channels"])
+def test_who_times_does_not_wait_for_what_is_made_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(slot, "_LONGEST_S", 0.3)
+    waited: list[float] = []
+
+    def time_it() -> None:
+        with slot.timing():
+            waited.append(slot.waited())
+
+    def make(folder: Path) -> None:
+        timing = threading.Thread(target=time_it)
+        timing.start()
+        timing.join()
+
+    Bank(tmp_path / "bank").get(kind, {}, make)
+    assert (waited[0] >= 0.3) == (kind == "pieces")
 
 
 def test_a_failed_maker_leaves_nothing(tmp_path: Path) -> None:

@@ -1,11 +1,6 @@
-"""An export in its place, all of it or an error and nothing; the process that proves it."""
+"""The fresh process that proves an export."""
 
 from __future__ import annotations
-
-import errno
-import json
-import shutil
-from pathlib import Path
 
 import pytest
 from helpers_records import make_measurement
@@ -13,98 +8,6 @@ from helpers_records import make_measurement
 from autocompress import delivery
 from autocompress.config import RunConfig
 from autocompress.errors import ExportError
-from autocompress.plan import CompressionPlan
-
-
-class TestPuttingInPlace:
-    @pytest.fixture
-    def made(self, tmp_path: Path) -> Path:
-        folder = tmp_path / "made"
-        (folder / "tokenizer").mkdir(parents=True)
-        (folder / "model.bin").write_bytes(b"new")
-        (folder / "tokenizer" / "vocab.txt").write_text("new", encoding="utf-8")
-        return folder
-
-    @pytest.mark.parametrize("there", ["nothing", "an empty folder"])
-    def test_it_is_all_there(self, made: Path, tmp_path: Path, there: str) -> None:
-        out = tmp_path / "deep" / "out"
-        if there != "nothing":
-            out.mkdir(parents=True)
-        delivery._put(made, out)
-        assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {
-            "model.bin",
-            "tokenizer/vocab.txt",
-        }
-        assert list(out.parent.iterdir()) == [out]
-
-    def test_what_else_is_in_a_folder_stays(self, made: Path, tmp_path: Path) -> None:
-        out = tmp_path / "out"
-        (out / "tokenizer").mkdir(parents=True)
-        for name in ("model.bin", "tokenizer/added.txt", "notes.txt"):
-            (out / name).write_text("old", encoding="utf-8")
-        link = tmp_path / "link"
-        link.symlink_to(out)
-        delivery._put(made, link)
-        assert link.is_symlink()
-        assert (out / "model.bin").read_bytes() == b"new"
-        assert [path.name for path in (out / "tokenizer").iterdir()] == ["vocab.txt"], "a tokenizer is one thing"
-        assert (out / "notes.txt").read_text(encoding="utf-8") == "old"
-
-    def test_nothing_is_left_of_an_export_of_another_format(self, made: Path, tmp_path: Path) -> None:
-        out = tmp_path / "out"
-        (out / "reference").mkdir(parents=True)
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "measurement.json", "reference/model.onnx"):
-            (out / name).write_text('{"schema": 1, "plan_id": "any"}', encoding="utf-8")
-        delivery._list(out, CompressionPlan())
-        for name in ("notes.json", "other.safetensors"):
-            (out / name).write_text("mine", encoding="utf-8")
-        delivery._put(made, out)
-        assert {path.name for path in out.iterdir()} == {"model.bin", "tokenizer", "notes.json", "other.safetensors"}
-
-    @pytest.mark.parametrize("listed", [["../kept"], ["/etc/kept", "..", ".", ""], "measurement.json", None])
-    def test_nothing_elsewhere_is_deleted_whatever_is_listed(self, made: Path, tmp_path: Path, listed: object) -> None:
-        out = tmp_path / "out"
-        out.mkdir()
-        (tmp_path / "kept").write_text("mine", encoding="utf-8")
-        (out / "mine.txt").write_text("mine", encoding="utf-8")
-        about = {"schema": 1, "plan_id": "any", "files": listed}
-        (out / "measurement.json").write_text(json.dumps(about), encoding="utf-8")
-        delivery._put(made, out)
-        assert (tmp_path / "kept").exists()
-        assert (out / "mine.txt").exists()
-
-    def test_a_folder_that_is_there_stays_the_same_one(self, made: Path, tmp_path: Path) -> None:
-        out = tmp_path / "out"
-        out.mkdir(mode=0o750)
-        before = out.stat()
-        delivery._put(made, out)
-        assert (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)
-        assert (out / "model.bin").exists()
-
-    def test_files_of_those_names_stay_where_no_export_was(self, made: Path, tmp_path: Path) -> None:
-        out = tmp_path / "out"
-        out.mkdir()
-        (out / "config.json").write_text("mine", encoding="utf-8")
-        delivery._put(made, out)
-        assert (out / "config.json").read_text(encoding="utf-8") == "mine"
-
-    def test_a_full_disk_leaves_what_was_there(
-        self, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        out = tmp_path / "out"
-        out.mkdir()
-        (out / "model.bin").write_bytes(b"old")
-
-        def copied(_: Path, there: Path) -> None:
-            there.mkdir()
-            (there / "model.bin").write_bytes(b"ne")
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(shutil, "copytree", copied)
-        with pytest.raises(ExportError, match=r"out: cannot be written \(No space left on device\)"):
-            delivery._put(made, out)
-        assert (out / "model.bin").read_bytes() == b"old"
-        assert {path.name for path in tmp_path.iterdir()} == {"made", "out"}
 
 
 def test_a_process_has_the_time_that_its_rows_take() -> None:

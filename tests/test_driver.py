@@ -175,7 +175,7 @@ def test_statuses_count_up_to_the_number_of_candidates(searched: Searched) -> No
     assert searched.statuses[: len(evaluated)] == evaluated, "stages come after that"
     stages = dict.fromkeys(status.stage.split(":")[0] for status in searched.statuses[len(evaluated) :])
     assert {"timing the front anew", "a random search to hold it against"} <= set(stages)
-    assert searched.statuses[-1].stage.endswith(f": {TRIALS} of {TRIALS} candidates")
+    assert searched.statuses[-1].stage.endswith(f": {TRIALS} of {TRIALS} candidates, timing the front anew")
     assert not (searched.folder / "stage.txt").exists()
     assert {status.total for status in searched.statuses} == {TRIALS}
     last = searched.statuses[-1]
@@ -200,6 +200,7 @@ def test_the_random_baseline_is_a_study_of_its_own(searched: Searched, run: RunC
     assert (settings.search.sampler, settings.search.seeds, settings.baselines) == ("random", False, ())
     assert not (folder / BASELINES).exists()
     assert (settings.search.trials, settings.space, settings.target) == (TRIALS, run.space, run.target)
+    assert {c.score.confirmed for c in baseline.front().points} == {True}, "as those it is held against"
     assert baseline.reference == api.open_study(searched.folder).reference, "measured once"
     assert any(line.startswith("random: ") for line in searched.lines)
     page = (searched.folder / "report.html").read_text(encoding="utf-8")

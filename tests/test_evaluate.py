@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import SPECIAL
 
-from autocompress import recovery, scoring, stand
+from autocompress import recovery, scoring, slot, stand, timing
 from autocompress.config import RunConfig
 from autocompress.decisions import (
     DropBlocks,
@@ -33,6 +34,7 @@ from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Measurement, Stopped
 from autocompress.runtimes import Artifact
+from autocompress.trial import fastest
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +70,7 @@ def test_the_reference_diverges_from_itself_by_nothing(shop: Workshop) -> None:
     found = shop.score(Artifact.open(shop.reference_folder))
     assert found.divergence == 0.0
     assert found.peak_memory_bytes is None, "nobody asked"
-    assert set(found.stages) == {"load", "latency", "accuracy"}
+    assert set(found.stages) == {"load", "latency", "accuracy", "waiting"}
 
 
 def test_a_measurement_is_whole(shop: Workshop, measured: Measurement) -> None:
@@ -78,7 +80,7 @@ def test_a_measurement_is_whole(shop: Workshop, measured: Measurement) -> None:
     assert (measured.accuracy, measured.loss, measured.rows) == (scored.value, scored.loss, 60)
     assert measured.divergence == scoring.divergence(logits, reference) > 0
     assert measured.size_bytes == Artifact.open(shop.artefacts / PLAN.plan_id).size_bytes
-    assert set(measured.stages) == {"build", "load", "latency", "accuracy"}
+    assert set(measured.stages) == {"build", "load", "latency", "accuracy", "waiting"}
     assert measured.seconds == pytest.approx(sum(measured.stages.values()))
     assert not measured.confirmed
 
@@ -183,6 +185,33 @@ def test_memory_is_measured_where_it_counts(shop: Workshop, measured: Measuremen
     assert stopped.peak_memory > 1
 
 
+def test_who_is_behind_by_less_than_single_pairs_differ_is_not_given_up() -> None:
+    def pair(ratio: float) -> timing.Pair:
+        return timing.Pair(np.full(4, ratio), np.ones(4))
+
+    lows = []
+    for moments in ([[pair(0.5)]], [[pair(0.5)] * 4], [[pair(0.5)]] * 4):
+        timed = timing.summarize(moments, seed=0)
+        assert timed.ratio_low == 0.5, "a bootstrap of what is all alike has no width"
+        lows.append(fastest(timed, moments))
+    assert lows[0] < lows[1] < lows[2] < 0.5, "pairs say more than one does, and more at several moments"
+    assert lows[0] == pytest.approx(0.5 * (1 - 1.96 * math.hypot(0.05, 0.08)), rel=1e-3)
+    spread = [[pair(0.3)], *[[pair(0.9)]] * 5]
+    timed = timing.summarize(spread, seed=0)
+    assert fastest(timed, spread) == timed.ratio_low < 0.5, "where a bootstrap says more, it counts"
+
+
+def test_what_a_worker_waits_for_others_is_not_counted_as_its_work(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(0.0, 100.0)
+    monkeypatch.setattr(slot, "waited", lambda: next(seconds))
+    found = shop.evaluate(PLAN)
+    assert found.stages["waiting"] >= 400
+    assert all(found.stages[stage] < 0 for stage in ("build", "load", "latency", "accuracy")), "of each stage"
+    assert found.seconds < 100
+
+
 def test_logits_that_are_not_finite_fail_at_the_first_part(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -198,7 +227,10 @@ def test_logits_that_are_not_finite_fail_at_the_first_part(shop: Workshop, monke
     assert not (shop.artefacts / HARMFUL.plan_id).exists()
 
 
-def test_a_confirmed_latency_changes_nothing_else(shop: Workshop, measured: Measurement) -> None:
+def test_a_confirmed_latency_changes_nothing_else(
+    shop: Workshop, measured: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "SLOWED", math.inf)
     shop.evaluate(PLAN)
     said: list[str] = []
     found, again = shop.confirmed([(PLAN, measured), (PLAN, measured)], pairs=12, progress=said.append)
@@ -217,6 +249,7 @@ def test_a_confirmed_latency_changes_nothing_else(shop: Workshop, measured: Meas
 def test_confirmed_latencies_come_from_several_loads(
     shop: Workshop, measured: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(timing, "SLOWED", math.inf)
     shop.evaluate(PLAN)
     loaded: list[str] = []
     load = shop.runtime.load
@@ -235,6 +268,7 @@ def test_confirmed_latencies_come_from_several_loads(
 def test_artefacts_that_fill_the_memory_are_confirmed_in_parts(
     shop: Workshop, measured: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(timing, "SLOWED", math.inf)
     size_bytes = shop.evaluate(PLAN).size_bytes
     for room, parts in ((3 * size_bytes, ["1 to 3"]), (2 * size_bytes, ["1 to 2", "3 to 3"]), (1, ["1", "2", "3"])):
         said: list[str] = []
@@ -244,6 +278,49 @@ def test_artefacts_that_fill_the_memory_are_confirmed_in_parts(
         assert all(m.confirmed for m in found)
         assert len(said) == 2 * len(parts)
         assert all(f"points {part}" in line for part, line in zip(parts, said[::2], strict=True))
+
+
+@pytest.mark.parametrize("slow", [0, 3, 100])
+def test_rounds_that_were_disturbed_are_timed_once_more(
+    shop: Workshop, measured: Measurement, monkeypatch: pytest.MonkeyPatch, slow: int
+) -> None:
+    """By others on the machine, which a reference shows that is slow; after some rounds they leave."""
+    blocks = itertools.count()
+
+    def block(session: object, inputs: object, clock: object) -> timing.Block:
+        number = next(blocks)  # candidate and reference in turn, of which the first pair is quiet
+        disturbed = 2 <= number < 2 * (1 + slow)
+        reference = number % 2 == 0
+        return timing.Block(np.full(4, (1.3 if reference else 1.8) if disturbed else 1.0 if reference else 0.5))
+
+    shop.evaluate(PLAN)
+    monkeypatch.setattr(timing, "block", block)
+    monkeypatch.setattr(shop.stand, "pace", timing.Pace())
+    said: list[str] = []
+    [found] = shop.confirmed([(PLAN, measured)], pairs=4, progress=said.append)
+    assert len(said) == next(blocks) / 2 == min(8, 4 + slow)
+    assert [line for line in said if "once more" in line] == said[4:]
+    if slow < 100:
+        assert (found.latency_ratio, found.latency_ratio_high) == (0.5, 0.5), "of those alone that were not disturbed"
+
+
+def test_pairs_that_were_disturbed_are_taken_at_the_next_moment(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunConfig.from_mapping(shop.run.model_dump(mode="json", by_alias=True), overrides=["search.latency_pairs=4"])
+    own = Workshop(run, shop.artefacts)
+    own.stand.pace.note(np.ones(2))
+    asked: list[tuple[int, int]] = []
+
+    def pairs(session: object, artifact: object, count: int, *, before: int) -> list[timing.Pair]:
+        asked.append((count, before))
+        slow = len(asked) <= 2
+        return [timing.Pair(np.full(4, 0.9 if slow else 0.5), np.full(2, 1.3 if slow else 1.0))] * count
+
+    monkeypatch.setattr(own.stand, "pairs", pairs)
+    found = own.evaluate(PLAN)
+    assert asked == [(1, 0), (2, 1), (3, 3), (1, 6)], "until four of them were not disturbed"
+    assert found.latency_ratio == 0.5
 
 
 A_STUDENT = {

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from autocompress.fits import FEWEST, latency_fit, nonnegative, relative_fit
+from autocompress.fits import FEWEST, Fit, latency_fit, nonnegative, relative_fit
 
 
 def problems() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -94,3 +94,19 @@ def test_a_fit_goes_on_from_an_earlier_one() -> None:
         known = relative_fit(work[:count], ratios[:count], known)
     assert known is not None
     assert work @ known.weights == pytest.approx(work @ relative_fit(work, ratios).weights, rel=0.005)
+
+
+def test_what_was_timed_anew_counts_for_more() -> None:
+    work = np.column_stack([np.ones(120), np.linspace(0, 1, 120)])
+    confirmed = np.arange(120) % 2 == 0
+    # What no factor between the two makes up for.
+    ratios = np.where(confirmed, work @ np.array([0.12, 0.77]), work @ np.array([0.1, 0.8]))
+
+    def off(found: Fit) -> float:
+        return float(np.abs(work @ found.weights / ratios - 1)[confirmed].mean())
+
+    alike = relative_fit(work, ratios)
+    found = latency_fit(work, ratios, confirmed)
+    sure = relative_fit(work, ratios, sure=np.where(confirmed, 1.0, 0.01))
+    assert off(sure) < 0.1 * off(alike)
+    assert off(sure) < off(found) < 0.95 * off(alike)

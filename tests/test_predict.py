@@ -17,7 +17,16 @@ from autocompress import predict
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import bind
 from autocompress.config import RunConfig
-from autocompress.decisions import RECONSTRUCTED, DropBlocks, LowRank, PruneNeurons, Recover, Student
+from autocompress.decisions import (
+    RECONSTRUCTED,
+    DropBlocks,
+    LowRank,
+    PruneNeurons,
+    Quantize,
+    Recover,
+    Student,
+    TrimVocabulary,
+)
 from autocompress.errors import PlanError
 from autocompress.evaluate import Workshop
 from autocompress.plan import MODEL_SITE, CompressionPlan
@@ -188,6 +197,34 @@ def test_what_a_reconstruction_makes_up_for_is_learned() -> None:
         assert predictor.size_bytes(again) == predictor.size_bytes(candidate.plan)
         assert predictor.latency(again) == predictor.latency(candidate.plan)
     assert float(np.mean(errors)) < 0.15 * float(np.std([better(candidate) for candidate in plain])), errors
+
+
+@pytest.mark.parametrize("axis", ["table", "vocabulary", "head"])
+def test_what_looking_up_and_the_head_take_is_learned(axis: str) -> None:
+    """Of plans that are alike in everything else."""
+
+    def changed(plan: CompressionPlan, number: int) -> tuple[CompressionPlan, float]:
+        if axis == "table":
+            bits = (16, 8, 4, 3, 2)[number % 5]
+            return plan.with_decision("embeddings", Quantize(weight_bits=bits, group_size=32 if bits < 8 else 0)), bits
+        if axis == "vocabulary" and number % 2:
+            return plan.with_decision("embeddings", TrimVocabulary(keep=512)), 8.0
+        if axis == "head":
+            head = Quantize(weight_bits=8, activation_bits=8 if number % 2 else 16)
+            return plan.with_decision("head", head), 8.0 * (number % 2)
+        return plan, 0.0
+
+    found = []
+    for number, candidate in enumerate(many(100, noise=0.0)):
+        in_blocks = CompressionPlan(tuple((s, d) for s, d in candidate.plan if s not in ("embeddings", "head")))
+        plan, slower = changed(in_blocks, number)
+        base = measured(number, plan).score.latency_ratio
+        score = dataclasses.replace(candidate.score, latency_ratio=base + 0.02 * slower)
+        found.append(dataclasses.replace(candidate, plan=plan, measurement=score))
+    predictor = make_predictor()
+    predictor.learn(found[:80])
+    errors = [predictor.latency(c.plan) / c.score.latency_ratio - 1 for c in found[80:]]
+    assert max(map(abs, errors)) < 0.04, errors
 
 
 def test_latencies_stay_above_nothing(learned: Predictor) -> None:

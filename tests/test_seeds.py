@@ -263,6 +263,18 @@ def test_each_rung_asks_what_is_known_by_then() -> None:
     assert len(fake.asked) > count
 
 
+@pytest.mark.parametrize(("at_most", "expected"), [(0, [0]), (1, [0, 1]), (3, [0, 1, 2, 3])])
+def test_the_uniform_ladder_has_every_depth(at_most: int, expected: list[int]) -> None:
+    found = SearchSpace.load("encoder-small").model_dump(mode="json", by_alias=True, exclude_none=True)
+    found |= {"drop_blocks": {"at_most": at_most}}
+    space = bind(validated(SearchSpace, found, "test.yaml"), SHAPE, tokens=64)
+    dropped = {
+        len(drop.blocks) if (drop := space.plan(params).of_type(DropBlocks).get(MODEL_SITE)) is not None else 0
+        for params in uniform_ladder(space)
+    }
+    assert sorted(dropped) == expected
+
+
 def test_uniform_plans_are_counted_without_asking_which_blocks_go() -> None:
     asked: list[str] = []
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from conftest import FAMILIES, LABELS, make_model
 from helpers_plans import counts_of, ranks
 from torch.nn import functional
 
-from autocompress import model, task
+from autocompress import model, slot, task
 from autocompress import sensitivity as module
 from autocompress.binding import bind
 from autocompress.config import DataConfig
@@ -25,6 +27,7 @@ from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.transforms import apply_plan
 from autocompress.transforms.importance import Importance, importance
+from autocompress.transforms.moments import take_moments
 from autocompress.transforms.quantize import observe
 
 W16, W4 = Quantize(weight_bits=16), Quantize(weight_bits=4, group_size=8)
@@ -129,6 +132,45 @@ def test_what_is_cut_off_is_measured(given: Given) -> None:
 def test_fewer_rows_cost_more(given: Given) -> None:
     few, more, most = (given.cost("embeddings", TrimVocabulary(keep=keep)) for keep in (30, 80, 140))
     assert few > more > most >= 0
+
+
+def test_whoever_wants_to_time_waits_for_a_batch_at_most(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    observed = observe(given.model, given.batches)
+    turns: list[int] = []  # runs of the model in each
+    at_work = False
+
+    @contextmanager
+    def working() -> Iterator[None]:
+        nonlocal at_work
+        assert not at_work
+        at_work = True
+        turns.append(0)
+        yield
+        at_work = False
+
+    def note(*_: object) -> None:
+        assert at_work, "beside who times"
+        turns[-1] += 1
+
+    monkeypatch.setattr(slot, "working", working)
+    handle = given.model.module.register_forward_pre_hook(note)
+    try:
+        importance(given.model, given.batches, drops=1, counts=counts_of(given.model.shape.vocabulary, given.batches))
+        take_moments(given.model, given.batches)
+        options = {"block.0.ffn": (PruneNeurons(keep=16), W4), MODEL_SITE: (MaxTokens(tokens=6),)}
+
+        def piece(site: str, decision: Decision) -> Piece:
+            assert at_work, "beside who times"
+            return make_piece(given.model, site, (decision,), given.scores, observed)
+
+        Sensitivity.measure(given.model, given.scores, options, given.batches, piece, seed=0)
+    finally:
+        handle.remove()
+    runs = {count: turns.count(count) for count in sorted(set(turns))}
+    # Whole and cut, a batch is run twice in a turn.
+    assert runs.keys() == {0, 1, 2}
+    assert runs[2] == len(given.batches)
+    assert runs[1] == (1 + 1 + len(given.model.shape.blocks) + 1 + 1) * len(given.batches)
 
 
 def test_measuring_leaves_the_model_as_it_was(given: Given) -> None:

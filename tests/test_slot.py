@@ -93,6 +93,27 @@ def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         assert time.monotonic() - began >= 0.2
 
 
+def test_what_one_waits_for_a_turn_is_counted_by_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "_LONGEST_S", 0.3)
+    waited: list[float] = []
+
+    def wait() -> None:
+        for turn in (slot.timing, slot.working):
+            before = slot.waited()
+            with turn():
+                time.sleep(0.1)
+            waited.append(slot.waited() - before)
+
+    before = slot.waited()
+    with slot.working():
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        waiting.join()
+    assert 0.3 <= waited[0] < 2.0, "for the first one, whom nobody let in"
+    assert waited[1] < 0.3, "beside others one works at once"
+    assert slot.waited() - before < 0.3, "others' waiting is theirs"
+
+
 def test_a_folder_that_cannot_be_written_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
     with slot.timing(), slot.timing():

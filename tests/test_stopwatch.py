@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autocompress import stopwatch
-from autocompress.stopwatch import Stopwatch
+from autocompress.stopwatch import WAITING, Stopwatch
 
 
 class Clock:
@@ -64,3 +64,13 @@ def test_it_goes_on_from_seconds_that_it_leaves_alone(clock: Clock) -> None:
     with watch("build"):
         clock.now += 2
     assert (before, watch.seconds) == ({"build": 1.0}, {"build": 3.0})
+
+
+def test_what_is_waited_in_a_stage_is_told_apart(clock: Clock) -> None:
+    waited = 7.0
+    watch = Stopwatch({"build": 1.0}, waited=lambda: waited)
+    for stage, turn in (("build", 0.0), ("latency", 2.0), ("latency", 0.5)):
+        with watch(stage):
+            clock.now += 3
+            waited += turn
+    assert watch.seconds == {"build": 4.0, "latency": 3.5, WAITING: 2.5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -271,6 +272,65 @@ class TestLatency:
         pair = (odd, even) if which == "candidate" else (even, odd)
         with pytest.raises(MeasurementError, match="latency: 1 of 10 runs took no measurable time"):
             self.measure(*pair, pairs=10)
+
+
+def pair_of(reference: float, candidate: float = 1.0) -> timing.Pair:
+    return timing.Pair(np.full(4, candidate), np.full(2, reference))
+
+
+class TestUndisturbed:
+    """A neighbour slows the reference for seconds; candidates are slowed more, or less."""
+
+    def test_pairs_in_which_the_reference_was_slow_are_left_out(self) -> None:
+        quiet, noisy = [pair_of(r) for r in (1.0, 1.05, 1.1)], [pair_of(r, 2.0) for r in (1.2, 1.3, 1.4)]
+        found = timing.undisturbed([[quiet[0], noisy[0]], noisy[1:], quiet[1:]])
+        assert found == [[quiet[0]], quiet[1:]]
+        assert timing.summarize(found, seed=0).ratio_high <= 1.0
+
+    def test_nothing_is_left_out_where_nothing_was_slow(self) -> None:
+        moments = [[pair_of(r, 1 + r)] for r in (1.0, 1.03, 1.11)]
+        assert timing.undisturbed(moments) == moments
+
+    @pytest.mark.parametrize("slow", [[1.0], [1.0, 1.2], [1.3, 1.0, 1.5], [1.4, 1.0, 1.6, 1.2]])
+    def test_of_too_few_undisturbed_ones_the_half_is_taken_that_was_least(self, slow: list[float]) -> None:
+        found = timing.undisturbed([[pair_of(r)] for r in slow], fastest=0.5)
+        half = sorted(slow)[: (len(slow) + 1) // 2]
+        assert sorted(pair.reference[0] for [pair] in found) == half
+
+    def test_how_fast_the_candidate_was_has_no_part_in_it(self) -> None:
+        kept = [
+            [
+                len(moment)
+                for moment in timing.undisturbed([[pair_of(r, c)] for r, c in zip(REFERENCES, times, strict=True)])
+            ]
+            for times in ([1.0] * 4, [9.0, 0.1, 5.0, 2.0])
+        ]
+        assert kept[0] == kept[1]
+
+    def test_a_pace_is_of_the_latest_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pace = timing.Pace()
+        assert pace.seconds == math.inf
+        for seconds in (1.0, 0.8, 0.9):
+            pace.note(np.full(3, seconds))
+        assert pace.seconds == pytest.approx(0.8)
+        for _ in range(timing._LATEST):  # a clock that was turned down
+            pace.note(np.full(3, 1.5))
+        assert pace.seconds == pytest.approx(1.5)
+
+    def test_disturbed_pairs_are_to_be_taken_anew_but_not_for_ever(self) -> None:
+        pace = timing.Pace()
+        assert pace.missing([], 1, 4) == 1
+        pace.note(np.ones(2))
+        quiet, slow = pair_of(1.1), pair_of(1.3)
+        assert pace.missing([[quiet]], 2, 4) == 1
+        assert pace.missing([[slow]], 2, 4) == 2, "the next one and the one that was disturbed"
+        assert pace.missing([[quiet] * 4], 4, 4) == 0
+        assert pace.missing([[slow] * 3, [quiet]], 4, 4) == 3
+        assert pace.missing([[slow] * 7], 4, 4) == 1
+        assert pace.missing([[slow] * 8], 4, 4) == 0, "twice as many are enough"
+
+
+REFERENCES = (1.0, 1.05, 1.2, 1.3)
 
 
 class TestInputs:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +66,18 @@ class TestFinetuning:
         assert loss_on(module, splits["test"]) < before["test"]
         assert accuracy_on(module, splits["test"]) > 0.75
         assert not module.training
+
+    def test_it_says_how_far_it_is_by_the_clock_too(
+        self, module: Any, splits: dict[str, task.Split], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seconds = itertools.count(0.0, 15.0)  # passing at each look
+        monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+        said: list[str] = []
+        training.logits_of(module, splits["train"].head(150), progress=said.append)
+        assert said == ["128/150 rows"]
+        said.clear()
+        training.finetune(module, splits["train"].head(40), budget(batch_size=1), seed=0, progress=said.append)
+        assert len(said) > 10, "not at each tenth alone"
 
     def test_one_seed_gives_the_same_weights(self, module: Any, splits: dict[str, task.Split]) -> None:
         rows = splits["train"].head(48)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from autocompress import slot
 from autocompress.anatomy import BlockShape, columns_of
 from autocompress.model import Autocast, EncoderModel
 from autocompress.task import Batch
@@ -143,7 +144,8 @@ def importance(
     order = _drop_order(model, drop_batches or batches, drops, autocast)
     tokens = None
     if counts is not None:
-        tokens = TokenUse.of(embedding.get_parameter("weight").detach(), counts, looked_up.mean())
+        with slot.working():
+            tokens = TokenUse.of(embedding.get_parameter("weight").detach(), counts, looked_up.mean())
     slopes = {key: watcher.mean().float() for key, watcher in outputs.items()}
     return Importance(
         tuple(heads), tuple(neurons), order, tokens=tokens, slopes=lambda block, role: slopes[block, role]
@@ -161,12 +163,13 @@ def _watched(model: EncoderModel, batches: Sequence[Batch], watchers: Sequence[_
             for handle in watcher.hooks(model):
                 stack.callback(handle.remove)
         for batch in batches:
-            with torch.enable_grad():
+            with slot.working(), torch.enable_grad():
                 with autocast():
                     logits = model.module(**batch.inputs()).logits
                 functional.cross_entropy(logits.float(), batch.labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
             for watcher in watchers:
-                watcher.look(batch)
+                with slot.working():
+                    watcher.look(batch)
             model.module.zero_grad(set_to_none=True)
 
 
@@ -309,5 +312,5 @@ def _drop_order(
 
 
 def _log_probabilities(model: EncoderModel, batch: Batch, autocast: Autocast) -> torch.Tensor:
-    with torch.no_grad(), autocast():
+    with slot.working(), torch.no_grad(), autocast():
         return functional.log_softmax(model.module(**batch.inputs()).logits.float(), dim=-1)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from autocompress import slot
 from autocompress.model import Autocast, EncoderModel
 from autocompress.task import Batch
 
@@ -177,7 +178,7 @@ def take_moments(
         with torch.no_grad():
             for batch in batches:
                 mask = batch.attention_mask.bool()
-                with autocast():
+                with slot.working(), autocast():
                     model.module(**batch.inputs())
     finally:
         for handle in handles:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from autocompress import slot
 from autocompress.decisions import Student
 from autocompress.errors import ModelError
 from autocompress.model import Autocast, EncoderModel
@@ -95,7 +96,7 @@ def channel_scores(model: EncoderModel, batches: Sequence[Batch], *, autocast: A
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
         for batch in batches:
-            with torch.enable_grad():
+            with slot.working(), torch.enable_grad():
                 with autocast():
                     logits = model.module(**batch.inputs()).logits
                 functional.cross_entropy(logits.float(), batch.labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
