@@ -230,4 +230,9 @@ def test_hypervolume_over_time_is_in_the_order_in_which_candidates_were_there() 
     both = time_figure(Comparison(MAJORITY, search, random=search[:1]), make_reference())
     assert both is not None
     assert [trace.name for trace in both.data] == ["random search", "search"]
+    ladder = dataclasses.replace(search[1], origin="uniform")
+    level = time_figure(Comparison(MAJORITY, [search[0], ladder]), make_reference())
+    assert level is not None
+    assert [trace.name for trace in level.data] == ["uniform ladder", "search"]
+    assert [tuple(level.data[0].x), tuple(level.data[0].y)] == [(0, 2), pytest.approx((0.1, 0.1))]
     assert time_figure(Comparison(MAJORITY, candidates_with([0.1])), make_reference()) is None

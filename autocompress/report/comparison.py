@@ -209,26 +209,32 @@ def time_figure(comparison: Comparison, reference: Measurement) -> go.Figure | N
     """
     import plotly.graph_objects as go
 
-    figure = go.Figure()
-    for name, tried in (("random search", comparison.random), ("search", comparison.search)):
-        taken = minutes(tried or ())
-        if not tried or taken is None:
-            continue
-        order = sorted(range(len(tried)), key=taken.__getitem__)
-        curve = volume_curve([tried[n] for n in order], reference, comparison.majority)
-        figure.add_trace(
-            go.Scatter(
-                name=name,
-                x=[0, *(round(taken[n], 3) for n in order)],
-                y=[0, *(round(value, 6) for value in curve)],
-                mode="lines",
-                line={"shape": "hv", **_LINES[name]},
-                hovertemplate="%{y:.3f} after %{x:.1f} minutes",
-                legendrank=2 - len(figure.data),
-            )
-        )
-    if "search" not in [trace.name for trace in figure.data]:
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for name, tried in (("search", comparison.search), ("random search", comparison.random or ())):
+        if (taken := minutes(tried)) is not None:
+            order = sorted(range(len(tried)), key=taken.__getitem__)
+            curve = volume_curve([tried[n] for n in order], reference, comparison.majority)
+            lines[name] = [0.0, *(taken[n] for n in order)], [0.0, *curve]
+    if "search" not in lines:
         return None
+    if comparison.ladder:
+        longest = max(x[-1] for x, _ in lines.values())
+        lines["uniform ladder"] = [0.0, longest], [volume(comparison.ladder, reference, comparison.majority)] * 2
+    figure = go.Figure()
+    for name, style in _LINES.items():
+        if name in lines:
+            x, y = lines[name]
+            figure.add_trace(
+                go.Scatter(
+                    name=name,
+                    x=[round(value, 3) for value in x],
+                    y=[round(value, 6) for value in y],
+                    mode="lines",
+                    line={"shape": "hv", **style},
+                    hovertemplate="%{y:.3f} after %{x:.1f} minutes",
+                    legendrank=len(lines) - len(figure.data),
+                )
+            )
     dress(figure, height=VOLUME_HEIGHT)
     figure.update_layout(
         xaxis={"title": {"text": "minutes of searching"}, "rangemode": "tozero"},

@@ -191,9 +191,9 @@ _CAPTION = (
 _VOLUME_CAPTION = "Higher is better. Failed candidates and those that break a constraint count as evaluations."
 _TIME_CAPTION = (
     "The same over time, from the first candidate that was asked for on: the training of a student counts where it was "
-    "first asked for, pauses in which no command ran do not. What was in the bank was not made again, so that a random "
-    "search, which came second, has students at no cost."
+    "first asked for, pauses in which no command ran do not. What was in the bank was not made again."
 )
+_SECOND_CAPTION = " The random search came second and found the students there."
 _LADDER_CAPTION = " The plans of the uniform ladder are part of the search, so it never ends below them."
 _ONE_RUN_CAPTION = " One run of each is shown; with another seed a small difference may turn around."
 
@@ -271,7 +271,7 @@ def _worth(comparison: Comparison, reference: Measurement, figures: dict[str, go
         ]
         if (over_time := time_figure(comparison, reference)) is not None:
             figures["volume-time"] = over_time
-            parts.append(_place("volume-time", _TIME_CAPTION))
+            parts.append(_place("volume-time", _TIME_CAPTION + (_SECOND_CAPTION if comparison.random else "")))
     if errors := predictor_words(comparison):
         parts.append(f"<p>How far off the search's own predictors were:</p>\n{_definitions(errors)}")
     return "\n".join(parts)
