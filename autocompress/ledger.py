@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Ledger:
             feasible=measured is None or self._feasible(measured),
             origin=trial.user_attrs.get("origin", "sampler"),
             folder=self._folder,
+            span=_span(trial.datetime_start, datetime.now()),
         )
 
     def add(self, plan: CompressionPlan, measured: Measurement, origin: str) -> Candidate:
@@ -126,7 +128,15 @@ class Ledger:
             # Version 0.1 knew one kind of seeds.
             origin="uniform" if origin == "seed" else origin,
             folder=self._folder,
+            span=_span(trial.datetime_start, trial.datetime_complete),
         )
+
+
+def _span(began: datetime | None, ended: datetime | None) -> tuple[float, float] | None:
+    """Return when a trial began and ended; None for one that was added whole, or salvaged without its times."""
+    if began is None or ended is None or ended <= began:
+        return None
+    return began.timestamp(), ended.timestamp()
 
 
 def excesses(measured: Measurement, constraints: ConstraintsConfig, reference: Measurement) -> dict[str, float]:

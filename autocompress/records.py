@@ -197,6 +197,7 @@ class Candidate:
         feasible: whether the run file's constraints hold.
         origin: who proposed it: ``uniform`` or ``sensitivity`` (seeds), ``sampler``, ``mutation`` or ``recover``.
         folder: results folder of the study that it belongs to.
+        span: when it was asked for and told, in seconds since 1970, None where that is not known.
     """
 
     number: int
@@ -208,6 +209,7 @@ class Candidate:
     feasible: bool = True
     origin: str = "sampler"
     folder: Path | None = field(default=None, compare=False)
+    span: tuple[float, float] | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         from autocompress.report.tables import candidate_words

@@ -318,10 +318,11 @@ def test_every_picture_is_drawn_when_it_is_seen(page: Any, tmp_path: Path) -> No
         make_candidate(n, accuracy=0.7 + 0.004 * n, ratio=0.2 + 0.02 * n, params={"ffn.bits.0": 8 if n % 2 else 4})
         for n in range(30)
     ]
+    many = [dataclasses.replace(c, span=(c.number, c.number + 1.5)) for c in many]
     comparison = Comparison(0.5, many, random=many[:10])
     errors = opened(page, write(tmp_path, many, comparison=comparison))
     assert "random search's front" in drawn(page)
-    for name in ("volume", "parallel", "importance"):
+    for name in ("volume", "volume-time", "parallel", "importance"):
         page.locator(f"#figure-{name}").scroll_into_view_if_needed()
         page.wait_for_selector(f"#figure-{name} .plot-container")
     assert errors == []

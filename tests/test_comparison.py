@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +17,11 @@ from autocompress.report.comparison import (
     Comparison,
     comparison_rows,
     evaluations_until,
+    minutes,
     predictor_words,
     reference_words,
     sentences,
+    time_figure,
     volume_figure,
 )
 
@@ -201,3 +204,35 @@ def test_rows_and_figure_agree_with_the_volumes() -> None:
     assert comparison.ladder == (search[0],)
     assert rows(comparison)[0][2] == f"{volume(search, reference, MAJORITY):.3f}"
     assert traces(comparison)["search"]["y"][1:] == pytest.approx(volume_curve(search, reference, MAJORITY), abs=1e-6)
+
+
+def timed(candidates: Sequence[Candidate], spans: Sequence[tuple[float, float]]) -> list[Candidate]:
+    return [dataclasses.replace(c, span=span) for c, span in zip(candidates, spans, strict=True)]
+
+
+def test_minutes_are_those_in_which_candidates_were_under_way() -> None:
+    # Two at a time, of which the second is done first; a night later, another command.
+    spans = [(1000.0, 1120.0), (1000.0, 1060.0), (1060.0, 1180.0), (40_000.0, 40_030.0), (40_030.0, 40_060.0)]
+    found = minutes(timed(candidates_with([0.1] * 5), spans))
+    assert found == pytest.approx([2.0, 1.0, 3.0, 3.5, 4.0])
+    assert minutes([]) is None
+    assert minutes(candidates_with([0.1])) is None
+
+
+def test_hypervolume_over_time_is_in_the_order_in_which_candidates_were_there() -> None:
+    search = timed(candidates_with([0.2, 0.1, 0.0]), [(0.0, 120.0), (0.0, 60.0), (60.0, 180.0)])
+    figure = time_figure(Comparison(MAJORITY, search, random=candidates_with([0.1])), make_reference())
+    assert figure is not None
+    [trace] = figure.data  # of the random search no times are known
+    assert trace.name == "search"
+    assert list(trace.x) == pytest.approx([0, 1, 2, 3])
+    assert list(trace.y) == pytest.approx([0, 0.1, 0.2, 0.2])
+    both = time_figure(Comparison(MAJORITY, search, random=search[:1]), make_reference())
+    assert both is not None
+    assert [trace.name for trace in both.data] == ["random search", "search"]
+    ladder = dataclasses.replace(search[1], origin="uniform")
+    level = time_figure(Comparison(MAJORITY, [search[0], ladder]), make_reference())
+    assert level is not None
+    assert [trace.name for trace in level.data] == ["uniform ladder", "search"]
+    assert [tuple(level.data[0].x), tuple(level.data[0].y)] == [(0, 2), pytest.approx((0.1, 0.1))]
+    assert time_figure(Comparison(MAJORITY, candidates_with([0.1])), make_reference()) is None

@@ -289,6 +289,14 @@ def test_the_section_follows_the_picture_and_says_what_the_search_gained(tmp_pat
     assert "<dt>latency: mean absolute error</dt><dd>2.1 %</dd>" in html
 
 
+def test_hypervolume_stands_over_time_where_that_is_known(tmp_path: Path) -> None:
+    timed = [dataclasses.replace(c, span=(60.0 * c.number, 60.0 * c.number + 90)) for c in LADDER]
+    page = Page(report(tmp_path, timed, comparison=Comparison(0.6, timed)))
+    assert ("id", "figure-volume-time") in page.attributes
+    [ladder, search] = page.data["figures"]["volume-time"]["data"]
+    assert (ladder["x"], search["x"]) == ([0, 2.5], [0, 1.5, 2.5])
+
+
 def test_the_section_is_offline_and_escaped(tmp_path: Path) -> None:
     plan = CompressionPlan(((ATTACK, PruneNeurons(keep=2)),))
     attacks = [make_candidate(0, plan=plan, origin="uniform"), make_candidate(1, plan=plan, origin=ATTACK)]

@@ -8,6 +8,8 @@ Optimization", JMLR 13, 2012).
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -171,6 +173,73 @@ def volume_figure(comparison: Comparison, reference: Measurement) -> go.Figure:
         hovermode="x unified",
         xaxis={"title": {"text": "evaluations"}, "rangemode": "tozero", "tickformat": "d", **ticks},
         yaxis={"title": {"text": "hypervolume"}, "rangemode": "tozero"},
+    )
+    return figure
+
+
+def minutes(candidates: Sequence[Candidate]) -> list[float] | None:
+    """Return after how many minutes of searching each of ``candidates`` was there, in their order.
+
+    Time in which none was asked for and not yet told, as between two commands, does not count. None where the times of
+    one are not known.
+    """
+    spans = [c.span for c in candidates if c.span is not None]
+    if not spans or len(spans) < len(candidates):
+        return None
+    starts, ends = [], []  # of time in which candidates were under way
+    for began, ended in sorted(spans):
+        if not starts or began > ends[-1]:
+            starts.append(began)
+            ends.append(ended)
+        ends[-1] = max(ends[-1], ended)
+    before = [0.0, *itertools.accumulate(end - start for start, end in zip(starts, ends, strict=True))]
+    found = []
+    for _, ended in spans:
+        number = bisect.bisect_left(ends, ended)
+        found.append((before[number] + ended - starts[number]) / 60)
+    return found
+
+
+def time_figure(comparison: Comparison, reference: Measurement) -> go.Figure | None:
+    """Draw the hypervolume over the minutes that it took, training on the way included; None where they are not known.
+
+    Args:
+        comparison: the search and what it is held against.
+        reference: score of the uncompressed model in the same runtime.
+    """
+    import plotly.graph_objects as go
+
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for name, tried in (("search", comparison.search), ("random search", comparison.random or ())):
+        if (taken := minutes(tried)) is not None:
+            order = sorted(range(len(tried)), key=taken.__getitem__)
+            curve = volume_curve([tried[n] for n in order], reference, comparison.majority)
+            lines[name] = [0.0, *(taken[n] for n in order)], [0.0, *curve]
+    if "search" not in lines:
+        return None
+    if comparison.ladder:
+        longest = max(x[-1] for x, _ in lines.values())
+        lines["uniform ladder"] = [0.0, longest], [volume(comparison.ladder, reference, comparison.majority)] * 2
+    figure = go.Figure()
+    for name, style in _LINES.items():
+        if name in lines:
+            x, y = lines[name]
+            figure.add_trace(
+                go.Scatter(
+                    name=name,
+                    x=[round(value, 3) for value in x],
+                    y=[round(value, 6) for value in y],
+                    mode="lines",
+                    line={"shape": "hv", **style},
+                    hovertemplate="%{y:.3f} after %{x:.1f} minutes",
+                    legendrank=len(lines) - len(figure.data),
+                )
+            )
+    dress(figure, height=VOLUME_HEIGHT)
+    figure.update_layout(
+        xaxis={"title": {"text": "minutes of searching"}, "rangemode": "tozero"},
+        yaxis={"title": {"text": "hypervolume"}, "rangemode": "tozero"},
+        showlegend=True,
     )
     return figure
 

@@ -27,6 +27,7 @@ from autocompress.report.comparison import (
     predictor_words,
     reference_words,
     sentences,
+    time_figure,
     volume_figure,
 )
 from autocompress.report.data import page_data
@@ -188,6 +189,11 @@ _CAPTION = (
     "median in proportion. The line joins the points that are best in this picture alone."
 )
 _VOLUME_CAPTION = "Higher is better. Failed candidates and those that break a constraint count as evaluations."
+_TIME_CAPTION = (
+    "The same over time, from the first candidate that was asked for on: the training of a student counts where it was "
+    "first asked for, pauses in which no command ran do not. What was in the bank was not made again."
+)
+_SECOND_CAPTION = " The random search came second and found the students there."
 _LADDER_CAPTION = " The plans of the uniform ladder are part of the search, so it never ends below them."
 _ONE_RUN_CAPTION = " One run of each is shown; with another seed a small difference may turn around."
 
@@ -263,6 +269,9 @@ def _worth(comparison: Comparison, reference: Measurement, figures: dict[str, go
             _together(f'<p class="soft">{escape(reference_words(comparison, reference))}</p>'),
             _place("volume", caption),
         ]
+        if (over_time := time_figure(comparison, reference)) is not None:
+            figures["volume-time"] = over_time
+            parts.append(_place("volume-time", _TIME_CAPTION + (_SECOND_CAPTION if comparison.random else "")))
     if errors := predictor_words(comparison):
         parts.append(f"<p>How far off the search's own predictors were:</p>\n{_definitions(errors)}")
     return "\n".join(parts)
