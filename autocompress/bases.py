@@ -295,6 +295,8 @@ class Bases(Trained):
             def make(folder: Path) -> None:
                 what = "the full model" if student is None else f"a {student.words()}"
                 self.progress(f"measuring the sensitivity of {what} to single decisions")
+                if any(reads_moments(site, [d]) for site, decisions in options.items() for d in decisions):
+                    _take(scores, "block.0.attention")  # before it is this process's turn, as for a piece
                 with torch_threads(self.threads):
                     found = Sensitivity.measure(
                         base, scores, options, rows, piece, seed=self.run.seed, autocast=self._autocast

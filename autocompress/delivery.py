@@ -355,8 +355,9 @@ def _reload(folder: Path, workshop: Workshop, scratch: Path, score: Measurement)
         "target": workshop.run.target.model_dump(),
         "vocabulary": workshop.vocabulary,
         "pairs": CONFIRMING_PAIRS,
+        "reference_ms": score.reference_ms if score.fingerprint.get("id") == workshop.fingerprint["id"] else None,
     }
-    runs = len(workshop.splits["search"]) + 2 * CONFIRMING_PAIRS * timing.MOST_RUNS
+    runs = len(workshop.splits["search"]) + 2 * timing.ANEW * CONFIRMING_PAIRS * timing.MOST_RUNS
     patience = _patience(workshop.run, score, runs)
     _elsewhere("autocompress.reload", str(folder), str(scratch), json.dumps(about), seconds=patience)
     timed = timing.Latency(**json.loads((scratch / "latency.json").read_text(encoding="utf-8")))

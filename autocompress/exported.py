@@ -62,7 +62,9 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
             f"{folder}: was built on a CPU that adds 8-bit products in 32 bits; this one adds them in 16, which "
             "overflow: the model computes something else here; search and export on a CPU of this kind"
         )
-    timed = time_against_stand_in(artifact, target, vocabulary, pairs)
+    same_machine = here["id"] == stored.fingerprint.get("id")
+    reference_ms = stored.reference_ms if same_machine else None
+    timed = time_against_stand_in(artifact, target, vocabulary, pairs, reference_ms=reference_ms)
     return {
         "latency_ms": timed.p50_ms,
         "latency_p90_ms": timed.p90_ms,
@@ -76,7 +78,7 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
         "size_bytes": artifact.size_bytes,
         "target": target.model_dump(),
         "machine": here,
-        "same_machine": here["id"] == stored.fingerprint.get("id"),
+        "same_machine": same_machine,
     }
 
 
@@ -110,20 +112,29 @@ def _time_in_pytorch(
     }
 
 
-def time_against_stand_in(artifact: Artifact, target: TargetConfig, vocabulary: int, pairs: int) -> timing.Latency:
-    """Time an exported artefact in turn with the reference in its folder."""
+def time_against_stand_in(
+    artifact: Artifact, target: TargetConfig, vocabulary: int, pairs: int, *, reference_ms: float | None = None
+) -> timing.Latency:
+    """Time an exported artefact in turn with the reference in its folder.
+
+    Args:
+        artifact: as exported.
+        target: that it was built for.
+        vocabulary: number of token ids.
+        pairs: of blocks; there are more where some were disturbed.
+        reference_ms: what the reference took on this machine, where that is known.
+    """
     runtime, reference = get_runtime(artifact.runtime), Artifact.open(artifact.folder / "reference")
     inputs, clock = timing.inputs_of(artifact.inputs, target, vocabulary, 0), timing.clock_of(target)
     # A loaded model's speed depends a little on where its memory came to lie: load both anew for each share of pairs.
-    times, pace = [], timing.Pace()
-    for share in (pairs // _LOADS + (number < pairs % _LOADS) for number in range(_LOADS)):
+    times, pace, tells = list[list[timing.Pair]](), timing.Pace(), target.threads == 1
+    if reference_ms is not None and tells:
+        pace.note(reference_ms / 1e3)
+    shares = [pairs // _LOADS + (number < pairs % _LOADS) for number in range(_LOADS)]
+    while count := shares.pop(0) if shares else min(pairs // _LOADS, pace.missing(times, pairs, pairs)):
         ours, beside = (timing.ready(runtime.load(each, target), inputs) for each in (artifact, reference))
-        moment: list[timing.Pair] = []
-        for _ in range(timing.ANEW):
-            count = pace.missing([moment], share, share)
-            taken = timing.paired_times(ours, beside, inputs, pairs=count, clock=clock, before=len(moment))
-            for pair in taken:
-                pace.note(pair.reference)
-            moment += taken
-        times.append(moment)
-    return timing.summarize(timing.undisturbed(times, pace.seconds), seed=0)
+        times.append(timing.paired_times(ours, beside, inputs, pairs=count, clock=clock, before=pace.quiet(times)))
+        if tells:  # by wall clock a block that others disturbed is timed again at once
+            for pair in times[-1]:
+                pace.note(pair.beside)
+    return timing.summarize(pace.undisturbed(times), seed=0)

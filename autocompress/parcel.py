@@ -60,7 +60,7 @@ def _remove(there: Path) -> None:
 def listed(measurement: Path) -> list[str]:
     """Return what an export consists of, by its file of measurements: names of files and folders beside that.
 
-    None if it cannot be read, is not of an export, or of a version that did not list them.
+    Empty if it cannot be read, is not of an export, or of a version that did not list them.
     """
     try:
         about = json.loads(measurement.read_text(encoding="utf-8"))

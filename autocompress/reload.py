@@ -13,10 +13,12 @@ from autocompress.rows import read_rows, write_logits
 from autocompress.runtimes import Artifact, get_runtime
 
 
-def main(folder: Path, scratch: Path, target: TargetConfig, vocabulary: int, pairs: int) -> None:
+def main(
+    folder: Path, scratch: Path, target: TargetConfig, vocabulary: int, pairs: int, reference_ms: float | None
+) -> None:
     """Write ``latency.json`` and the logits of the rows in ``scratch``, ``rows x classes``, to ``scratch``."""
     artifact = Artifact.open(folder)
-    timed = time_against_stand_in(artifact, target, vocabulary, pairs)
+    timed = time_against_stand_in(artifact, target, vocabulary, pairs, reference_ms=reference_ms)
     (scratch / "latency.json").write_text(json.dumps(dataclasses.asdict(timed)), encoding="utf-8")
     session = get_runtime(artifact.runtime).load(artifact, target)
     write_logits(scratch, read_rows(scratch), session.run)
@@ -24,4 +26,5 @@ def main(folder: Path, scratch: Path, target: TargetConfig, vocabulary: int, pai
 
 if __name__ == "__main__":
     about = json.loads(sys.argv[3])
-    main(Path(sys.argv[1]), Path(sys.argv[2]), TargetConfig(**about["target"]), about["vocabulary"], about["pairs"])
+    known = about["vocabulary"], about["pairs"], about["reference_ms"]
+    main(Path(sys.argv[1]), Path(sys.argv[2]), TargetConfig(**about["target"]), *known)

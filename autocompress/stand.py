@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from autocompress.runtimes.base import ARTIFACT_FILE
 
 Moments = list[list[timing.Pair]]
 """Pairs of blocks that were taken at different moments."""
+Taken = tuple[Moments, bool]
+"""Those of them that count, and whether any was not disturbed."""
 Files = dict[str, bytes]
 """An artefact's files by name, its description among them."""
 Call = Callable[..., Callable[[], Any]]
@@ -35,6 +38,8 @@ _AT_ONCE_BYTES = 1_000_000_000
 """Artefacts that are loaded together."""
 _SENT_BYTES = 200_000_000
 """Artefacts that are sent together: devices have little memory."""
+_APART_S = 1.0
+"""Seconds between what was disturbed and its being timed anew."""
 _ROUNDS_A_LOAD = 5
 """Rounds after which they are loaded anew: how fast a model is depends a little on where its memory came to lie."""
 
@@ -57,6 +62,8 @@ class Stand:
         self._reference = reference
         self._inputs = inputs
         self.pace = timing.Pace()
+        # By wall clock a block that others disturbed is timed again at once, see `timing.block`.
+        self._tells = target.threads == 1
 
     @cached_property
     def reference(self) -> Session:
@@ -73,8 +80,9 @@ class Stand:
         """Time a loaded artefact against the reference; ``before`` says how many pairs of it were taken already."""
         clock, inputs = timing.clock_of(self._target), self._of(artifact)
         found = timing.paired_times(session, self.reference, inputs, pairs=count, clock=clock, before=before)
-        for pair in found:
-            self.pace.note(pair.reference)
+        if self._tells:
+            for pair in found:
+                self.pace.note(pair.beside)
         return found
 
     def _of(self, artifact: Artifact) -> Mapping[str, np.ndarray]:
@@ -111,10 +119,14 @@ class Stand:
         for some in together(artefacts, _AT_ONCE_BYTES):
             held = [reference, *(artefacts[n] for n in some)]
             sessions: dict[int, Session] = {}
+            began = time.monotonic()
             for turn in range(timing.ANEW * count):
                 left = [place for place, n in enumerate(some, start=1) if self.pace.missing(times[n], count, count)]
                 if not left:
                     break
+                if turn >= count:  # what disturbs lasts for a while
+                    time.sleep(max(0.0, began + _APART_S - time.monotonic()))
+                began = time.monotonic()
                 # A part of them before each round, so that rounds lie apart.
                 due = [place for place in (0, *left) if turn == 0 or (turn - 1 - place) % _ROUNDS_A_LOAD == 0]
                 sessions.update(zip(due, self._load_all([held[place] for place in due]), strict=True))
@@ -124,18 +136,23 @@ class Stand:
                     progress(
                         f"confirming latencies: points {some[0] + 1} to {some[-1] + 1}, round {turn + 1} of {count}"
                         if turn < count
-                        else f"confirming latencies: {len(left)} points that were disturbed once more"
+                        else f"confirming latencies: those of {len(left)} that were disturbed, once more"
                     )
-                for number, place in enumerate(left):
-                    taken = times[some[place - 1]]
-                    if place in due:
-                        taken.append([])
+                for start in range(0, len(left), _TO_A_REFERENCE):
+                    places = left[start : start + _TO_A_REFERENCE]
                     with slot.timing():
-                        if number % _TO_A_REFERENCE == 0:
-                            beside = timing.block(sessions[0], self._inputs, clock)
-                            self.pace.note(beside.seconds)
-                        taken[-1].append(timing.Pair.of(timing.block(sessions[place], self._inputs, clock), beside))
-        return [timing.undisturbed(taken, self.pace.seconds) for taken in times]
+                        before = timing.block(sessions[0], self._inputs, clock)
+                        blocks = [timing.block(sessions[place], self._inputs, clock) for place in places]
+                        after = timing.block(sessions[0], self._inputs, clock)
+                    for place, block in zip(places, blocks, strict=True):
+                        taken = times[some[place - 1]]
+                        if place in due:
+                            taken.append([])
+                        taken[-1].append(timing.Pair.of(block, before, after))
+                    if self._tells:
+                        self.pace.note(before.typical)
+                        self.pace.note(after.typical)
+        return [self.pace.undisturbed(taken) for taken in times]
 
     def _load_all(self, artefacts: Sequence[Artifact]) -> list[Session]:
         # Nothing else runs yet: a load takes one core for a good part of a second.
@@ -180,20 +197,21 @@ class Outpost:
         runtime = get_runtime(self._target.runtime)
         self._stand = Stand(runtime, self._target, self._written(reference).folder, inputs)
 
-    def moments(self, files: Files, counts: Sequence[int]) -> Moments | None:
+    def moments(self, files: Files, counts: Sequence[int]) -> Taken | None:
         """Time an artefact, as many pairs at each moment as are said; None without a reference to time it against."""
         if self._stand is None:
             return None
         with self._unpacked([files]) as [artifact]:
             session = self._stand.load(artifact)
             try:
-                found: Moments = []
-                for number in range(1, 1 + len(counts)):
-                    count = self._stand.pace.missing(found, sum(counts[:number]), sum(counts))
+                found, pace = Moments(), self._stand.pace
+                for count in counts:
                     if count:
-                        taken = sum(map(len, found))
-                        found.append(self._stand.pairs(session, artifact, count, before=taken))
-                return timing.undisturbed(found, self._stand.pace.seconds)
+                        found.append(self._stand.pairs(session, artifact, count, before=sum(map(len, found))))
+                while count := min(max(counts), pace.missing(found, sum(counts), sum(counts))):
+                    time.sleep(_APART_S)
+                    found.append(self._stand.pairs(session, artifact, count, before=pace.quiet(found)))
+                return pace.undisturbed(found), pace.quiet(found) > 0
             finally:
                 session.close()
 
@@ -249,7 +267,7 @@ class Device:
         found: dict[str, Any] = self._call("fingerprint")()
         return found
 
-    def moments(self, artifact: Artifact, counts: Sequence[int]) -> Callable[[], Moments]:
+    def moments(self, artifact: Artifact, counts: Sequence[int]) -> Callable[[], Taken]:
         """Begin to time an artefact; returns what waits for the pairs of each moment."""
         return self._begin("moments", files_of(artifact), list(counts))
 

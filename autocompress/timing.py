@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from autocompress import machine, slot
 from autocompress.config import TargetConfig
 from autocompress.errors import MeasurementError
-from autocompress.records import DISTURBED
+from autocompress.records import DISTURBED, Z95
 from autocompress.runtimes.base import Session
 
 MOST_RUNS, _FEWEST_RUNS = 10, 2
@@ -32,17 +33,22 @@ _BLOCK_S = _FEWEST_RUNS * SHORT_S
 _ATTEMPTS = 5
 """How often a block is timed by wall clock whose threads waited for a core for more than `DISTURBED` of its time."""
 SLOWED = 1.12
-"""Times its fastest that a block of the reference takes from which on something disturbed it.
+"""Times its pace that a block of the reference takes from which on something disturbed it.
 
-A neighbour on the same core makes it a quarter slower for seconds at a time, and a small model by a half and more. What
-it takes undisturbed scatters by less than this.
+A neighbour on the same core makes it a quarter slower for seconds at a time, and a small model by a half and more.
 """
 ANEW = 2
 """As many times the pairs that are wanted are taken at most, where some are disturbed."""
 _LEAST_QUIET = 2
 """Pairs without which the others are not left out: one may itself be off."""
-_LATEST = 200
-"""Blocks of the reference among which the fastest is looked for: a machine's clock changes, too, and stays so."""
+_LATEST, _PACE = 200, 0.05
+"""Blocks of the reference that its pace is looked for among, as a machine's clock changes, too, and stays so; and the
+share of them that are faster: the fastest of many is so by chance."""
+_OF_MOMENTS, _OF_PAIRS = 0.05, 0.08
+"""Relative standard deviations of latency ratios from one moment to another, and of pairs within one: what explains
+those of 2 rounds of 1 and of 2 pairs between processes in ``results/benchmarks/latency-estimators.json``."""
+_TELLING = 4
+"""Pairs below which a bootstrap cannot tell how far the ratio may be off: all of them may be alike by chance."""
 BOOTSTRAP_DRAWS = 2000
 
 
@@ -99,6 +105,11 @@ class Block(NamedTuple):
     seconds: np.ndarray
     waited: float = 0.0
 
+    @property
+    def typical(self) -> float:
+        """The lower quartile of its runs."""
+        return float(np.quantile(self.seconds, 0.25))
+
 
 def _quietest_row(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], float]) -> Block:
     rows: list[Block] = []
@@ -126,36 +137,50 @@ def row(session: Session, inputs: Mapping[str, np.ndarray], clock: Callable[[], 
 class Pair:
     """Seconds of each run of the candidate and of the reference, in blocks that follow each other.
 
-    With the larger share of a block that threads stood ready without a core.
+    With the larger share of a block that threads stood ready without a core, and, where the reference was timed on the
+    other side of the candidate, too, what a run took there.
     """
 
     candidate: np.ndarray
     reference: np.ndarray
     waited: float = 0.0
+    other_side: float = 0.0
 
     @classmethod
-    def of(cls, candidate: Block, reference: Block) -> Pair:
-        return cls(candidate.seconds, reference.seconds, max(candidate.waited, reference.waited))
+    def of(cls, candidate: Block, reference: Block, other_side: Block | None = None) -> Pair:
+        waited = max(candidate.waited, reference.waited)
+        return cls(candidate.seconds, reference.seconds, waited, 0.0 if other_side is None else other_side.typical)
 
-
-def _of_reference(block: np.ndarray) -> float:
-    return float(np.quantile(block, 0.25))
+    @cached_property
+    def beside(self) -> float:
+        """Seconds of a run of the reference where it was slower."""
+        return max(self.other_side, float(np.quantile(self.reference, 0.25)))
 
 
 class Pace:
-    """What the reference takes on this machine where nothing disturbs it, by its latest blocks of runs."""
+    """How fast the reference is where nothing disturbs it, by its latest blocks, and which pairs were disturbed.
+
+    As long as no block is known, none was.
+    """
 
     def __init__(self) -> None:
         self._latest: deque[float] = deque(maxlen=_LATEST)
 
-    def note(self, block: np.ndarray) -> None:
-        """Take in the seconds of a block's runs."""
-        self._latest.append(_of_reference(block))
+    def note(self, seconds: float) -> None:
+        """Take in what a run of the reference took in a block."""
+        self._latest.append(seconds)
 
     @property
-    def seconds(self) -> float:
-        """Of a run; infinite as long as none was noted."""
-        return min(self._latest, default=math.inf)
+    def limit(self) -> float:
+        """Seconds of a run of the reference from which on it was disturbed."""
+        if not self._latest:
+            return math.inf
+        return SLOWED * sorted(self._latest)[int(_PACE * len(self._latest))]
+
+    def quiet(self, moments: Sequence[Sequence[Pair]]) -> int:
+        """Return how many pairs were not disturbed."""
+        limit = self.limit
+        return sum(pair.beside <= limit for moment in moments for pair in moment)
 
     def missing(self, moments: Sequence[Sequence[Pair]], due: int, wanted: int) -> int:
         """Return how many pairs are to be taken for ``due`` of them to be undisturbed, as far as they may be.
@@ -165,27 +190,18 @@ class Pace:
             due: how many were to be taken until now.
             wanted: how many are in the end; at most `ANEW` times as many are taken.
         """
-        taken = [_of_reference(pair.reference) for moment in moments for pair in moment]
-        quiet = sum(seconds <= SLOWED * self.seconds for seconds in taken)
-        return max(0, min(due - quiet, ANEW * wanted - len(taken)))
+        return max(0, min(due - self.quiet(moments), ANEW * wanted - sum(map(len, moments))))
 
+    def undisturbed(self, moments: Sequence[Sequence[Pair]]) -> list[list[Pair]]:
+        """Return the pairs that were not disturbed; where there are too few of them, the half that was least.
 
-def undisturbed(moments: Sequence[Sequence[Pair]], fastest: float = math.inf) -> list[list[Pair]]:
-    """Return the pairs in which the reference was not slowed down; of too few such ones, the half where it was least.
-
-    The reference tells how the machine is: whether its speed is that of the pair's candidate, which is not looked at,
-    has no part in what is left out.
-
-    Args:
-        moments: pairs of blocks that were taken at different moments.
-        fastest: seconds of a run of the reference in its fastest block, if others than these are known.
-    """
-    taken = sorted(_of_reference(pair.reference) for moment in moments for pair in moment)
-    limit = SLOWED * min(fastest, taken[0])
-    if sum(seconds <= limit for seconds in taken) < min(_LEAST_QUIET, len(taken)):
-        limit = taken[(len(taken) - 1) // 2]
-    kept = [[pair for pair in moment if _of_reference(pair.reference) <= limit] for moment in moments]
-    return [moment for moment in kept if moment]
+        The reference's speed alone decides; the candidate's is not looked at.
+        """
+        taken, limit = sorted(pair.beside for moment in moments for pair in moment), self.limit
+        if taken and sum(seconds <= limit for seconds in taken) < min(_LEAST_QUIET, len(taken)):
+            limit = taken[(len(taken) - 1) // 2]
+        kept = [[pair for pair in moment if pair.beside <= limit] for moment in moments]
+        return [moment for moment in kept if moment]
 
 
 def paired_times(
@@ -262,7 +278,8 @@ def summarize(moments: Sequence[Sequence[Pair]], *, seed: int) -> Latency:
     is the fastest depends on that far less than which half is. The ratio is of these lower quartiles.
 
     The interval comes from a two-stage bootstrap, moments first and then pairs within each (Davison and Hinkley 1997,
-    "Bootstrap Methods and their Application", section 3.8): pairs of one moment share the state of the machine.
+    "Bootstrap Methods and their Application", section 3.8): pairs of one moment share the state of the machine. Of
+    fewer than four pairs it is at least as wide as such ratios differ from one process to another.
 
     Args:
         moments: pairs of blocks that were taken at different moments.
@@ -282,6 +299,9 @@ def summarize(moments: Sequence[Sequence[Pair]], *, seed: int) -> Latency:
     reference = float(np.median(np.concatenate([pair.reference for pair in taken]))) * 1e3
     candidate, beside = lower_quartiles(runs.reshape(2, -1))
     ratio = float(candidate / beside)
+    if len(taken) < _TELLING:
+        half = Z95 * math.sqrt(_OF_MOMENTS**2 / len(moments) + _OF_PAIRS**2 / len(taken))
+        low, high = min(low, ratio * (1 - half)), max(high, ratio * (1 + half))
     waited = float(np.median([pair.waited for pair in taken]))
     # A few draws of few moments may all lie on one side of the ratio of all.
     return Latency(float(p50), float(p90), reference, ratio, min(ratio, float(low)), max(ratio, float(high)), waited)

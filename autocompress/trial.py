@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from autocompress import scoring, slot, timing
-from autocompress.records import Z95, Stopped
+from autocompress.records import Stopped
 from autocompress.runtimes import Artifact, Session
-from autocompress.stand import Moments
+from autocompress.stand import Moments, Taken
 from autocompress.stopwatch import Stopwatch
 from autocompress.task import Batch
 
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
 
 Rivals = Sequence[Sequence[float]]
 """Costs of the points on the front, in the order of a run's objectives, as the sampler is told them."""
-
-_OF_MOMENTS, _OF_PAIRS = 0.05, 0.08
-"""Relative standard deviations of latency ratios from one moment to another, and of pairs within one: what explains
-those of 2 rounds of 1 and of 2 pairs between processes in ``results/benchmarks/latency-estimators.json``."""
 
 
 class Trial:
@@ -41,8 +36,9 @@ class Trial:
         self._times: Moments = []
         self._due = 0
         """Pairs that should have been taken until now."""
-        self._coming: Callable[[], Moments] | None = None
+        self._coming: Callable[[], Taken] | None = None
         """Waits for what is timed on another machine."""
+        self._elsewhere: Taken | None = None
         self._done: list[int] = []
         self._logits: np.ndarray | None = None
 
@@ -54,16 +50,18 @@ class Trial:
 
     @property
     def latency(self) -> timing.Latency:
-        return timing.summarize(self._moments, seed=self._workshop.run.seed)
+        moments, _ = self._taken
+        return timing.summarize(moments, seed=self._workshop.run.seed)
 
     @property
-    def _moments(self) -> Moments:
-        """What counts of the times that were taken."""
+    def _taken(self) -> Taken:
+        """What counts of the times that were taken, and whether any of them was not disturbed."""
         if self._coming is not None:
-            self._times, self._coming = self._coming(), None
-        if self._workshop.device is not None:
-            return self._times
-        return timing.undisturbed(self._times, self._workshop.stand.pace.seconds)
+            self._elsewhere, self._coming = self._coming(), None
+        if self._elsewhere is not None:
+            return self._elsewhere
+        pace = self._workshop.stand.pace
+        return pace.undisturbed(self._times), pace.quiet(self._times) > 0
 
     def run(self, front: Rivals, watch: Stopwatch) -> None:
         """Run all rows, unless it shows that the artefact cannot reach ``front``.
@@ -85,15 +83,18 @@ class Trial:
                     self._give_up_behind(front)
             with watch("latency"):
                 self._time(pairs)
+        with watch("latency"):
+            self._time(0)
 
     def _time(self, pairs: int) -> None:
         """Time so many pairs, and those anew that were disturbed at another moment."""
-        if not pairs:
+        if self._workshop.device is not None:
             return
         stand, self._due = self._workshop.stand, self._due + pairs
         count = stand.pace.missing(self._times, self._due, self._workshop.run.search.latency_pairs)
         if count:
-            before = sum(map(len, self._times))
+            # Who goes first alternates over those that count.
+            before = stand.pace.quiet(self._times)
             self._times.append(stand.pairs(self._session, self._artifact, count, before=before))
 
     def _classify(self, part: Sequence[Batch]) -> None:
@@ -108,10 +109,12 @@ class Trial:
         scoring.require_finite(self.logits[self._done], len(self._done))
 
     def _give_up_behind(self, front: Rivals) -> None:
-        timed = self.latency
+        timed, (_, tells) = self.latency, self._taken
+        if not tells:
+            return
         size_bytes, memory_bytes = float(self._artifact.size_bytes), self._memory_bytes
         # The low end: what is on the front must not be missed for the noise of a few pairs.
-        known = {"size_bytes": size_bytes, "latency": fastest(timed, self._moments), "peak_memory": memory_bytes}
+        known = {"size_bytes": size_bytes, "latency": timed.ratio_low, "peak_memory": memory_bytes}
         bound = self._workshop.bound(known, front)
         if bound is None:
             return
@@ -126,13 +129,6 @@ class Trial:
                 peak_memory=memory_bytes,
             )
             raise CannotReachFront(stopped)
-
-
-def fastest(timed: timing.Latency, moments: Moments) -> float:
-    """Return the low end of a ratio's 95 % interval, which a bootstrap of one or two ``moments`` makes too narrow."""
-    pairs = sum(map(len, moments))
-    deviation = math.sqrt(_OF_MOMENTS**2 / len(moments) + _OF_PAIRS**2 / pairs)
-    return min(timed.ratio_low, timed.ratio * (1 - Z95 * deviation))
 
 
 def _spread(count: int, places: int) -> list[int]:

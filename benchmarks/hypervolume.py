@@ -90,6 +90,10 @@ def interval(values: list[float]) -> list[float] | None:
     return [float(np.mean(values)) - half, float(np.mean(values)) + half]
 
 
+def _over(ours: float, theirs: float) -> float:
+    return ours / theirs if theirs > 0 else math.inf
+
+
 def conclude(figures: Figures, data: str, trials: int) -> None:
     """Turn the runs that are there into figures."""
     runs: dict[str, Any] = figures.more
@@ -123,10 +127,10 @@ def conclude(figures: Figures, data: str, trials: int) -> None:
         unit = "share of all" if "until" in name else "times"
         figures.add(f"{what}: {name}", float(np.mean(values)), unit, target, bool(holds), interval(values))
     for name, over in (
-        ("random search's", [s["in logarithms"] / r["in logarithms"] for s, r in logarithmic]),
-        ("the uniform ladder's", [s["in logarithms"] / s["ladder in logarithms"] for s, _ in logarithmic]),
+        ("random search's", [_over(s["in logarithms"], r["in logarithms"]) for s, r in logarithmic]),
+        ("the uniform ladder's", [_over(s["in logarithms"], s["ladder in logarithms"]) for s, _ in logarithmic]),
     ):
-        if len(over) == len(pairs):
+        if len(over) == len(pairs) and np.isfinite(over).all():
             told = f"{what}: in logarithms of size and latency, hypervolume over {name}"
             figures.add(told, float(np.mean(over)), "times", interval=interval(over))
     figures.add(f"{what}: hypervolume", float(np.mean([s["curve"][-1] for s, _ in pairs])), "of 1")

@@ -95,7 +95,7 @@ WAYS: dict[str, tuple[Part, Part, tuple[tuple[int, ...], tuple[int, ...]]]] = {
 """Which runs count, what is made of them, and what has to be run for it: of the candidate, and of the reference.
 
 With runs before those that are timed where these are short, which the demo's reference are not, and of pairs that were
-not disturbed, this is what a search does.
+not disturbed, this is what a search does at the end.
 """
 UNDISTURBED = "lower quartiles, disturbed pairs taken anew"
 
@@ -146,18 +146,15 @@ def of_undisturbed(runs: np.ndarray, wanted: int) -> tuple[np.ndarray, float]:
     """
     # One of each round first: rounds lie apart.
     flat = runs.swapaxes(2, 3).reshape(len(runs), 2, ROUNDS * PAIRS, *runs.shape[4:])
-    pace = timing.Pace()
-    ratios, spent = [], 0.0
-    for artefact in flat:
-        for number in range(ROUNDS * PAIRS):
-            pace.note(_finite(artefact[REFERENCE, number, TIMED]))
-    for artefact in flat:
-        taken: list[list[timing.Pair]] = []
-        while len(taken) < ROUNDS * PAIRS and pace.missing(taken, wanted, wanted):
-            place = len(taken)
-            taken.append([timing.Pair(*(_finite(artefact[model, place, TIMED]) for model in (CANDIDATE, REFERENCE)))])
-        ratios.append(timing.summarize(timing.undisturbed(taken, pace.seconds), seed=0).ratio)
-        spent += float(np.nansum(artefact[:, : len(taken)]))
+    pace, moments = timing.Pace(), [list[list[timing.Pair]]() for _ in flat]
+    for place in range(ROUNDS * PAIRS):  # round by round, as a front is timed anew
+        for artefact, taken in zip(flat, moments, strict=True):
+            if pace.missing(taken, wanted, wanted):
+                pair = timing.Pair(*(_finite(artefact[model, place, TIMED]) for model in (CANDIDATE, REFERENCE)))
+                pace.note(pair.beside)
+                taken.append([pair])
+    ratios = [timing.summarize(pace.undisturbed(taken), seed=0).ratio for taken in moments]
+    spent = sum(float(np.nansum(artefact[:, : len(taken)])) for artefact, taken in zip(flat, moments, strict=True))
     return np.array(ratios), spent / len(flat)
 
 

@@ -217,6 +217,8 @@ def test_minutes_are_those_in_which_candidates_were_under_way() -> None:
     assert found == pytest.approx([2.0, 1.0, 3.0, 3.5, 4.0])
     assert minutes([]) is None
     assert minutes(candidates_with([0.1])) is None
+    unknown, known = candidates_with([0.1, 0.1])
+    assert minutes([unknown, *timed([known], [(60.0, 120.0)]), unknown]) == [0.0, 1.0, 1.0]
 
 
 def test_hypervolume_over_time_is_in_the_order_in_which_candidates_were_there() -> None:
@@ -227,6 +229,10 @@ def test_hypervolume_over_time_is_in_the_order_in_which_candidates_were_there() 
     assert trace.name == "search"
     assert list(trace.x) == pytest.approx([0, 1, 2, 3])
     assert list(trace.y) == pytest.approx([0, 0.1, 0.2, 0.2])
+    same = timed(candidates_with([0.2] + [0.1] * 9), [(0.0, 60.0 * n) for n in range(1, 11)])
+    short = time_figure(Comparison(MAJORITY, same), make_reference())
+    assert short is not None
+    assert list(short.data[0].x) == [0, 1, 10], "where nothing changes the line goes on by itself"
     both = time_figure(Comparison(MAJORITY, search, random=search[:1]), make_reference())
     assert both is not None
     assert [trace.name for trace in both.data] == ["random search", "search"]

@@ -13,6 +13,7 @@ import pytest
 from helpers_records import make_measurement
 
 from autocompress import exported as exported_folder
+from autocompress import timing
 from autocompress.config import TargetConfig
 from autocompress.decisions import Quantize
 from autocompress.errors import ConfigError, ExportError
@@ -89,6 +90,28 @@ def test_all_pairs_are_taken_over_several_loads(runtime: Runtime, exported: Path
     block = {"out": 2 * 10, "reference": 2 * 6}
     once = 4 * (0.001 + 0.003)  # after each load, for which it may have to prepare itself
     assert runtime.now == pytest.approx(once + pairs * (0.001 * block["out"] + 0.003 * block["reference"]))
+
+
+def test_pairs_that_were_disturbed_are_taken_anew_after_another_load(
+    runtime: Runtime, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[int, int]] = []
+
+    def paired(*_: object, pairs: int, before: int, **__: object) -> list[timing.Pair]:
+        taken.append((pairs, before))
+        slow = len(taken) in (1, 3)
+        pair = timing.Pair(np.full(4, 0.9 if slow else 0.5), np.full(2, 1.3 if slow else 1.0))
+        return [pair] * pairs
+
+    monkeypatch.setattr(timing, "paired_times", paired)
+    timed = exported_folder.time_against_stand_in(Artifact.open(exported), TargetConfig(), 100, 20)
+    # Only the second load shows that the first was slow.
+    assert taken == [(5, 0), (5, 5), (5, 5), (5, 5), (5, 10), (5, 15)]
+    assert runtime.loaded == ["out", "reference"] * 6
+    assert timed.ratio == 0.5
+    taken.clear()
+    exported_folder.time_against_stand_in(Artifact.open(exported), TargetConfig(), 100, 20, reference_ms=1e3)
+    assert taken[1] == (5, 0), "where it is known how fast the reference is, that shows at once"
 
 
 def test_a_folder_is_held_against_what_it_says(runtime: Runtime, exported: Path) -> None:

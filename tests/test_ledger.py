@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import optuna
@@ -56,6 +57,12 @@ def test_every_end_is_read_back_as_it_was_told(study: optuna.Study) -> None:
     assert [c.failure for c in known.values()] == [None, None, STOPPED.reason, "logits: not finite"]
     assert [c.origin for c in known.values()] == origins
     assert all(c.params == {"bits": 8} for c in known.values())
+    read = ledger.candidates()
+    for number, candidate in known.items():
+        assert candidate.span is not None
+        assert candidate.span[0] < candidate.span[1] < time.time() + 1
+        assert read[number].span == pytest.approx(candidate.span, abs=1.0)
+    assert ledger.add(make_candidate(9).plan, make_measurement(), "recover").span is None
 
 
 def test_what_was_not_asked_for_is_read_back_too(study: optuna.Study) -> None:

@@ -150,6 +150,14 @@ class TestLatency:
         assert (found.ratio_low, found.ratio_high) == pytest.approx((0.25, 3.0))
         assert timing.summarize([pairs[:2], pairs[2:]], seed=0).ratio == found.ratio
 
+    @pytest.mark.parametrize("pairs", [1, 2, 3])
+    def test_few_pairs_that_are_alike_do_not_make_a_ratio_certain(self, pairs: int) -> None:
+        found = self.measure(lambda _: 0.003, lambda _: 0.012, pairs=pairs)
+        half = 1.96 * math.sqrt(0.05**2 + 0.08**2 / pairs)
+        assert (found.ratio_low, found.ratio_high) == pytest.approx((0.25 * (1 - half), 0.25 * (1 + half)), rel=1e-3)
+        spread = [pair_of(1.0, candidate) for candidate in (0.1, 0.5)]
+        assert timing.summarize([spread], seed=0).ratio_low <= 0.1, "where a bootstrap says more, it counts"
+
     def test_what_disturbs_half_of_the_runs_leaves_the_ratio(self) -> None:
         """A neighbour on the caches slows a small model by half, and a large one hardly, now and then."""
         rng = np.random.default_rng(0)
@@ -278,49 +286,58 @@ def pair_of(reference: float, candidate: float = 1.0) -> timing.Pair:
     return timing.Pair(np.full(4, candidate), np.full(2, reference))
 
 
-class TestUndisturbed:
+def pace_of(*seconds: float) -> timing.Pace:
+    pace = timing.Pace()
+    for value in seconds:
+        pace.note(value)
+    return pace
+
+
+class TestPace:
     """A neighbour slows the reference for seconds; candidates are slowed more, or less."""
 
     def test_pairs_in_which_the_reference_was_slow_are_left_out(self) -> None:
         quiet, noisy = [pair_of(r) for r in (1.0, 1.05, 1.1)], [pair_of(r, 2.0) for r in (1.2, 1.3, 1.4)]
-        found = timing.undisturbed([[quiet[0], noisy[0]], noisy[1:], quiet[1:]])
+        found = pace_of(1.0).undisturbed([[quiet[0], noisy[0]], noisy[1:], quiet[1:]])
         assert found == [[quiet[0]], quiet[1:]]
-        assert timing.summarize(found, seed=0).ratio_high <= 1.0
 
-    def test_nothing_is_left_out_where_nothing_was_slow(self) -> None:
-        moments = [[pair_of(r, 1 + r)] for r in (1.0, 1.03, 1.11)]
-        assert timing.undisturbed(moments) == moments
+    def test_nothing_is_left_out_where_nothing_was_slow_or_nothing_is_known(self) -> None:
+        for pace, last in ((pace_of(1.0), 1.11), (pace_of(), 9.0)):
+            moments = [[pair_of(r, 1 + r)] for r in (1.0, 1.03, last)]
+            assert pace.undisturbed(moments) == moments
+            assert pace.quiet(moments) == 3
+        assert pace_of(1.0).undisturbed([]) == []
 
     @pytest.mark.parametrize("slow", [[1.0], [1.0, 1.2], [1.3, 1.0, 1.5], [1.4, 1.0, 1.6, 1.2]])
     def test_of_too_few_undisturbed_ones_the_half_is_taken_that_was_least(self, slow: list[float]) -> None:
-        found = timing.undisturbed([[pair_of(r)] for r in slow], fastest=0.5)
+        found = pace_of(0.5).undisturbed([[pair_of(r)] for r in slow])
         half = sorted(slow)[: (len(slow) + 1) // 2]
         assert sorted(pair.reference[0] for [pair] in found) == half
 
     def test_how_fast_the_candidate_was_has_no_part_in_it(self) -> None:
-        kept = [
-            [
-                len(moment)
-                for moment in timing.undisturbed([[pair_of(r, c)] for r, c in zip(REFERENCES, times, strict=True)])
-            ]
-            for times in ([1.0] * 4, [9.0, 0.1, 5.0, 2.0])
-        ]
-        assert kept[0] == kept[1]
+        references, pace = (1.0, 1.05, 1.2, 1.3), pace_of(1.0)
+        for times in ((1.0, 1.0, 1.0, 1.0), (9.0, 0.1, 5.0, 2.0)):
+            found = pace.undisturbed([[pair_of(*both)] for both in zip(references, times, strict=True)])
+            assert [pair.reference[0] for [pair] in found] == [1.0, 1.05]
 
-    def test_a_pace_is_of_the_latest_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        pace = timing.Pace()
-        assert pace.seconds == math.inf
-        for seconds in (1.0, 0.8, 0.9):
-            pace.note(np.full(3, seconds))
-        assert pace.seconds == pytest.approx(0.8)
+    def test_a_reference_that_was_slow_on_the_other_side_counts(self) -> None:
+        blocks = [timing.Block(np.full(2, seconds)) for seconds in (0.5, 1.0, 1.3)]
+        pair = timing.Pair.of(*blocks)
+        assert pair.beside == pytest.approx(1.3)
+        assert timing.Pair.of(*blocks[:2]).beside == pytest.approx(1.0)
+        assert pace_of(1.0).quiet([[pair]]) == 0
+        assert timing.summarize([[pair]], seed=0).ratio == pytest.approx(0.5)
+
+    def test_it_is_of_the_latest_blocks_and_not_of_the_luckiest(self) -> None:
+        pace = pace_of(*[1.0] * 99, 0.8)
+        assert pace.limit == pytest.approx(timing.SLOWED)
         for _ in range(timing._LATEST):  # a clock that was turned down
-            pace.note(np.full(3, 1.5))
-        assert pace.seconds == pytest.approx(1.5)
+            pace.note(1.5)
+        assert pace.limit == pytest.approx(1.5 * timing.SLOWED)
 
     def test_disturbed_pairs_are_to_be_taken_anew_but_not_for_ever(self) -> None:
-        pace = timing.Pace()
-        assert pace.missing([], 1, 4) == 1
-        pace.note(np.ones(2))
+        assert pace_of().missing([], 1, 4) == 1
+        pace = pace_of(1.0)
         quiet, slow = pair_of(1.1), pair_of(1.3)
         assert pace.missing([[quiet]], 2, 4) == 1
         assert pace.missing([[slow]], 2, 4) == 2, "the next one and the one that was disturbed"
@@ -329,8 +346,9 @@ class TestUndisturbed:
         assert pace.missing([[slow] * 7], 4, 4) == 1
         assert pace.missing([[slow] * 8], 4, 4) == 0, "twice as many are enough"
 
-
-REFERENCES = (1.0, 1.05, 1.2, 1.3)
+    def test_pace_that_others_set_does_not_move_a_ratio_of_constant_times(self) -> None:
+        moments = [[pair_of(0.02, 0.005)] * 2, [pair_of(0.026, 0.009)] * 6]
+        assert timing.summarize(pace_of(0.02).undisturbed(moments), seed=0).ratio == pytest.approx(0.25)
 
 
 class TestInputs:

@@ -180,11 +180,11 @@ def volume_figure(comparison: Comparison, reference: Measurement) -> go.Figure:
 def minutes(candidates: Sequence[Candidate]) -> list[float] | None:
     """Return after how many minutes of searching each of ``candidates`` was there, in their order.
 
-    Time in which none was asked for and not yet told, as between two commands, does not count. None where the times of
-    one are not known.
+    Time in which none was asked for and not yet told, as between two commands, does not count. One of which no times
+    are known, as where a clock was set back, was there with the one before it. None where no times are known at all.
     """
     spans = [c.span for c in candidates if c.span is not None]
-    if not spans or len(spans) < len(candidates):
+    if not spans:
         return None
     starts, ends = [], []  # of time in which candidates were under way
     for began, ended in sorted(spans):
@@ -193,10 +193,14 @@ def minutes(candidates: Sequence[Candidate]) -> list[float] | None:
             ends.append(ended)
         ends[-1] = max(ends[-1], ended)
     before = [0.0, *itertools.accumulate(end - start for start, end in zip(starts, ends, strict=True))]
-    found = []
-    for _, ended in spans:
-        number = bisect.bisect_left(ends, ended)
-        found.append((before[number] + ended - starts[number]) / 60)
+    found: list[float] = []
+    for candidate in candidates:
+        if candidate.span is None:
+            found.append(found[-1] if found else 0.0)
+        else:
+            ended = candidate.span[1]
+            number = bisect.bisect_left(ends, ended)
+            found.append((before[number] + ended - starts[number]) / 60)
     return found
 
 
@@ -214,7 +218,10 @@ def time_figure(comparison: Comparison, reference: Measurement) -> go.Figure | N
         if (taken := minutes(tried)) is not None:
             order = sorted(range(len(tried)), key=taken.__getitem__)
             curve = volume_curve([tried[n] for n in order], reference, comparison.majority)
-            lines[name] = [0.0, *(taken[n] for n in order)], [0.0, *curve]
+            line = [(0.0, 0.0), *zip((taken[n] for n in order), curve, strict=True)]
+            # Where nothing changes the line goes on by itself: thousands of candidates add little to a front.
+            shown = [at for n, at in enumerate(line) if n in (0, len(line) - 1) or at[1] != line[n - 1][1]]
+            lines[name] = [x for x, _ in shown], [y for _, y in shown]
     if "search" not in lines:
         return None
     if comparison.ladder:

@@ -190,8 +190,9 @@ _CAPTION = (
 )
 _VOLUME_CAPTION = "Higher is better. Failed candidates and those that break a constraint count as evaluations."
 _TIME_CAPTION = (
-    "The same over time, from the first candidate that was asked for on: the training of a student counts where it was "
-    "first asked for, pauses in which no command ran do not. What was in the bank was not made again."
+    "The same over time, from the first candidate that was asked for on, without time in which none was under way: the "
+    "training of a student counts where it was first asked for; what was interrupted, and what follows the last "
+    "candidate, does not. What was in the bank was not made again."
 )
 _SECOND_CAPTION = " The random search came second and found the students there."
 _LADDER_CAPTION = " The plans of the uniform ladder are part of the search, so it never ends below them."

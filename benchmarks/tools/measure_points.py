@@ -76,6 +76,7 @@ class Bench:
         self.workshop.build(CompressionPlan(), self.workshop.reference_folder)
         self.reference = Artifact.open(self.workshop.reference_folder)
         self.inputs = self.workshop.inputs(self.reference)
+        self.pace = timing.Pace()
 
     def score(self, artifact: Artifact, pairs: int) -> dict[str, Any]:
         """Return accuracy, size and paired latency of an artefact.
@@ -96,7 +97,9 @@ class Bench:
             pairs=pairs,
             clock=timing.clock_of(workshop.run.target),
         )
-        timed = timing.summarize(timing.undisturbed([pairs_taken]), seed=workshop.run.seed)
+        for pair in pairs_taken:
+            self.pace.note(pair.beside)
+        timed = timing.summarize(self.pace.undisturbed([pairs_taken]), seed=workshop.run.seed)
         return {
             "accuracy": scored.value,
             "accuracy_low": scored.low,
