@@ -159,7 +159,7 @@ def of_undisturbed(runs: np.ndarray, wanted: int) -> tuple[np.ndarray, float]:
 
 
 def _finite(row: np.ndarray) -> np.ndarray:
-    return row[np.isfinite(row)]
+    return np.asarray(row[np.isfinite(row)])
 
 
 def compare(figures: Figures, runs: np.ndarray) -> None:

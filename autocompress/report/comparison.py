@@ -186,7 +186,7 @@ def minutes(candidates: Sequence[Candidate]) -> list[float] | None:
     spans = [c.span for c in candidates if c.span is not None]
     if not spans:
         return None
-    starts, ends = [], []  # of time in which candidates were under way
+    starts, ends = list[float](), list[float]()  # of time in which candidates were under way
     for began, ended in sorted(spans):
         if not starts or began > ends[-1]:
             starts.append(began)
