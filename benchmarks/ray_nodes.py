@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -104,7 +105,7 @@ class Nodes:
         """Return how many nodes are there."""
         code = (
             "import sys, ray; ray.init(sys.argv[1], log_to_driver=False); "
-            "print(sum(node['Alive'] for node in ray.nodes()))"
+            "print('alive:', sum(node['Alive'] for node in ray.nodes()))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, self.address],
@@ -113,7 +114,9 @@ class Nodes:
             text=True,
             timeout=60,
         )
-        return int(done.stdout) if done.returncode == 0 else 0
+        # Ray may say something in between, such as that a node was lost.
+        found = re.search(r"^alive: (\d+)$", done.stdout, re.MULTILINE)
+        return int(found[1]) if done.returncode == 0 and found is not None else 0
 
     def wait(self) -> None:
         """Wait until the head is there."""
