@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -129,6 +130,9 @@ class Study:
                 raise StudyError(f"{where}: holds no study yet")
             study = optuna.create_study(storage=storage, study_name=name, directions=directions)
             study.set_user_attr("identity", {"schema": STUDY_SCHEMA, **(identity or {})})
+            with warnings.catch_warnings():  # not settled in Optuna yet; dashboards show them
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(list(self.told))
         study = optuna.load_study(storage=storage, study_name=name)
         stored = self._identity = study.user_attrs.get("identity")
         if writable and stored is None:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import pytest
 import typer
 import yaml
 from helpers_records import make_measurement
+from ray_nodes import free_port
 from test_study import CSV_COLUMNS, SMALL, evaluate, results_in
 
 from autocompress import __version__, api, cli, console, delivery
@@ -988,3 +990,34 @@ def test_a_study_whose_model_is_gone_cannot_be_retargeted(
     line = call("retarget", results(), "-o", tmp_path / "other").line(1)
     assert line == "autocompress: model: ./none: no such folder"
     assert call("retarget", results("more"), "-o", tmp_path / "other", "--set", "data.search_rows=9").code == 2
+
+
+# --- what others make of a study
+
+
+@pytest.mark.slow
+def test_optuna_dashboard_opens_a_study(results: Callable[..., Path]) -> None:
+    journal, port = results() / "study.journal", free_port()
+    command = [Path(sys.executable).with_name("optuna-dashboard"), journal, "--host", "127.0.0.1", "--port", str(port)]
+    served = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies/0?after=0", timeout=30) as answer:
+                    shown = json.load(answer)
+                break
+            except OSError:
+                assert served.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+    finally:
+        served.kill()
+        served.wait()
+    assert shown["name"] == "autocompress"
+    assert shown["directions"] == ["maximize", "minimize", "minimize"]
+    assert shown["objective_names"] == [
+        "accuracy",
+        "size_bytes",
+        "latency",
+    ]
+    assert [trial["state"] for trial in shown["trials"]] == ["Complete"] * 6
