@@ -7,6 +7,7 @@ included, so that ways of putting them together are compared on the same runs.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import subprocess
@@ -200,10 +201,15 @@ def compare(figures: Figures, runs: np.ndarray) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        time_all(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--time", nargs=2, type=Path, metavar=("ARTEFACTS", "RUNS"), help="time once (used within)")
+    parser.add_argument("--name", default="latency-estimators", help="of the file of figures")
+    options = parser.parse_args()
+    if options.time:
+        time_all(*options.time)
         return
-    figures = Figures("latency-estimators", "python benchmarks/latency_estimators.py")
+    named = "" if options.name == parser.get_default("name") else f" --name {options.name}"
+    figures = Figures(options.name, f"python benchmarks/latency_estimators.py{named}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
         folder, found = Path(scratch) / "artefacts", []
@@ -214,7 +220,7 @@ def main() -> None:
             workshop.build(plan, workshop.artefacts / plan.plan_id)
         for number in range(PROCESSES):
             out = Path(scratch) / f"{number}.npy"
-            subprocess.run([sys.executable, __file__, str(folder), str(out)], check=True, env=environment)
+            subprocess.run([sys.executable, __file__, "--time", str(folder), str(out)], check=True, env=environment)
             found.append(np.load(out, allow_pickle=False))
             print(f"process {number + 1} of {PROCESSES}", flush=True)
     compare(figures, np.stack(found))

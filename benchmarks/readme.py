@@ -60,7 +60,7 @@ OPTIONS = {
 LEFT_OUT = "methods-left-out"
 PLANS = "methods-plans"
 JOINT = "methods-joint"
-ESTIMATORS, ROUNDS = "latency-estimators", (4, 6, 12)
+ESTIMATORS, ROUNDS = ("latency-estimators", "latency-estimators-shared"), (4, 6, 12)
 PEOPLE = ("people-export", "people-newcomer", "people-report")
 COST, VOLUME = "search-cost", "search-hypervolume"
 SEARCH = (COST, VOLUME, TOOLS, "search-rungs", "search-engine-cost")
@@ -350,9 +350,9 @@ def joint_table() -> str:
     return "\n".join([f"{said}; {reproduced(JOINT)}.", "", *lines])
 
 
-def estimators_table() -> str:
+def estimators_table(name: str) -> str:
     """Return how far latency ratios differ between processes, by what is made of the runs and how many there are."""
-    content = contents(ESTIMATORS)
+    content = contents(name)
     figures = {figure["name"]: figure for figure in content["figures"]}
     over = ": ratio over that of lower quartiles"
     lines = [
@@ -367,7 +367,7 @@ def estimators_table() -> str:
             low, high = (100 * end for end in apart["interval"])
             cells.append(f"{apart['value']:.1%} [{low:.1f}, {high:.1f}] ({1e3 * spent['value']:.0f} ms)")
         lines.append(f"| {way} | {' | '.join(cells)} |")
-    return "\n".join([f"{measured_on(content)}; {reproduced(ESTIMATORS)}.", "", *lines])
+    return "\n".join([f"{measured_on(content)}; {reproduced(name)}.", "", *lines])
 
 
 def put(page: Path, parts: Mapping[str, str]) -> None:
@@ -398,7 +398,14 @@ def tables() -> None:
     )
     effects = {name: methods_table(file, METHODS[file], only) for name, (file, only) in OPTIONS.items()}
     put(ROOT / "docs" / "options.md", effects | {"joint": joint_table()})
-    put(ROOT / "docs" / "scoring.md", {"estimators": estimators_table()})
+    put(
+        ROOT / "docs" / "scoring.md",
+        {
+            "estimators": "\n\n".join(
+                estimators_table(name) for name in ESTIMATORS if (FIGURES / f"{name}.json").exists()
+            )
+        },
+    )
     clusters = [table(file.stem) for file in sorted(FIGURES.glob("cluster-*.json"))]
     put(ROOT / "docs" / "clusters.md", {"cluster": "\n\n".join(clusters)})
 
