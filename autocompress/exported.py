@@ -127,14 +127,13 @@ def time_against_stand_in(
     runtime, reference = get_runtime(artifact.runtime), Artifact.open(artifact.folder / "reference")
     inputs, clock = timing.inputs_of(artifact.inputs, target, vocabulary, 0), timing.clock_of(target)
     # A loaded model's speed depends a little on where its memory came to lie: load both anew for each share of pairs.
-    times, pace, tells = list[list[timing.Pair]](), timing.Pace(), target.threads == 1
-    if reference_ms is not None and tells:
+    times, pace = list[list[timing.Pair]](), timing.Pace(target.threads)
+    if reference_ms is not None:
         pace.note(reference_ms / 1e3)
     shares = [pairs // _LOADS + (number < pairs % _LOADS) for number in range(_LOADS)]
     while count := shares.pop(0) if shares else min(pairs // _LOADS, pace.missing(times, pairs, pairs)):
         ours, beside = (timing.ready(runtime.load(each, target), inputs) for each in (artifact, reference))
         times.append(timing.paired_times(ours, beside, inputs, pairs=count, clock=clock, before=pace.quiet(times)))
-        if tells:  # by wall clock a block that others disturbed is timed again at once
-            for pair in times[-1]:
-                pace.note(pair.beside)
+        for pair in times[-1]:
+            pace.note(pair.beside)
     return timing.summarize(pace.undisturbed(times), seed=0)

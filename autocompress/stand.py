@@ -61,9 +61,7 @@ class Stand:
         self._target = target
         self._reference = reference
         self._inputs = inputs
-        self.pace = timing.Pace()
-        # By wall clock a block that others disturbed is timed again at once, see `timing.block`.
-        self._tells = target.threads == 1
+        self.pace = timing.Pace(target.threads)
 
     @cached_property
     def reference(self) -> Session:
@@ -80,9 +78,8 @@ class Stand:
         """Time a loaded artefact against the reference; ``before`` says how many pairs of it were taken already."""
         clock, inputs = timing.clock_of(self._target), self._of(artifact)
         found = timing.paired_times(session, self.reference, inputs, pairs=count, clock=clock, before=before)
-        if self._tells:
-            for pair in found:
-                self.pace.note(pair.beside)
+        for pair in found:
+            self.pace.note(pair.beside)
         return found
 
     def _of(self, artifact: Artifact) -> Mapping[str, np.ndarray]:
@@ -149,9 +146,8 @@ class Stand:
                         if place in due:
                             taken.append([])
                         taken[-1].append(timing.Pair.of(block, before, after))
-                    if self._tells:
-                        self.pace.note(before.typical)
-                        self.pace.note(after.typical)
+                    self.pace.note(before.typical)
+                    self.pace.note(after.typical)
         return [self.pace.undisturbed(taken) for taken in times]
 
     def _load_all(self, artefacts: Sequence[Artifact]) -> list[Session]:

@@ -35,7 +35,7 @@ _ATTEMPTS = 5
 SLOWED = 1.12
 """Times its pace that a block of the reference takes from which on something disturbed it.
 
-A neighbour on the same core makes it a quarter slower for seconds at a time, and a small model by a half and more.
+A neighbour on the same core makes it slower for seconds at a time, and small models by more than the reference.
 """
 ANEW = 2
 """As many times the pairs that are wanted are taken at most, where some are disturbed."""
@@ -161,14 +161,20 @@ class Pace:
     """How fast the reference is where nothing disturbs it, by its latest blocks, and which pairs were disturbed.
 
     As long as no block is known, none was.
+
+    Args:
+        threads: of the target. At several, blocks that others disturbed are timed again at once, see `block`, and this
+            says of none that it was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self._tells = threads == 1
         self._latest: deque[float] = deque(maxlen=_LATEST)
 
     def note(self, seconds: float) -> None:
         """Take in what a run of the reference took in a block."""
-        self._latest.append(seconds)
+        if self._tells:
+            self._latest.append(seconds)
 
     @property
     def limit(self) -> float:

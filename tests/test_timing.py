@@ -307,6 +307,9 @@ class TestPace:
             assert pace.undisturbed(moments) == moments
             assert pace.quiet(moments) == 3
         assert pace_of(1.0).undisturbed([]) == []
+        by_wall_clock = timing.Pace(threads=2)
+        by_wall_clock.note(1.0)
+        assert by_wall_clock.quiet([[pair_of(9.0)]]) == 1, "its blocks are timed again at once"
 
     @pytest.mark.parametrize("slow", [[1.0], [1.0, 1.2], [1.3, 1.0, 1.5], [1.4, 1.0, 1.6, 1.2]])
     def test_of_too_few_undisturbed_ones_the_half_is_taken_that_was_least(self, slow: list[float]) -> None:

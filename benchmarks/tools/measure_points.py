@@ -76,7 +76,7 @@ class Bench:
         self.workshop.build(CompressionPlan(), self.workshop.reference_folder)
         self.reference = Artifact.open(self.workshop.reference_folder)
         self.inputs = self.workshop.inputs(self.reference)
-        self.pace = timing.Pace()
+        self.pace = timing.Pace(run.target.threads)
 
     def score(self, artifact: Artifact, pairs: int) -> dict[str, Any]:
         """Return accuracy, size and paired latency of an artefact.
