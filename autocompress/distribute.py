@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
-import signal
 import socket
 import subprocess
 import tempfile
@@ -220,8 +218,7 @@ class Workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_PATIENCE_S)
         finally:  # also where nobody wants to wait
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # what it left behind, or it
+            fresh.end(self._process.pid)  # what it left behind, or it
         self._process.wait()
         self._words.close()
         self._process = None

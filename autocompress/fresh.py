@@ -1,9 +1,16 @@
-"""Fresh processes of this Python."""
+"""Fresh processes of this Python, and their end."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import time
+from pathlib import Path
+
+_END_S = 5.0
+"""Time in which the kernel takes down what was killed."""
 
 
 def python(*arguments: str) -> tuple[list[str], dict[str, str]]:
@@ -13,3 +20,27 @@ def python(*arguments: str) -> tuple[list[str], dict[str, str]]:
     """
     known = os.pathsep.join(filter(None, sys.path))
     return [sys.executable, "-P", *arguments], {**os.environ, "PYTHONPATH": known}
+
+
+def end(session: int) -> None:
+    """Kill what runs in a session (setsid(2)), whose first process had this number; return when it is gone.
+
+    A process group would not do: Ray gives each of its workers a group of its own.
+    """
+    until = time.monotonic() + _END_S
+    while (left := _running(session)) and time.monotonic() < until:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _running(session: int) -> set[int]:
+    """Return the processes of a session; not those that have ended and that nobody has asked for their status yet."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            state, _, _, its_session, *_ = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if int(its_session) == session and state not in "ZX":
+                found.add(int(stat.parent.name))
+    return found
