@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from autocompress.delivery import Export
-    from autocompress.driver import SearchStatus
     from autocompress.front import Choice
     from autocompress.records import Candidate
     from autocompress.retarget import Moved
+    from autocompress.status import SearchStatus
     from autocompress.study import Study
 
 _SECONDS_BETWEEN_LINES = 15.0

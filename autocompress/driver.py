@@ -5,36 +5,30 @@ The driver is the only process that writes the study. Whatever is interrupted he
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import shutil
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from autocompress import timing
 from autocompress.cluster import Cluster
 from autocompress.config import RunConfig
 from autocompress.distribute import Workers
-from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
 from autocompress.execute import execute
-from autocompress.front import Front
 from autocompress.identity import identity_of
-from autocompress.pareto import volume
-from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
+from autocompress.reference import ensure_reference, has_reference, reference_key
 from autocompress.refine import drop_dominated, refine
 from autocompress.report import tables
 from autocompress.report.tables import write_aside
 from autocompress.results import BASELINES, STAGE, write_predictions, write_results
 from autocompress.seeds import count_uniform
+from autocompress.status import SearchStatus, status_of
 from autocompress.stopwatch import Stopwatch
 from autocompress.storage import holds_study
 from autocompress.study import Study
@@ -44,56 +38,12 @@ from autocompress.trained import Progress
 if TYPE_CHECKING:
     from autocompress.depot import Depot
 
-ENVIRONMENT_SCHEMA = 1
 _TABLE_SECONDS = 5.0
 """Least time between two writes of ``study.csv`` while candidates come in."""
 _TABLE_SHARE = 0.01
 """Part of the time that they may take: that of thousands of candidates takes seconds."""
 
-Watch = Callable[["SearchStatus"], None]
-
-
-@dataclass(frozen=True)
-class SearchStatus:
-    """How far a search is.
-
-    Args:
-        done: candidates that were evaluated, failed ones included.
-        total: candidates in the end.
-        failed: of those done.
-        stopped: of those done, given up because they could not reach the front.
-        front: as it stands.
-        gain: hypervolume over that of the uniform plans measured so far, or None without any.
-        seconds_each: wall time a candidate, since this command began to evaluate.
-        untrained: students that plans may start from and that are not distilled yet, which takes time of its own.
-        stage: what is done once all candidates are evaluated.
-    """
-
-    done: int
-    total: int
-    failed: int
-    stopped: int
-    front: Front
-    gain: float | None
-    seconds_each: float = 0.0
-    untrained: int = 0
-    stage: str = ""
-
-    @property
-    def seconds_left(self) -> float:
-        """What is left at the present speed."""
-        return (self.total - self.done) * self.seconds_each
-
-    def words(self) -> str:
-        """Say it on one line."""
-        students = "a student" if self.untrained == 1 else f"{self.untrained} students"
-        apart = f", training of {students} apart" if self.untrained else ""
-        gain = "" if self.gain is None else f", hypervolume {self.gain:.2f}x the uniform plans'"
-        rest = self.stage or f"{self.seconds_each:.1f} s each, {self.seconds_left:.0f} s left{apart}"
-        return (
-            f"{self.done}/{self.total} candidates, {self.failed} failed, {self.stopped} stopped early, "
-            f"{len(self.front)} on the front{gain}, {rest}"
-        )
+Watch = Callable[[SearchStatus], None]
 
 
 def drive(
@@ -118,7 +68,7 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
             exchange = None if cluster is None else _exchange(workshop, folder)
             workers = None if idle else stack.enter_context(_workers(workshop, cluster, exchange))
             workshop.space  # noqa: B018 - loads the model, which is then there for the workers, too
-            if not _is_measured(folder, workshop):  # workers must not load one of another model
+            if not has_reference(folder, workshop):  # workers must not load one of another model
                 shutil.rmtree(folder / "artefacts" / "reference", ignore_errors=True)
             if workers is not None:
                 workers.open()
@@ -134,7 +84,7 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 tables.write_csv(study.candidates(), folder / "study.csv")
                 write_aside(folder / STAGE, said)
             if watch is not None:
-                watch(_status(study, workshop, stage=f"{said}{how_far}"))
+                watch(status_of(study, workshop, stage=f"{said}{how_far}"))
 
         try:
             if study.repaired is not None:
@@ -177,8 +127,8 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
 
 def open_for_writing(run: RunConfig, folder: Path, workshop: Workshop, progress: Progress) -> Study:
     """Begin or continue the study of ``run`` in ``folder``, with the uncompressed model measured."""
-    _ensure_environment(folder, workshop, progress)
-    key = _environment_key(workshop)
+    ensure_reference(folder, workshop, progress)
+    key = reference_key(workshop)
     identity = identity_of(run, model=key["model"], data=key["data"], space=workshop.space)
     # Latencies of two machines are not to be mixed in one study.
     identity["machine"] = workshop.timed_on["id"]
@@ -240,7 +190,7 @@ def _evaluate(
             drop_dominated(study, workshop.artefacts, candidate)
         if watch is not None:
             each = (time.perf_counter() - began) / (study.finished - before)
-            watch(_status(study, workshop, seconds_each=each, untrained=workshop.untrained))
+            watch(status_of(study, workshop, seconds_each=each, untrained=workshop.untrained))
 
     if exchange is not None:
         exchange.put(workshop.reference_folder.name, workshop.reference_folder)
@@ -267,22 +217,6 @@ def _fetch(exchange: Depot, study: Study, candidate: Candidate, artefacts: Path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     exchange.remove(plan_id)
-
-
-def _status(study: Study, workshop: Workshop, **more: Any) -> SearchStatus:
-    candidates, reference, majority = study.candidates(), study.reference, workshop.majority
-    states = Counter(c.state for c in candidates)
-    ladder = volume([c for c in candidates if c.origin == "uniform"], reference, majority)
-    front = study.front()
-    return SearchStatus(
-        done=study.finished,
-        total=study.run.search.trials,
-        failed=states["FAIL"],
-        stopped=states["PRUNED"],
-        front=front,
-        gain=volume(candidates, reference, majority) / ladder if ladder > 0 else None,
-        **more,
-    )
 
 
 def _baseline(
@@ -333,78 +267,3 @@ def _run_for_workers(workshop: Workshop, *, elsewhere: bool) -> RunConfig:
     settings["model"]["id"] = found(workshop.source)
     settings["space"] = found(space) if space.suffix in (".yaml", ".yml") else settings["space"]
     return RunConfig.from_mapping(settings)
-
-
-def _environment_key(workshop: Workshop) -> dict[str, Any]:
-    """Return what the reference is measured of."""
-    run = workshop.run
-    rows = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
-    return {"model": workshop.teacher.base, "data": rows, "target": run.target.model_dump()}
-
-
-def _is_measured(folder: Path, workshop: Workshop) -> bool:
-    """Return whether the reference is there, measured for this model, data and target or for the study that is there.
-
-    Raises:
-        StudyError: if it cannot be read.
-    """
-    file = folder / "environment.json"
-    if not file.exists() or not (folder / "artefacts" / "reference").is_dir():
-        return False
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StudyError(f"{file}: not readable as JSON ({error})") from None
-    if found.get("schema") != ENVIRONMENT_SCHEMA:
-        raise StudyError(f"{file}: schema must be {ENVIRONMENT_SCHEMA}, got {found.get('schema')!r}")
-    return holds_study(folder) or found.get("key") == _environment_key(workshop)
-
-
-def _ensure_environment(folder: Path, workshop: Workshop, progress: Progress) -> None:
-    """Write ``environment.json``, measuring the reference, unless both are there for this model, data and target."""
-    file = folder / "environment.json"
-    if _is_measured(folder, workshop):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        # Written by an earlier version.
-        later = {
-            "majority": workshop.majority,
-            "shared_rows": workshop.task.shared_rows,
-            "shape": dataclasses.asdict(workshop.teacher.shape),
-        }
-        if not later.keys() <= found.keys():
-            write_aside(file, json.dumps(later | found, indent=1))
-        return
-    progress("measuring the uncompressed model")
-    cut = workshop.splits["search"].cut
-    if cut:
-        progress(tables.cut_words(cut, len(workshop.splits["search"]), workshop.run.data.max_tokens))
-    measured = workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))
-    run = workshop.run
-    environment = {
-        "schema": ENVIRONMENT_SCHEMA,
-        "reference": dataclasses.asdict(measured),
-        "majority": workshop.majority,
-        "shared_rows": workshop.task.shared_rows,
-        "shape": dataclasses.asdict(workshop.teacher.shape),
-        "cut_rows": cut,
-        "machine": workshop.timed_on,
-        "target": run.target.model_dump(),
-        "runtime_options": workshop.fingerprint["runtime_options"],
-        "protocol": {
-            "accuracy": f"through the artefact, {measured.rows} search rows, real lengths up to "
-            f"{run.data.max_tokens} tokens, 95 % Wilson interval",
-            "size": "bytes of the artefact's model files",
-            "latency": f"{run.search.latency_pairs} pairs of blocks of runs, of candidate and reference in turn, each "
-            f"block of runs under {1e3 * timing.SHORT_S:g} ms after as many that are not timed, at moments between "
-            f"the rows ({run.search.confirm_pairs} in rounds over all points for points of the front, loaded anew in "
-            f"between), inputs of {run.target.batch_size} x {run.target.tokens} tokens, "
-            + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")
-            + f", pairs with a reference slower than {timing.SLOWED:g} times its fastest taken anew and left out"
-            + ", lower quartile of the candidate's runs over that of the reference's with its 95 % bootstrap interval "
-            "over moments and pairs; where those of a front were taken twice it includes by how much they drift from "
-            "one time to another",
-        },
-        "key": _environment_key(workshop),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_aside(file, json.dumps(environment, indent=1))

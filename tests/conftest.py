@@ -350,7 +350,7 @@ def tiny_run(bert_folder: Path, tiny_csv: Path, tiny_bank: Path) -> Callable[...
             "data": {"source": str(tiny_csv), "search_rows": 60, "calibration_rows": 32, "max_tokens": 16},
             "target": {"tokens": 16},
             "space": "encoder-small",
-            "search": {"trials": 3, "workers": 1, "latency_pairs": 2},
+            "search": {"trials": 3, "workers": 1, "latency_pairs": 2, "confirm_pairs": 2},
             # The same arithmetic on every CPU.
             "recovery": {"precision": "float32"},
             "storage": {"bank": str(tiny_bank)},

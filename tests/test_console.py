@@ -11,7 +11,7 @@ import pytest
 from helpers_records import front_of, make_candidate
 
 from autocompress import console
-from autocompress.driver import SearchStatus
+from autocompress.status import SearchStatus
 
 NESTED = {"folder": "out", "score": {"ratio": 0.25, "interval": [0.2, 0.3]}, "left": None}
 

@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 
-FEW = "--set search.trials=5 --set data.search_rows=60 --set data.calibration_rows=32 --set space=encoder-small"
+FEW = (
+    "--set search.trials=5 --set search.latency_pairs=2 --set search.confirm_pairs=2 --set data.search_rows=60 "
+    "--set data.calibration_rows=32 --set space=encoder-small"
+)
 SHELL = r"""
 set -euo pipefail
 autocompress() {

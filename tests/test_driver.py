@@ -11,11 +11,9 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pandas as pd
 import pytest
-from helpers_records import front_of, make_candidate
 from test_results import MAJORITY, WORTH, environment_of
 from test_study import SMALL, evaluate, run_of
 from test_trackers import of_tensorboard
@@ -23,49 +21,16 @@ from test_trackers import of_tensorboard
 from autocompress import api, driver, machine
 from autocompress.config import RecoveryConfig, RunConfig
 from autocompress.decisions import PruneNeurons, Quantize, Recover
-from autocompress.driver import SearchStatus, drive
+from autocompress.driver import drive
 from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate
+from autocompress.reference import SCHEMA, reference_key
 from autocompress.refine import _reconstruct
 from autocompress.results import BASELINES
+from autocompress.status import SearchStatus
 from autocompress.study import Study
-
-
-def status(**changes: Any) -> SearchStatus:
-    front = front_of([make_candidate(n, accuracy=0.80 + n / 100, ratio=0.2 + n / 10) for n in range(5)])
-    known = {"done": 12, "total": 40, "failed": 1, "stopped": 3, "front": front, "gain": 1.234, "seconds_each": 2.5}
-    return SearchStatus(**{**known, **changes})
-
-
-def test_a_status_says_everything_on_one_line() -> None:
-    assert status().words() == (
-        "12/40 candidates, 1 failed, 3 stopped early, 5 on the front, hypervolume 1.23x the uniform plans', "
-        "2.5 s each, 70 s left"
-    )
-
-
-def test_a_status_without_uniform_plans_says_nothing_of_them() -> None:
-    words = status(gain=None).words()
-    assert "hypervolume" not in words
-    assert words.startswith("12/40 candidates, 1 failed, 3 stopped early, 5 on the front, 2.5 s each")
-    assert "\n" not in words
-
-
-def test_what_is_left_is_at_the_present_speed() -> None:
-    assert status().seconds_left == 28 * 2.5
-    assert status(done=40).seconds_left == 0
-
-
-def test_what_comes_after_the_last_candidate_stands_in_place_of_the_time_that_is_left() -> None:
-    words = status(done=40, stage="timing the front anew").words()
-    assert words.endswith("hypervolume 1.23x the uniform plans', timing the front anew")
-
-
-def test_training_that_is_to_come_is_said_beside_the_time_that_is_left() -> None:
-    assert status(untrained=1).words().endswith("70 s left, training of a student apart")
-    assert status(untrained=3).words().endswith("70 s left, training of 3 students apart")
 
 
 def test_a_torn_record_that_was_cut_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +81,8 @@ def test_workers_find_no_reference_of_another_model(
     run, folder = tiny_run([f"model.id={json.dumps(str(bert_headed_folder))}"]), tmp_path / "results"
     (reference := folder / "artefacts" / "reference").mkdir(parents=True)
     if there != "nothing":
-        key = driver._environment_key(Workshop(run, folder / "artefacts"))
-        known = {"schema": driver.ENVIRONMENT_SCHEMA, "key": key if there == "its own" else {**key, "model": "m"}}
+        key = reference_key(Workshop(run, folder / "artefacts"))
+        known = {"schema": SCHEMA, "key": key if there == "its own" else {**key, "model": "m"}}
         (folder / "environment.json").write_text(json.dumps(known), encoding="utf-8")
     seen: list[bool] = []
 

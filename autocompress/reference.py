@@ -1,0 +1,94 @@
+"""The uncompressed model as it was measured: what of, on what, and how stands in ``environment.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from autocompress import timing
+from autocompress.errors import StudyError
+from autocompress.evaluate import Workshop
+from autocompress.plan import CompressionPlan
+from autocompress.report import tables
+from autocompress.report.tables import write_aside
+from autocompress.storage import holds_study
+from autocompress.trained import Progress
+
+_FILE = "environment.json"
+SCHEMA = 1
+
+
+def reference_key(workshop: Workshop) -> dict[str, Any]:
+    """Return what the reference is measured of."""
+    run = workshop.run
+    rows = f"{workshop.task.fingerprint}, {run.data.max_tokens} tokens"
+    return {"model": workshop.teacher.base, "data": rows, "target": run.target.model_dump()}
+
+
+def has_reference(folder: Path, workshop: Workshop) -> bool:
+    """Return whether the reference is there, measured for this model, data and target or for the study that is there.
+
+    Raises:
+        StudyError: if it cannot be read.
+    """
+    return _found(folder, workshop) is not None
+
+
+def _found(folder: Path, workshop: Workshop) -> dict[str, Any] | None:
+    file = folder / _FILE
+    if not file.exists() or not (folder / "artefacts" / "reference").is_dir():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StudyError(f"{file}: not readable as JSON ({error})") from None
+    if found.get("schema") != SCHEMA:
+        raise StudyError(f"{file}: schema must be {SCHEMA}, got {found.get('schema')!r}")
+    return found if holds_study(folder) or found.get("key") == reference_key(workshop) else None
+
+
+def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> None:
+    """Write ``environment.json``, measuring the reference, unless both are there for this model, data and target."""
+    about = {
+        "majority": workshop.majority,
+        "shared_rows": workshop.task.shared_rows,
+        "shape": dataclasses.asdict(workshop.teacher.shape),
+    }
+    if found := _found(folder, workshop):
+        if not about.keys() <= found.keys():  # written by an earlier version
+            write_aside(folder / _FILE, json.dumps(about | found, indent=1))
+        return
+    progress("measuring the uncompressed model")
+    cut = workshop.splits["search"].cut
+    if cut:
+        progress(tables.cut_words(cut, len(workshop.splits["search"]), workshop.run.data.max_tokens))
+    measured = workshop.score(workshop.build(CompressionPlan(), workshop.reference_folder))
+    run = workshop.run
+    environment = {
+        "schema": SCHEMA,
+        "reference": dataclasses.asdict(measured),
+        **about,
+        "cut_rows": cut,
+        "machine": workshop.timed_on,
+        "target": run.target.model_dump(),
+        "runtime_options": workshop.fingerprint["runtime_options"],
+        "protocol": {
+            "accuracy": f"through the artefact, {measured.rows} search rows, real lengths up to "
+            f"{run.data.max_tokens} tokens, 95 % Wilson interval",
+            "size": "bytes of the artefact's model files",
+            "latency": f"{run.search.latency_pairs} pairs of blocks of runs, of candidate and reference in turn, each "
+            f"block of runs under {1e3 * timing.SHORT_S:g} ms after as many that are not timed, at moments between "
+            f"the rows ({run.search.confirm_pairs} in rounds over all points for points of the front, loaded anew in "
+            f"between), inputs of {run.target.batch_size} x {run.target.tokens} tokens, "
+            + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")
+            + f", pairs with a reference slower than {timing.SLOWED:g} times its fastest taken anew and left out"
+            + ", lower quartile of the candidate's runs over that of the reference's with its 95 % bootstrap interval "
+            "over moments and pairs; where those of a front were taken twice it includes by how much they drift from "
+            "one time to another",
+        },
+        "key": reference_key(workshop),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_aside(folder / _FILE, json.dumps(environment, indent=1))
