@@ -62,6 +62,7 @@ class DataConfig(Section):
         min_length=1,
         description="demo/movies, demo/tweets, a csv, tsv, jsonl or parquet file, a datasets id",
     )
+    subset: str | None = Field(None, description="configuration of a datasets id, such as sst2 of nyu-mll/glue")
     revision: str | None = Field(None, description="branch, tag or commit of a datasets id")
     text: str = Field("text", description="column of the text")
     text_pair: str | None = Field(None, description="column of the second text, for tasks on pairs")

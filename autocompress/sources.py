@@ -104,7 +104,12 @@ def _read_hub(config: DataConfig) -> pd.DataFrame:
 
     def fetch(local: bool) -> Any:
         with _hub_switched_off() if local else nullcontext():
-            return datasets.load_dataset(config.source, revision=config.revision)
+            try:
+                return datasets.load_dataset(config.source, config.subset, revision=config.revision)
+            except ValueError as error:
+                if str(error).startswith("Config name is missing"):  # the names stand on its second line
+                    raise DataError(f"{' '.join(str(error).splitlines()[:2])}; name it by data.subset") from None
+                raise
 
     def probe() -> None:
         from huggingface_hub import HfApi
@@ -123,5 +128,7 @@ def _read_hub(config: DataConfig) -> pd.DataFrame:
             if len(frame) and (frame[config.label] < 0).all():  # such as the hidden labels of a competition
                 continue
             frame[config.label] = [feature.int2str(int(v)) if v >= 0 else None for v in frame[config.label]]
-        frames.append(frame.assign(**{config.split: "test" if name in TEST_NAMES else str(name)}))
+        # Such as validation_matched.
+        held_out = str(name).partition("_")[0] in TEST_NAMES
+        frames.append(frame.assign(**{config.split: "test" if held_out else str(name)}))
     return pd.concat(frames, ignore_index=True)

@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 from conftest import LABELS
 
-from autocompress import model, origins
-from autocompress.errors import ModelError
+from autocompress import model, origins, task
+from autocompress.config import DataConfig
+from autocompress.errors import DataError, ModelError
 
 HUB_SCRIPT = """
 import json, sys, time
@@ -26,8 +27,8 @@ import datasets, huggingface_hub
 from autocompress import origins, task
 from autocompress.config import DataConfig
 
-def read(source, revision=None):
-    loaded = task.load(DataConfig(source=source, revision=revision, search_rows=10))
+def read(source, revision=None, subset=None):
+    loaded = task.load(DataConfig(source=source, subset=subset, revision=revision, search_rows=10))
     return [loaded.labels, {name: len(rows) for name, rows in loaded.splits.items()}]
 
 actions = {"model": lambda name, *revision: str(origins.locate(name, *revision)), "data": read}
@@ -44,7 +45,7 @@ print(json.dumps(found))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def ask_hub(tmp_path: Path, *questions: tuple[str, ...], **environment: str) -> list[tuple[Any, float]]:
+def ask_hub(tmp_path: Path, *questions: tuple[str | None, ...], **environment: str) -> list[tuple[Any, float]]:
     """Look up ids in a fresh process, since hub clients read the environment once; return answers and seconds."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
@@ -63,17 +64,23 @@ def ask_hub(tmp_path: Path, *questions: tuple[str, ...], **environment: str) -> 
 
 def fill_hub_cache(home: Path, model_folder: Path, csv_file: Path) -> Path:
     """Lay out a model ``org/name`` and a data set ``org/texts`` as hub clients keep them; return the model's folder."""
-    import datasets
-
     entry = home / "hub" / "models--org--name"
     snapshot = Path(shutil.copytree(model_folder, entry / "snapshots" / COMMIT))
     (entry / "refs").mkdir()
     (entry / "refs" / "main").write_text(COMMIT, encoding="utf-8")
 
-    folder = home / "datasets" / "org___texts" / "default" / "0.0.0" / COMMIT
-    folder.mkdir(parents=True)
     frame = pd.read_csv(csv_file)
     frame["label"] = [LABELS.index(label) for label in frame["label"]]
+    fill_with_rows(home, "default", frame)
+    return snapshot
+
+
+def fill_with_rows(home: Path, subset: str, frame: pd.DataFrame) -> None:
+    """Lay out a configuration of the data set ``org/texts``."""
+    import datasets
+
+    folder = home / "datasets" / "org___texts" / subset / "0.0.0" / COMMIT
+    folder.mkdir(parents=True)
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=list(LABELS)))
     splits = {}
     for name, rows in frame.groupby("split"):
@@ -85,13 +92,12 @@ def fill_hub_cache(home: Path, model_folder: Path, csv_file: Path) -> Path:
     about = {
         "builder_name": "csv",
         "dataset_name": "texts",
-        "config_name": "default",
+        "config_name": subset,
         "version": {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0},
         "splits": splits,
         "features": features.to_dict(),
     }
     (folder / "dataset_info.json").write_text(json.dumps(about), encoding="utf-8")
-    return snapshot
 
 
 class TestFolders:
@@ -127,6 +133,36 @@ class TestHub:
             assert "not found locally, offline (" in said
             assert "\n" not in said
         assert model.load(snapshot, labels=LABELS).shape == model.load(bert_headed_folder, labels=LABELS).shape
+
+    def test_a_configuration_of_data_is_read_by_its_name(
+        self, tmp_path: Path, bert_headed_folder: Path, tiny_csv: Path
+    ) -> None:
+        fill_hub_cache(tmp_path, bert_headed_folder, tiny_csv)
+        frame = pd.read_csv(tiny_csv)
+        frame["label"] = [LABELS.index(label) for label in frame["label"]]
+        # Held-out rows in two splits, as those of MNLI are.
+        held_out = frame.index[frame["split"] == "test"]
+        frame.loc[held_out, "split"] = ["validation_matched", "validation_mismatched"] * (len(held_out) // 2)
+        fill_with_rows(tmp_path, "pairs", frame[20:])
+        questions = ("data", "org/texts", None, "pairs"), ("data", "org/texts", None, "default")
+        (named, _), (other, _) = ask_hub(tmp_path, *questions, HF_ENDPOINT="http://127.0.0.1:9")
+        assert other == [list(LABELS), {"train": 230, "search": 10, "test": 60}]
+        kept = frame[20:]["split"].str.startswith("validation")
+        assert named == [list(LABELS), {"train": int((~kept).sum()) - 10, "search": 10, "test": int(kept.sum())}]
+
+    def test_a_configuration_that_is_not_named_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import datasets
+        import huggingface_hub
+
+        def refuse(*_: object, **__: object) -> None:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample"
+            )
+
+        monkeypatch.setattr(datasets, "load_dataset", refuse)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+        with pytest.raises(DataError, match=r"among the available configs: \['a', 'b'\]; name it by data\.subset"):
+            task.load(DataConfig(source="org/texts"))
 
     def test_a_cached_configuration_alone_is_no_model(
         self, tmp_path: Path, bert_headed_folder: Path, tiny_csv: Path
