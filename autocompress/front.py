@@ -223,7 +223,9 @@ class Front:
             kept = ", ".join(f"{of.name} {of.value:.3g} <= {of.limit:g}" for of in found)
             if len(among) == 1:
                 return f"the only one of {whom} within the limits ({kept})"
-            whom = f"the {len(among)} of {whom} within the limits ({kept})"
+            within = f"within the limits ({kept})"
+            fewer = len(among) < offered
+            whom = f"the {len(among)} points {within}, of {offered} on {front}" if fewer else f"{whom}, all {within}"
         if prefer != "knee":
             careful = point.score.confirmed or point in self.points
             once = "" if careful else "; its latency was timed once, during the search"

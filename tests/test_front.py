@@ -176,8 +176,8 @@ class TestDivergence:
         found = self.front().choose(Limits(max_latency_ratio=0.4), "divergence")
         assert found.point.number == 4
         assert found.reason == (
-            "the least divergent of the 3 of the 4 points of the front, by accuracy or by divergence within the limits "
-            "(latency ratio 0.31 <= 0.4); its latency was timed once, during the search"
+            "the least divergent of the 3 points within the limits (latency ratio 0.31 <= 0.4), of 4 on the front, by "
+            "accuracy or by divergence; its latency was timed once, during the search"
         )
         assert self.front().pick(prefer="divergence").number == 1
         timed = dataclasses.replace(found.point, measurement=dataclasses.replace(found.point.score, confirmed=True))
@@ -203,9 +203,13 @@ class TestReasons:
         found = three_points().choose(Limits(max_accuracy_drop=0.05, max_size_mb=40), "latency")
         assert found.point.number == 2
         assert found.reason == (
-            "the fastest of the 2 of the 3 points of the front within the limits (points of accuracy lost 1 <= 5, "
-            "size in MB 17 <= 40)"
+            "the fastest of the 2 points within the limits (points of accuracy lost 1 <= 5, size in MB 17 <= 40), of 3 "
+            "on the front"
         )
+
+    def test_where_the_limits_break_none_it_says_so(self) -> None:
+        found = three_points().choose(Limits(max_size_mb=1000), "latency")
+        assert found.reason.startswith("the fastest of the 3 points of the front, all within the limits (size in MB ")
 
     def test_where_there_is_no_choice_it_says_so(self) -> None:
         only = three_points().choose(Limits(max_size_mb=15), "accuracy")
