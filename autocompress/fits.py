@@ -17,6 +17,10 @@ _ROUNDS, _MORE_ROUNDS = 12, 2
 """Times that a fit is weighted anew, from nothing and from an earlier fit to most of the same."""
 _CHANGES_OF_SETS = 3
 """Times the number of weights that the active set may grow."""
+_EFFECTS = (0.03, 0.06, 0.12, 0.25)
+"""Relative standard deviations of effects, of which, and of none, the likeliest is taken."""
+_FARTHEST = 3.0
+"""Standard deviations from a fit at which a measurement counts as no farther away."""
 
 
 @dataclass
@@ -86,6 +90,32 @@ def latency_fit(work: np.ndarray, ratios: np.ndarray, confirmed: np.ndarray, sta
     factor = float(np.median(ratios[confirmed] / (work[confirmed] @ searched.weights)))
     sure = np.where(confirmed, 1.0, _CONFIRMED / _ONCE)
     return relative_fit(work, np.where(confirmed, ratios, factor * ratios), start, sure)
+
+
+def effects(shares: np.ndarray, off: np.ndarray, confirmed: np.ndarray) -> np.ndarray:
+    """Return by what share the parts of a sum are off by themselves, which a fit by their sizes does not see.
+
+    Effects are taken as drawn around zero (Robinson 1991, "That BLUP is a good thing", eq. 1.2), with the variance that
+    makes what was measured likeliest: parts that were seen little, or that explain little, stay where the fit has them.
+
+    Args:
+        shares: ``rows x parts``, of each part in the fitted sum of a row.
+        off: ``rows``, relative residuals of the fit.
+        confirmed: ``rows``, which were timed anew.
+    """
+    deviations = np.where(confirmed, _CONFIRMED, _ONCE)
+    off = np.clip(off / deviations, -_FARTHEST, _FARTHEST)
+    shares = shares / deviations[:, None]
+    square, product = shares.T @ shares, shares.T @ off
+    likeliest, found = 0.0, np.zeros(len(product))
+    for deviation in _EFFECTS:
+        certainty = np.eye(len(product)) / deviation**2 + square
+        drawn = np.linalg.solve(certainty, product)
+        # The logarithm of the marginal likelihood over that without effects, twice.
+        _, volume = np.linalg.slogdet(certainty * deviation**2)
+        if (likelihood := float(product @ drawn - volume)) > likeliest:
+            likeliest, found = likelihood, drawn
+    return found
 
 
 def nonnegative(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:

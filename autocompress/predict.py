@@ -2,22 +2,25 @@
 
 They order proposals and pass over plans that are far behind the front; nothing that is reported comes from them. Sizes
 are counted from the products of a plan. Latency is a sum over its products, with non-negative coefficients fitted to
-what was measured. Loss of quality starts from the sensitivity of each site to each decision, estimated on calibration
-rows (sites are taken to add up, as in Dong et al. 2020, "HAWQ-V2"), and is fitted to what was measured, too.
+what was measured, and what products of one shape are off by themselves: kernels do not like all shapes alike. Loss of
+quality starts from the sensitivity of each site to each decision, estimated on calibration rows (sites are taken to add
+up, as in Dong et al. 2020, "HAWQ-V2"), and is fitted to what was measured, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from autocompress.anatomy import ModelShape, before_drop
 from autocompress.decisions import ACTIVATIONS, DropBlocks, LowRank, MaxTokens, Recover, Student
-from autocompress.fits import FEWEST, Fit, latency_fit, least_squares
+from autocompress.fits import FEWEST, Fit, effects, latency_fit, least_squares
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.products import Product, Sizes, products_of
 from autocompress.records import OBJECTIVES, Candidate
@@ -33,8 +36,44 @@ _DESCRIBED = 8192
 """Plans whose description is kept: fits and proposals ask for the same ones again and again."""
 _LEARNED_FROM = 1000
 """Measured candidates that fits are made of: more add little, and a large study's first ask would wait for them."""
+_LEAST_RATIO = 1e-3
+"""No candidate is taken to be faster."""
 _LEAST_SPREAD = 0.02
 """Relative residual of a latency below which no fit is trusted: that of the measurement itself."""
+_KINDS = ("attention", "ffn")
+_AS_INTEGERS, _UNPACKED_ANEW, _AS_FLOATS = range(3)
+"""How a product is computed: what is stored in few bits is unpacked for integers once, when the file is loaded."""
+_WHOLE, _COSTS = 2, 4
+"""What a plan's work is told by as a whole, and that of its products of one kind and arithmetic."""
+
+
+class _Shape(NamedTuple):
+    """What products of a kind of site have in common that take equally long, but for caches.
+
+    Args:
+        kind: of the site.
+        arithmetic: how they are computed.
+        outer, inner: of the matrix.
+        read: share of the target's tokens that is not cut off.
+    """
+
+    kind: str
+    arithmetic: int
+    outer: int
+    inner: int
+    read: float
+
+    @property
+    def costs(self) -> np.ndarray:
+        """Multiplications, one product, rows and columns."""
+        rows, columns = self.read * self.outer, self.read * self.inner
+        return np.array([rows * self.inner / 1e6, 0.1, rows / 1e4, columns / 1e4])
+
+    @property
+    def place(self) -> slice:
+        """Where in a plan's work these costs are added up."""
+        first = _WHOLE + _COSTS * (3 * _KINDS.index(self.kind) + self.arithmetic)
+        return slice(first, first + _COSTS)
 
 
 @dataclass(frozen=True)
@@ -44,6 +83,7 @@ class _Features:
     counted: float
     extras: np.ndarray
     work: np.ndarray
+    shapes: Mapping[_Shape, int]
     student: Student | None
     dropped: int
     harm: float
@@ -74,6 +114,8 @@ class Predictor:
     errors: dict[str, list[float]] = field(default_factory=dict)
     """Relative errors of predictions made before their candidate was measured, by ``size`` and ``latency``."""
     _fits: dict[str, Fit] = field(default_factory=dict)
+    _effects: dict[_Shape, float] = field(default_factory=dict)
+    """By how much a product of a shape takes longer than the fit says."""
     _students: list[Student | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -91,16 +133,31 @@ class Predictor:
         sizes = np.array([c.score.size_bytes for c in measured], dtype=float)
         counted = np.array([found.counted for found in known])
         self._fits["size"] = least_squares(np.array([found.extras for found in known]), sizes - counted, ridge=1e-6)
-        self._fits["latency"] = latency_fit(
-            np.array([found.work for found in known]),
+        self._learn_latency(
+            known,
             np.array([c.score.latency_ratio for c in measured]),
             np.array([c.score.confirmed for c in measured]),
-            self._fits.get("latency"),
         )
         name, direction = OBJECTIVES[self.guide]
         sign = -1.0 if direction == "maximize" else 1.0
         costs = np.array([sign * getattr(c.score, name) for c in measured])
         self._fits["guide"] = least_squares(np.array([self._harm(found) for found in known]), costs, ridge=1e-2)
+
+    def _learn_latency(self, known: Sequence[_Features], ratios: np.ndarray, confirmed: np.ndarray) -> None:
+        work = np.array([found.work for found in known])
+        fit = self._fits["latency"] = latency_fit(work, ratios, confirmed, self._fits.get("latency"))
+        places = {shape: n for n, shape in enumerate(dict.fromkeys(s for found in known for s in found.shapes))}
+        each = np.array([shape.costs @ fit.weights[shape.place] for shape in places])
+        counts = np.zeros((len(known), len(places)))
+        for row, found in zip(counts, known, strict=True):
+            for shape, count in found.shapes.items():
+                row[places[shape]] = count
+        fitted = np.maximum(_LEAST_RATIO, work @ fit.weights)
+        off = ratios / fitted - 1
+        for alike in (confirmed, ~confirmed):  # where others compute beside, all differ
+            off[alike] -= np.median(off[alike]) if alike.any() else 0.0
+        by_themselves = each * effects(counts * each / fitted[:, None], off, confirmed)
+        self._effects = dict(zip(places, by_themselves.tolist(), strict=True))
 
     @property
     def ready(self) -> bool:
@@ -114,7 +171,9 @@ class Predictor:
 
     def latency(self, plan: CompressionPlan) -> float:
         """Return candidate over reference."""
-        return max(1e-3, float(self._features(plan).work @ self._fits["latency"].weights))
+        found = self._features(plan)
+        more = sum(count * self._effects.get(shape, 0.0) for shape, count in found.shapes.items())
+        return max(_LEAST_RATIO, float(found.work @ self._fits["latency"].weights) + more)
 
     def cost(self, plan: CompressionPlan) -> float:
         """Return the guide's cost, to be minimised; accuracies are negative."""
@@ -168,11 +227,13 @@ class Predictor:
         products, after = products_of(plan, self.shape, self.sizes), self.shape.after(plan)
         dropped, cut = plan.of_type(DropBlocks).get(MODEL_SITE), plan.of_type(MaxTokens).get(MODEL_SITE)
         read = 1.0 if cut is None else min(1.0, cut.tokens / self.tokens)
+        shapes = Counter(_shape_of(p, read) for p in products if p.kind in _KINDS for _ in range(after.runs))
         reconstructed = bool(plan.of_type(Recover))
         return _Features(
             counted=sum(self.weight_bytes(p) + 4.0 * p.outer * p.bias for p in products),
             extras=np.array([*_extras(products, after), cut is not None]),
-            work=_work(products, after, read),
+            work=_work(products, shapes, after, read),
+            shapes=shapes,
             student=_student(plan),
             dropped=len(dropped.blocks) if dropped else 0,
             harm=self.harm(plan),
@@ -224,29 +285,26 @@ def _extras(products: Sequence[Product], after: ModelShape) -> np.ndarray:
     return np.array([1.0, len(after.blocks) * after.runs, len(weights), *by_bits, fine, drawn, trimmed])
 
 
-def _work(products: Sequence[Product], after: ModelShape, read: float) -> np.ndarray:
+def _shape_of(product: Product, read: float) -> _Shape:
+    anew = product.bits == 4 and not product.whole_steps
+    arithmetic = _AS_INTEGERS if product.integers else _UNPACKED_ANEW if anew else _AS_FLOATS
+    return _Shape(product.kind, arithmetic, product.outer, product.inner, read)
+
+
+def _work(products: Sequence[Product], shapes: Mapping[_Shape, int], after: ModelShape, read: float) -> np.ndarray:
     """Return what takes time: products by arithmetic in multiplications, in number and in rows and columns.
 
     Args:
         products: of the plan.
+        shapes: of those of its blocks, with their numbers.
         after: the shape that it leads to.
         read: share of the target's tokens that is not cut off.
     """
-    found = [1.0, float(len(after.blocks) * after.runs)]
-    for kind in ("attention", "ffn"):
-        # What is stored in few bits is unpacked for integer products once, when the file is loaded.
-        arithmetics: list[list[Product]] = [[], [], []]
-        for product in products:
-            if product.kind == kind:
-                unpacked_anew = product.bits == 4 and not product.whole_steps
-                arithmetics[0 if product.integers else 1 if unpacked_anew else 2] += [product] * after.runs
-        for chosen in arithmetics:
-            found += [
-                read * sum(p.outer * p.inner for p in chosen) / 1e6,
-                len(chosen) / 10,
-                read * sum(p.outer for p in chosen) / 1e4,
-                read * sum(p.inner for p in chosen) / 1e4,
-            ]
+    of_blocks = np.zeros(_WHOLE + _COSTS * 3 * len(_KINDS))
+    of_blocks[:_WHOLE] = 1.0, len(after.blocks) * after.runs
+    for shape, count in shapes.items():
+        of_blocks[shape.place] += count * shape.costs
+    found = of_blocks.tolist()
     # Every head compares every token with every other one.
     found += [read * read * after.runs * sum(b.heads for b in after.blocks) / 10]
     neurons = read * after.runs * sum(b.neurons for b in after.blocks) / 1e3

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from autocompress.fits import FEWEST, Fit, latency_fit, nonnegative, relative_fit
+from autocompress.fits import FEWEST, Fit, effects, latency_fit, nonnegative, relative_fit
 
 
 def problems() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -110,3 +110,37 @@ def test_what_was_timed_anew_counts_for_more() -> None:
     sure = relative_fit(work, ratios, sure=np.where(confirmed, 1.0, 0.01))
     assert off(sure) < 0.1 * off(alike)
     assert off(sure) < off(found) < 0.95 * off(alike)
+
+
+def parts(rng: np.random.Generator, rows: int = 200, kinds: int = 12) -> np.ndarray:
+    """Return shares of parts of which each row has three."""
+    shares = np.zeros((rows, kinds))
+    for row in shares:
+        row[rng.choice(kinds - 1, size=3, replace=False)] = 0.25
+    return shares
+
+
+def test_parts_that_a_fit_does_not_see_are_found() -> None:
+    rng = np.random.default_rng(3)
+    shares, true = parts(rng), np.zeros(12)
+    true[[2, 5]] = 0.4, -0.2
+    confirmed = np.arange(200) % 3 == 0
+    found = effects(shares, shares @ true + rng.normal(0, 0.03, 200), confirmed)
+    assert found[[2, 5]] == pytest.approx([0.4, -0.2], abs=0.1)
+    assert np.abs(np.delete(found, [2, 5])).max() < 0.1
+    assert found[11] == 0, "what no row has"
+    assert np.abs(shares @ (found - true)).mean() < 0.3 * np.abs(shares @ true).mean()
+
+
+def test_where_nothing_but_noise_is_left_no_part_is_off() -> None:
+    rng = np.random.default_rng(4)
+    shares = parts(rng)
+    assert not effects(shares, rng.normal(0, 0.02, 200), np.zeros(200, dtype=bool)).any()
+
+
+def test_single_disturbed_measurements_hardly_make_an_effect() -> None:
+    rng = np.random.default_rng(5)
+    shares = parts(rng)
+    off = rng.normal(0, 0.03, 200)
+    off[::40] = 3.0  # four times as long
+    assert np.abs(shares @ effects(shares, off, np.zeros(200, dtype=bool))).max() < 0.06

@@ -227,6 +227,25 @@ def test_what_looking_up_and_the_head_take_is_learned(axis: str) -> None:
     assert max(map(abs, errors)) < 0.04, errors
 
 
+def test_a_shape_that_its_kernel_does_not_like_is_learned() -> None:
+    slow = 192  # neurons
+
+    def timed(candidate: Candidate) -> Candidate:
+        blocks = SHAPE.after(candidate.plan).blocks
+        ratio = candidate.score.latency_ratio * (1 + 0.1 * sum(block.neurons == slow for block in blocks))
+        score = dataclasses.replace(candidate.score, latency_ratio=ratio)
+        return dataclasses.replace(candidate, measurement=score)
+
+    found = [timed(c) for c in many(200)]
+    assert sum(any(b.neurons == slow for b in SHAPE.after(c.plan).blocks) for c in found) > 20
+    predictor = make_predictor()
+    predictor.learn(found[:150])
+    off = lambda: np.mean([abs(predictor.latency(c.plan) / c.score.latency_ratio - 1) for c in found[150:]])  # noqa: E731
+    with_effects = off()
+    predictor._effects.clear()
+    assert with_effects < 0.75 * off()
+
+
 def test_latencies_stay_above_nothing(learned: Predictor) -> None:
     smallest = SPACE.decode(lambda name, choices: choices[-1])
     assert learned.latency(smallest) > 0
