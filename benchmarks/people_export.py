@@ -22,9 +22,53 @@ from autocompress.delivery import Export
 from autocompress.errors import AutocompressError
 from autocompress.exported import FORMATS, UNPACKED
 from autocompress.records import Candidate
+from autocompress.study import Study
 
 POINTS = 20
 AGREE, SHIFT = 0.999, 0.05
+
+
+def export(figures: Figures, study: Study, chosen: list[Candidate], name: str) -> None:
+    """Export points in a format and tell what comes out."""
+    found: list[Export] = []
+    exported: list[Candidate] = []
+    refused: list[str] = []
+    rows = []
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
+        for point in chosen:
+            try:
+                shipped = api.export(point, Path(scratch) / str(point.number), formats=[name])[name]
+            except AutocompressError as error:
+                refused.append(f"trial {point.number}: {error}")
+                continue
+            found.append(shipped)
+            exported.append(point)
+            shift = shipped.measurement.latency_ratio / point.score.latency_ratio - 1 if shipped.timed else None
+            test, search = shipped.test.value, shipped.measurement.accuracy
+            rows.append([point.number, shipped.agreement, shift, search, test])
+            print(name, *rows[-1], flush=True)
+    what = f"{name}, {len(chosen)} points"
+    figures.add(f"{what}: refused", len(refused), "points", "0", not refused)
+    figures.more[f"{name}: refused"] = refused
+    if not found:
+        return
+    agreed = [shipped.agreement for shipped in found]
+    # Where nothing is rounded to 8 bits while it runs, floats alone are added in another order.
+    plain = [a for a, point in zip(agreed, exported, strict=True) if not point.plan.integer_arithmetic]
+    if plain:
+        what_plain = f"{what}, of these {len(plain)} without 8-bit activations: least agreement"
+        figures.add(what_plain, min(plain), "of the rows", f">= {AGREE}", min(plain) >= AGREE)
+    share = mean(agreement >= AGREE for agreement in agreed)
+    figures.add(f"{what}: predict at least {AGREE:.1%} of rows as scored", share, "of the points", "1", share == 1)
+    figures.add(f"{what}: least agreement", min(agreed), "of the rows", f">= {AGREE}", min(agreed) >= AGREE)
+    figures.add(f"{what}: agreement in the mean", mean(agreed), "of the rows")
+    if FORMATS.get(name) == study.run.target.runtime:
+        within = mean(abs(row[2]) <= SHIFT for row in rows)
+        said = f"{what}: latency ratio within {SHIFT:.0%} of the stored one"
+        figures.add(said, within, "of the points", "1", within == 1)
+    figures.add(f"{what}: an export takes", (time.perf_counter() - started) / len(chosen), "seconds")
+    figures.more[f"{name}: trial, agreement, shift of the ratio, accuracy on search rows, on test rows"] = rows
 
 
 def main() -> None:
@@ -39,47 +83,9 @@ def main() -> None:
     front = study.front().points
     chosen = random.Random(0).sample(front, min(options.points, len(front)))
     for name in options.formats:
-        found: list[Export] = []
-        exported: list[Candidate] = []
-        refused: list[str] = []
-        rows = []
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
-            for point in chosen:
-                try:
-                    shipped = api.export(point, Path(scratch) / str(point.number), formats=[name])[name]
-                except AutocompressError as error:
-                    refused.append(f"trial {point.number}: {error}")
-                    continue
-                found.append(shipped)
-                exported.append(point)
-                shift = shipped.measurement.latency_ratio / point.score.latency_ratio - 1 if shipped.timed else None
-                test, search = shipped.test.value, shipped.measurement.accuracy
-                rows.append([point.number, shipped.agreement, shift, search, test])
-                print(name, *rows[-1], flush=True)
-        what = f"{name}, {len(chosen)} points"
-        figures.add(f"{what}: refused", len(refused), "points", "0", not refused)
-        figures.more[f"{name}: refused"] = refused
-        if not found:
-            continue
-        agreed = [shipped.agreement for shipped in found]
-        # Where nothing is rounded to 8 bits while it runs, floats alone are added in another order.
-        plain = [a for a, point in zip(agreed, exported, strict=True) if not point.plan.integer_arithmetic]
-        if plain:
-            what_plain = f"{what}, of these {len(plain)} without 8-bit activations: least agreement"
-            figures.add(what_plain, min(plain), "of the rows", f">= {AGREE}", min(plain) >= AGREE)
-        share = mean(agreement >= AGREE for agreement in agreed)
-        figures.add(f"{what}: predict at least {AGREE:.1%} of rows as scored", share, "of the points", "1", share == 1)
-        figures.add(f"{what}: least agreement", min(agreed), "of the rows", f">= {AGREE}", min(agreed) >= AGREE)
-        figures.add(f"{what}: agreement in the mean", mean(agreed), "of the rows")
-        if FORMATS.get(name) == study.run.target.runtime:
-            within = mean(abs(row[2]) <= SHIFT for row in rows)
-            said = f"{what}: latency ratio within {SHIFT:.0%} of the stored one"
-            figures.add(said, within, "of the points", "1", within == 1)
-        figures.add(f"{what}: an export takes", (time.perf_counter() - started) / len(chosen), "seconds")
-        figures.more[f"{name}: trial, agreement, shift of the ratio, accuracy on search rows, on test rows"] = rows
-    if options.points >= POINTS:
-        figures.write()
+        export(figures, study, chosen, name)
+        if options.points >= POINTS:
+            figures.write()  # what follows may be interrupted
 
 
 if __name__ == "__main__":

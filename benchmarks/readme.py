@@ -62,7 +62,7 @@ PLANS = "methods-plans"
 JOINT = "methods-joint"
 ESTIMATORS, ROUNDS = ("latency-estimators", "latency-estimators-shared"), (4, 6, 12)
 PEOPLE = ("people-export", "people-newcomer", "people-report")
-COST, VOLUME = "search-cost", "search-hypervolume"
+COST, SHARED, VOLUME = "search-cost", "search-cost-shared", "search-hypervolume"
 SEARCH = (COST, VOLUME, TOOLS, "search-rungs", "search-engine-cost")
 _OVER = "{}, 200 evaluations, 5 seeds: hypervolume over {}"
 _BEST = ("{}, {}, best of {} times {}", "{}, {}, best of {} times {}: retained on test rows")
@@ -389,6 +389,7 @@ def tables() -> None:
         {
             "figures": table(DEMO),
             "search": grouped(dict.fromkeys(SEARCH), up="../"),
+            "shared": table(SHARED, with_target=True),
             "plans": table(PLANS),
             "people": grouped({name: None for name in PEOPLE if (FIGURES / f"{name}.json").exists()}, up="../"),
             "front": "\n\n".join(table(name, with_target=True) for name in FRONTS),

@@ -221,11 +221,13 @@ def main() -> None:
     parser.add_argument("--time", nargs="+", metavar="RESULTS PLAN ...", help="time candidates (used within)")
     parser.add_argument("--keep", type=Path, help="leave the bank, the model and the results folders here")
     parser.add_argument("--trials", type=int, default=int(1.2 * CANDIDATES), help="candidates, stopped ones included")
+    parser.add_argument("--name", default="search-cost", help="of the file, for a machine of another kind")
     options = parser.parse_args()
     if options.time:
         time_anew(Path(options.time[0]), options.time[1:])
         return
-    figures = Figures("search-cost", "python benchmarks/search_cost.py")
+    named = "" if options.name == parser.get_default("name") else f" --name {options.name}"
+    figures = Figures(options.name, f"python benchmarks/search_cost.py{named}")
     with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
         place = options.keep or Path(scratch)
         place.mkdir(parents=True, exist_ok=True)
