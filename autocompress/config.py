@@ -68,7 +68,8 @@ class DataConfig(Section):
     text_pair: str | None = Field(None, description="column of the second text, for tasks on pairs")
     label: str = Field("label", description="column of the class")
     split: str = Field(
-        "split", description="column whose values test, validation, eval or dev mark held-out rows, where there is one"
+        "split",
+        description="column whose values test, validation, eval, dev or test_... mark held-out rows, if there is one",
     )
     test_fraction: float = Field(0.2, gt=0, lt=1, description="held-out share when the data bring no test split")
     search_rows: int = Field(1000, ge=10, description="rows cut from the training rows to score candidates on")
@@ -79,6 +80,11 @@ class DataConfig(Section):
     max_tokens: int = Field(64, ge=4, le=8192, description="longer texts are truncated")
     max_train_rows: int | None = Field(None, ge=20, description="use only so many training rows")
     allow_shared_rows: bool = Field(False, description="accept texts that stand in two splits; printed in the report")
+
+    @property
+    def called(self) -> str:
+        """What the rows are called: their source, and which configuration of it."""
+        return self.source if self.subset is None else f"{self.source} {self.subset}"
 
 
 class TargetConfig(Section):

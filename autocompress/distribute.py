@@ -215,8 +215,7 @@ class Workers:
         assert self._words is not None
         self._connection.close()  # which it sees
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_PATIENCE_S)
+            fresh.exited(self._process.pid, _PATIENCE_S)
         finally:  # also where nobody wants to wait
             fresh.end(self._process.pid)  # what it left behind, or it
         self._process.wait()

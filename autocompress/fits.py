@@ -19,8 +19,12 @@ _CHANGES_OF_SETS = 3
 """Times the number of weights that the active set may grow."""
 _EFFECTS = (0.03, 0.06, 0.12, 0.25)
 """Relative standard deviations of effects, of which, and of none, the likeliest is taken."""
+_MOST = 0.75
+"""No effect is taken to be larger: a part that takes no time would make its plans look better than all others."""
 _FARTHEST = 3.0
 """Standard deviations from a fit at which a measurement counts as no farther away."""
+_NORMAL = 1.4826
+"""A normal distribution's standard deviation over the median of what its values are away."""
 
 
 @dataclass
@@ -77,19 +81,22 @@ def relative_fit(
     return Fit(weights, float(np.sqrt(np.square(left).sum() / freedom)))
 
 
-def latency_fit(work: np.ndarray, ratios: np.ndarray, confirmed: np.ndarray, start: Fit | None = None) -> Fit:
-    """Fit ratios as they are once confirmed, where there are such.
+def latency_fit(
+    work: np.ndarray, ratios: np.ndarray, confirmed: np.ndarray, start: Fit | None = None
+) -> tuple[Fit, np.ndarray]:
+    """Fit ratios as they are once confirmed, where there are such; return them as such, too.
 
     In a search other workers compute beside, which small models and the reference do not bear alike: the factor between
     the two comes from the confirmed ones, which are compared with a fit to the others, since those of them that were
     measured too fast are more likely to be confirmed.
     """
     if min(confirmed.sum(), (~confirmed).sum()) < FEWEST:
-        return relative_fit(work, ratios, start)
+        return relative_fit(work, ratios, start), ratios
     searched = relative_fit(work[~confirmed], ratios[~confirmed], start)
     factor = float(np.median(ratios[confirmed] / (work[confirmed] @ searched.weights)))
     sure = np.where(confirmed, 1.0, _CONFIRMED / _ONCE)
-    return relative_fit(work, np.where(confirmed, ratios, factor * ratios), start, sure)
+    alike = np.where(confirmed, ratios, factor * ratios)
+    return relative_fit(work, alike, start, sure), alike
 
 
 def effects(shares: np.ndarray, off: np.ndarray, confirmed: np.ndarray) -> np.ndarray:
@@ -97,6 +104,7 @@ def effects(shares: np.ndarray, off: np.ndarray, confirmed: np.ndarray) -> np.nd
 
     Effects are taken as drawn around zero (Robinson 1991, "That BLUP is a good thing", eq. 1.2), with the variance that
     makes what was measured likeliest: parts that were seen little, or that explain little, stay where the fit has them.
+    Measurements that scatter more than they are known to count for less, so that noise is not taken for effects.
 
     Args:
         shares: ``rows x parts``, of each part in the fitted sum of a row.
@@ -104,6 +112,9 @@ def effects(shares: np.ndarray, off: np.ndarray, confirmed: np.ndarray) -> np.nd
         confirmed: ``rows``, which were timed anew.
     """
     deviations = np.where(confirmed, _CONFIRMED, _ONCE)
+    for alike in (confirmed, ~confirmed):
+        if alike.any():
+            deviations[alike] *= max(1.0, _NORMAL * float(np.median(np.abs(off[alike] / deviations[alike]))))
     off = np.clip(off / deviations, -_FARTHEST, _FARTHEST)
     shares = shares / deviations[:, None]
     square, product = shares.T @ shares, shares.T @ off
@@ -115,7 +126,7 @@ def effects(shares: np.ndarray, off: np.ndarray, confirmed: np.ndarray) -> np.nd
         _, volume = np.linalg.slogdet(certainty * deviation**2)
         if (likelihood := float(product @ drawn - volume)) > likeliest:
             likeliest, found = likelihood, drawn
-    return found
+    return np.clip(found, -_MOST, _MOST)
 
 
 def nonnegative(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:

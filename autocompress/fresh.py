@@ -22,15 +22,26 @@ def python(*arguments: str) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-P", *arguments], {**os.environ, "PYTHONPATH": known}
 
 
+def exited(pid: int, within_s: float) -> None:
+    """Wait so long for a child to exit, and do not ask for its status: until that is done its number stays its own."""
+    until = time.monotonic() + within_s
+    with contextlib.suppress(ChildProcessError):
+        while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) and time.monotonic() < until:
+            time.sleep(0.02)
+
+
 def end(session: int) -> None:
-    """Kill what runs in a session (setsid(2)), whose first process had this number; return when it is gone.
+    """Kill what runs in a session (setsid(2)) of this number; return when it is gone, or after 5 s.
 
     A process group would not do: Ray gives each of its workers a group of its own.
+
+    Args:
+        session: number of its first process, which has not been asked for its status yet.
     """
     until = time.monotonic() + _END_S
     while (left := _running(session)) and time.monotonic() < until:
         for pid in left:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from autocompress.errors import ModelError, first_line
+from autocompress.errors import AutocompressError, ModelError, first_line
 
 DEMO_MODEL = "demo/minilm"
 OFFLINE_SECONDS = 4.0
@@ -71,6 +71,8 @@ def from_hub(what: str, fetch: Callable[[bool], Any], probe: Callable[[], None])
         raise ModelError(f"{what}: not found locally, offline ({reason}); give a local path") from not_cached
     try:
         return fetch(False)
+    except AutocompressError:
+        raise
     except Exception as error:
         raise ModelError(f"{what}: download failed ({first_line(error)})") from None
 

@@ -36,6 +36,8 @@ _DESCRIBED = 8192
 """Plans whose description is kept: fits and proposals ask for the same ones again and again."""
 _LEARNED_FROM = 1000
 """Measured candidates that fits are made of: more add little, and a large study's first ask would wait for them."""
+_SHAPES = 256
+"""Shapes that are looked at by themselves, the most common ones: a proposal would wait for more."""
 _LEAST_RATIO = 1e-3
 """No candidate is taken to be faster."""
 _LEAST_SPREAD = 0.02
@@ -145,18 +147,18 @@ class Predictor:
 
     def _learn_latency(self, known: Sequence[_Features], ratios: np.ndarray, confirmed: np.ndarray) -> None:
         work = np.array([found.work for found in known])
-        fit = self._fits["latency"] = latency_fit(work, ratios, confirmed, self._fits.get("latency"))
-        places = {shape: n for n, shape in enumerate(dict.fromkeys(s for found in known for s in found.shapes))}
+        fit, alike = latency_fit(work, ratios, confirmed, self._fits.get("latency"))
+        # Its spread is that without effects: what is passed over by it is given the benefit of that doubt.
+        self._fits["latency"] = fit
+        common = Counter(shape for found in known for shape in found.shapes).most_common(_SHAPES)
+        places = {shape: n for n, (shape, _) in enumerate(common)}
         each = np.array([shape.costs @ fit.weights[shape.place] for shape in places])
         counts = np.zeros((len(known), len(places)))
         for row, found in zip(counts, known, strict=True):
-            for shape, count in found.shapes.items():
-                row[places[shape]] = count
+            for shape in found.shapes.keys() & places.keys():
+                row[places[shape]] = found.shapes[shape]
         fitted = np.maximum(_LEAST_RATIO, work @ fit.weights)
-        off = ratios / fitted - 1
-        for alike in (confirmed, ~confirmed):  # where others compute beside, all differ
-            off[alike] -= np.median(off[alike]) if alike.any() else 0.0
-        by_themselves = each * effects(counts * each / fitted[:, None], off, confirmed)
+        by_themselves = each * effects(counts * each / fitted[:, None], alike / fitted - 1, confirmed)
         self._effects = dict(zip(places, by_themselves.tolist(), strict=True))
 
     @property

@@ -49,15 +49,19 @@ def _found(folder: Path, workshop: Workshop) -> dict[str, Any] | None:
     return found if holds_study(folder) or found.get("key") == reference_key(workshop) else None
 
 
-def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> None:
-    """Write ``environment.json``, measuring the reference, unless both are there for this model, data and target."""
-    about = {
+def _about(workshop: Workshop) -> dict[str, Any]:
+    """Return what is known without measuring."""
+    return {
         "majority": workshop.majority,
         "shared_rows": workshop.task.shared_rows,
         "shape": dataclasses.asdict(workshop.teacher.shape),
     }
+
+
+def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> None:
+    """Write ``environment.json``, measuring the reference, unless both are there for this model, data and target."""
     if found := _found(folder, workshop):
-        if not about.keys() <= found.keys():  # written by an earlier version
+        if not (about := _about(workshop)).keys() <= found.keys():  # written by an earlier version
             write_aside(folder / _FILE, json.dumps(about | found, indent=1))
         return
     progress("measuring the uncompressed model")
@@ -69,7 +73,7 @@ def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> No
     environment = {
         "schema": SCHEMA,
         "reference": dataclasses.asdict(measured),
-        **about,
+        **_about(workshop),
         "cut_rows": cut,
         "machine": workshop.timed_on,
         "target": run.target.model_dump(),

@@ -66,7 +66,7 @@ def named(run: RunConfig, source: str, out: Path | None) -> RunConfig:
     """
     from autocompress.api import results_of
 
-    name = name_of(run.data.source) if source == run.name == "demo" else None
+    name = name_of(run.data.subset or run.data.source) if source == run.name == "demo" else None
     if name is None:
         return run
     begun = results_of(run, out) / "run.yaml"

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEMO_DATA = ("demo/movies", "demo/tweets")
-TEST_NAMES = ("test", "validation", "eval", "dev")
-"""What a split is called whose rows are held out."""
+_HELD_OUT = ("test", "validation", "eval", "dev")
+"""What a split is called whose rows are held out, or what its name begins with, as validation_matched does."""
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 """Of files that are read, which may be compressed."""
 
@@ -26,6 +26,11 @@ def is_file(source: str) -> bool:
     """Return whether data of that name are a local file, be it there or not."""
     path = Path(source).expanduser()
     return path.is_file() or _suffix(path) in SUFFIXES
+
+
+def is_held_out(split: str) -> bool:
+    """Return whether rows of a split of this name are held out."""
+    return split.lower().partition("_")[0] in _HELD_OUT
 
 
 def _suffix(path: Path) -> str:
@@ -40,6 +45,8 @@ def read_table(config: DataConfig) -> pd.DataFrame:
     """
     import pandas as pd
 
+    if config.subset is not None and (config.source in DEMO_DATA or is_file(config.source)):
+        raise DataError(f"data.subset: is of a datasets id, which {config.source} is not; leave it out")
     if config.source in DEMO_DATA:
         name = config.source.split("/")[1] + ".csv.gz"
         with resources.as_file(resources.files("autocompress").joinpath("demo", name)) as file:
@@ -102,14 +109,25 @@ def _read_hub(config: DataConfig) -> pd.DataFrame:
 
     datasets.disable_progress_bars()
 
+    cached: list[str] = []
+
     def fetch(local: bool) -> Any:
         with _hub_switched_off() if local else nullcontext():
             try:
-                return datasets.load_dataset(config.source, config.subset, revision=config.revision)
+                found = datasets.load_dataset(config.source, config.subset, revision=config.revision)
             except ValueError as error:
-                if str(error).startswith("Config name is missing"):  # the names stand on its second line
-                    raise DataError(f"{' '.join(str(error).splitlines()[:2])}; name it by data.subset") from None
+                said = str(error).splitlines()
+                if config.subset is None and said[0].startswith("There are multiple"):
+                    cached.append(said[0])
+                elif said[0].startswith("Config name is missing"):  # which there are stands on the second line
+                    raise DataError(f"data: {config.source}: {' '.join(said[:2])}; name it by data.subset") from None
                 raise
+        name = next(iter(found.values())).config_name
+        if local and config.subset is None and name != "default":
+            # Which of several it is depends on what somebody asked for before; the hub knows whether there are others.
+            cached.append(f"its configuration {name!r} is cached")
+            raise LookupError(name)
+        return found
 
     def probe() -> None:
         from huggingface_hub import HfApi
@@ -119,7 +137,8 @@ def _read_hub(config: DataConfig) -> pd.DataFrame:
     try:
         found = from_hub(f"data: {config.source}", fetch, probe)
     except ModelError as error:
-        raise DataError(str(error)) from None
+        which = f"; {cached[0]}: name it by data.subset" if cached else ""
+        raise DataError(f"{error}{which}") from None
     frames: list[pd.DataFrame] = []
     for name, part in found.items():
         frame = part.to_pandas()
@@ -128,7 +147,5 @@ def _read_hub(config: DataConfig) -> pd.DataFrame:
             if len(frame) and (frame[config.label] < 0).all():  # such as the hidden labels of a competition
                 continue
             frame[config.label] = [feature.int2str(int(v)) if v >= 0 else None for v in frame[config.label]]
-        # Such as validation_matched.
-        held_out = str(name).partition("_")[0] in TEST_NAMES
-        frames.append(frame.assign(**{config.split: "test" if held_out else str(name)}))
+        frames.append(frame.assign(**{config.split: str(name)}))
     return pd.concat(frames, ignore_index=True)

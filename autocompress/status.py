@@ -1,4 +1,4 @@
-"""How far a search is."""
+"""How far a search is, for those who follow it: a line of words, and what a table and a page are made of."""
 
 from __future__ import annotations
 

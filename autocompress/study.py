@@ -161,7 +161,7 @@ class Study:
         stored = str((self._identity or {}).get("data", fingerprint))
         if stored.partition(",")[0] != fingerprint:
             raise StudyError(
-                f"data: {self.run.data.source}: holds other rows than those that {self.folder} was scored on; bring "
+                f"data: {self.run.data.called}: holds other rows than those that {self.folder} was scored on; bring "
                 "these back, or search anew"
             )
 

@@ -19,7 +19,7 @@ import torch
 
 from autocompress.config import DataConfig
 from autocompress.errors import DataError
-from autocompress.sources import TEST_NAMES, read_table
+from autocompress.sources import is_held_out, read_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -278,7 +278,7 @@ def _clean(raw: pd.DataFrame, config: DataConfig) -> pd.DataFrame:
             )
     frame = pd.DataFrame({key: raw[column] for key, column in wanted.items()})
     if config.split in raw.columns:
-        marked = raw[config.split].astype(str).str.lower().isin(TEST_NAMES)
+        marked = raw[config.split].astype(str).map(is_held_out)
         if marked.any():
             frame["test"] = marked
     missing = frame[list(wanted)].isna().any(axis=1)

@@ -63,7 +63,10 @@ def test_latencies_are_fitted_as_they_are_once_confirmed() -> None:
     confirmed = np.arange(120) % 4 == 0
     searched = 1.1 * true * rng.lognormal(0, 0.05, 120)
     # Confirmed are those that seemed fast in the search, which says nothing of what they are like once confirmed.
-    found = latency_fit(work, np.where(confirmed, true * rng.lognormal(0, 0.01, 120), searched), confirmed)
+    ratios = np.where(confirmed, true * rng.lognormal(0, 0.01, 120), searched)
+    found, alike = latency_fit(work, ratios, confirmed)
+    assert alike[confirmed] == pytest.approx(ratios[confirmed])
+    assert np.median(alike / true) == pytest.approx(1, abs=0.02)
     assert work @ found.weights == pytest.approx(true, rel=0.03)
 
 
@@ -71,7 +74,8 @@ def test_latencies_are_fitted_as_they_are_once_confirmed() -> None:
 def test_without_enough_of_both_kinds_latencies_are_taken_as_they_are(count: int) -> None:
     work = np.column_stack([np.ones(120), np.linspace(0, 1, 120)])
     ratios = work @ np.array([0.1, 0.8])
-    found = latency_fit(work, ratios, np.arange(120) < count)
+    found, alike = latency_fit(work, ratios, np.arange(120) < count)
+    assert alike == pytest.approx(ratios)
     assert work @ found.weights == pytest.approx(ratios, rel=1e-3)
     assert found.spread < 1e-3
 
@@ -106,7 +110,7 @@ def test_what_was_timed_anew_counts_for_more() -> None:
         return float(np.abs(work @ found.weights / ratios - 1)[confirmed].mean())
 
     alike = relative_fit(work, ratios)
-    found = latency_fit(work, ratios, confirmed)
+    found, _ = latency_fit(work, ratios, confirmed)
     sure = relative_fit(work, ratios, sure=np.where(confirmed, 1.0, 0.01))
     assert off(sure) < 0.1 * off(alike)
     assert off(sure) < off(found) < 0.95 * off(alike)
@@ -132,10 +136,13 @@ def test_parts_that_a_fit_does_not_see_are_found() -> None:
     assert np.abs(shares @ (found - true)).mean() < 0.3 * np.abs(shares @ true).mean()
 
 
-def test_where_nothing_but_noise_is_left_no_part_is_off() -> None:
-    rng = np.random.default_rng(4)
+@pytest.mark.parametrize("noise", [0.02, 0.045, 0.13])
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_is_not_taken_for_effects(noise: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
     shares = parts(rng)
-    assert not effects(shares, rng.normal(0, 0.02, 200), np.zeros(200, dtype=bool)).any()
+    found = effects(shares, rng.normal(0, noise, 200), np.arange(200) % 3 == 0)
+    assert np.square(shares @ found).mean() < np.square(0.35 * noise).mean()
 
 
 def test_single_disturbed_measurements_hardly_make_an_effect() -> None:
@@ -144,3 +151,18 @@ def test_single_disturbed_measurements_hardly_make_an_effect() -> None:
     off = rng.normal(0, 0.03, 200)
     off[::40] = 3.0  # four times as long
     assert np.abs(shares @ effects(shares, off, np.zeros(200, dtype=bool))).max() < 0.06
+
+
+def test_no_part_takes_next_to_nothing() -> None:
+    shares = np.zeros((40, 2))
+    shares[::2, 0] = 0.05
+    assert effects(shares, np.where(np.arange(40) % 2, 0.0, -0.1), np.zeros(40, dtype=bool)).min() >= -0.75
+
+
+def test_one_confirmed_measurement_is_no_evidence_that_its_parts_fit() -> None:
+    rng = np.random.default_rng(6)
+    shares, true = parts(rng), np.zeros(12)
+    true[2] = 0.4
+    confirmed = np.zeros(200, dtype=bool)
+    confirmed[int(np.flatnonzero(shares[:, 2])[0])] = True
+    assert effects(shares, shares @ true + rng.normal(0, 0.03, 200), confirmed)[2] == pytest.approx(0.4, abs=0.1)

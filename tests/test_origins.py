@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,11 +145,28 @@ class TestHub:
         held_out = frame.index[frame["split"] == "test"]
         frame.loc[held_out, "split"] = ["validation_matched", "validation_mismatched"] * (len(held_out) // 2)
         fill_with_rows(tmp_path, "pairs", frame[20:])
-        questions = ("data", "org/texts", None, "pairs"), ("data", "org/texts", None, "default")
-        (named, _), (other, _) = ask_hub(tmp_path, *questions, HF_ENDPOINT="http://127.0.0.1:9")
+        unnamed = ("data", "org/texts")
+        questions = (*unnamed, None, "pairs"), (*unnamed, None, "default"), unnamed
+        (named, _), (other, _), (which, _) = ask_hub(tmp_path, *questions, HF_ENDPOINT="http://127.0.0.1:9")
+        assert "not found locally, offline (" in which
+        assert re.search(r"There are multiple .* in the cache: (default, pairs|pairs, default): name it by data", which)
         assert other == [list(LABELS), {"train": 230, "search": 10, "test": 60}]
         kept = frame[20:]["split"].str.startswith("validation")
         assert named == [list(LABELS), {"train": int((~kept).sum()) - 10, "search": 10, "test": int(kept.sum())}]
+
+    def test_the_configuration_that_is_cached_is_not_taken_for_the_only_one(
+        self, tmp_path: Path, bert_headed_folder: Path, tiny_csv: Path
+    ) -> None:
+        fill_hub_cache(tmp_path, bert_headed_folder, tiny_csv)
+        texts = tmp_path / "datasets" / "org___texts"
+        shutil.move(texts / "default", texts / "pairs")
+        about = texts / "pairs" / "0.0.0" / COMMIT / "dataset_info.json"
+        about.write_text(about.read_text(encoding="utf-8").replace('"default"', '"pairs"'), encoding="utf-8")
+        questions = ("data", "org/texts"), ("data", "org/texts", None, "pairs")
+        (which, _), (named, _) = ask_hub(tmp_path, *questions, HF_ENDPOINT="http://127.0.0.1:9")
+        assert which.startswith("DataError: data: org/texts: not found locally, offline (")
+        assert which.endswith("; its configuration 'pairs' is cached: name it by data.subset")
+        assert named[1] == {"train": 230, "search": 10, "test": 60}
 
     def test_a_configuration_that_is_not_named_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import datasets
@@ -161,7 +179,9 @@ class TestHub:
 
         monkeypatch.setattr(datasets, "load_dataset", refuse)
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
-        with pytest.raises(DataError, match=r"among the available configs: \['a', 'b'\]; name it by data\.subset"):
+        with pytest.raises(
+            DataError, match=r"^data: org/texts: Config name .* configs: \['a', 'b'\]; name it by data\.subset"
+        ):
             task.load(DataConfig(source="org/texts"))
 
     def test_a_cached_configuration_alone_is_no_model(

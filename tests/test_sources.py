@@ -51,6 +51,20 @@ class TestSources:
         assert loaded == expected
         assert loaded.fingerprint == expected.fingerprint
 
+    @pytest.mark.parametrize("source", ["demo/movies", "rows.csv"])
+    def test_only_a_datasets_id_has_configurations(self, source: str) -> None:
+        with pytest.raises(DataError, match=rf"^data\.subset: is of a datasets id, which {source} is not; leave it"):
+            task.load(DataConfig(source=source, subset="sst2"))
+
+    def test_splits_are_held_out_by_what_their_name_begins_with(self, tmp_path: Path) -> None:
+        data = frame()
+        plain, named = (
+            task.load(config(saved(tmp_path, data.assign(split=[one, *[other] * 3] * (len(data) // 4)))))
+            for one, other in (("test", "train"), ("Validation_matched", "tested"))
+        )
+        assert len(plain.splits["test"]) == len(data) // 4
+        assert named == plain
+
     def test_other_column_names(self, tmp_path: Path) -> None:
         data = frame()
         renamed = data.rename(columns={"text": "said", "label": "mood"})

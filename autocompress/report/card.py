@@ -70,7 +70,7 @@ def model_card(
         ("Versions", said),
         ("Same predictions as the study's candidate", f"{agreement * 100:.1f} % of the search rows"),
         ("Model", _public(run.model.id)),
-        ("Data, fingerprint of its rows", f"{_public(run.data.source)}, {data}"),
+        ("Data, fingerprint of its rows", f"{_public(run.data.called)}, {data}"),
         ("Seed", str(run.seed)),
         ("Trial, plan", f"{candidate.number}, {candidate.plan.plan_id}"),
     ]
