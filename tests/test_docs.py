@@ -160,6 +160,8 @@ def test_a_notebook_runs(notebook: Path, tmp_path: Path) -> None:
 
     content = nbformat.read(notebook, as_version=4)
     for cell in content.cells:
-        cell.source = re.sub(r'"search\.trials=\d+"', '"search.trials=6"', cell.source)
-        cell.source = re.sub(r'"data\.max_train_rows=\d+"', '"data.max_train_rows=200"', cell.source)
+        few = '"search.trials=6", "search.latency_pairs=2", "search.confirm_pairs=2"'
+        cell.source = re.sub(r'"search\.trials=\d+"', few, cell.source)
+        fewer = '"data.max_train_rows=200", "data.search_rows=100", "data.calibration_rows=64"'
+        cell.source = re.sub(r'"data\.max_train_rows=\d+"', fewer, cell.source)
     NotebookClient(content, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
