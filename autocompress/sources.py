@@ -116,7 +116,7 @@ def _read_hub(config: DataConfig) -> pd.DataFrame:
             try:
                 found = datasets.load_dataset(config.source, config.subset, revision=config.revision)
             except ValueError as error:
-                said = str(error).splitlines()
+                said = str(error).splitlines() or [""]
                 if config.subset is None and said[0].startswith("There are multiple"):
                     cached.append(said[0])
                 elif said[0].startswith("Config name is missing"):  # which there are stands on the second line
