@@ -68,14 +68,19 @@ class _Shape(NamedTuple):
     @property
     def costs(self) -> np.ndarray:
         """Multiplications, one product, rows and columns."""
-        rows, columns = self.read * self.outer, self.read * self.inner
-        return np.array([rows * self.inner / 1e6, 0.1, rows / 1e4, columns / 1e4])
+        return _costs(self)
 
     @property
     def place(self) -> slice:
         """Where in a plan's work these costs are added up."""
         first = _WHOLE + _COSTS * (3 * _KINDS.index(self.kind) + self.arithmetic)
         return slice(first, first + _COSTS)
+
+
+@lru_cache(maxsize=_DESCRIBED)
+def _costs(shape: _Shape) -> np.ndarray:
+    rows, columns = shape.read * shape.outer, shape.read * shape.inner
+    return np.array([rows * shape.inner / 1e6, 0.1, rows / 1e4, columns / 1e4])
 
 
 @dataclass(frozen=True)
