@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gallery
 import pandas as pd
 from figures import ROOT, Figures
 
@@ -61,11 +62,7 @@ class Bench:
 def main_job(bench: Bench, demo: Path, keep: Path | None) -> None:
     seconds, _, moments = bench.run("search", "demo", "--out", str(demo), log="search")
     if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        for name in ("run.yaml", "study.csv", "pareto.csv", "report.html", "environment.json"):
-            # What names the folder that it was made in names README's.
-            text = (demo / name).read_text(encoding="utf-8").replace(str(demo), "results/demo")
-            (keep / name).write_text(text, encoding="utf-8")
+        gallery.keep(demo, keep)
     bench.add("main job, from an empty bank to report.html", seconds / 60, "minutes", "<= 15", seconds <= 900)
     gaps = [b - a for a, b in zip([0.0, *moments], [*moments, seconds], strict=True)]
     bench.add("longest time without a line of progress", max(gaps), "seconds", "<= 60", max(gaps) <= 60)
