@@ -28,7 +28,6 @@ from autocompress.records import Candidate, Measurement
 from autocompress.report.figures import dress, front_figure
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = ROOT / "results" / "minilm-movies-openvino"
 FIGURES = ROOT / "results" / "benchmarks"
 TOOLS = "search-against-tools"
 RUNTIMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
@@ -108,10 +107,10 @@ class _Named(CompressionPlan):
         return str(self.said)  # type: ignore[attr-defined]
 
 
-def candidates(reference: Measurement) -> list[Candidate]:
-    """Read the committed ``study.csv`` back into candidates."""
+def candidates(run: Path, reference: Measurement) -> list[Candidate]:
+    """Read the ``study.csv`` of a committed run back into candidates."""
     found = []
-    for row in pd.read_csv(RUN / "study.csv").to_dict("records"):
+    for row in pd.read_csv(run / "study.csv").to_dict("records"):
         if row["state"] != "COMPLETE":
             continue
         score: dict[str, Any] = {k: row[k] for k in row if k in Measurement.__dataclass_fields__}
@@ -122,15 +121,14 @@ def candidates(reference: Measurement) -> list[Candidate]:
     return found
 
 
-def picture(chromium: str) -> None:
-    """Draw ``front.png``."""
-    reference = Measurement.from_json(json.dumps(json.loads((RUN / "environment.json").read_text())["reference"]))
-    run = RunConfig.from_file(RUN / "run.yaml")
-    every = candidates(reference)
-    front = Front.of(every, reference, run.objectives)
+def picture(run: Path, chromium: str) -> None:
+    """Draw ``front.png`` of a committed run."""
+    reference = Measurement.from_json(json.dumps(json.loads((run / "environment.json").read_text())["reference"]))
+    every = candidates(run, reference)
+    front = Front.of(every, reference, RunConfig.from_file(run / "run.yaml").objectives)
     figure = front_figure(front, [c for c in every if c not in front.points])
     figure.update_layout(width=1100, height=640)
-    shoot(figure, RUN / "front.png", chromium)
+    shoot(figure, run / "front.png", chromium)
 
 
 def shoot(figure: go.Figure, file: Path, chromium: str) -> None:
@@ -417,7 +415,8 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="fill the tables only, and draw nothing")
     options = parser.parse_args()
     if not options.tables:
-        picture(options.chromium)
+        for file in sorted((ROOT / "results").glob("*/README.md")):
+            picture(file.parent, options.chromium)
         tools_picture(options.chromium)
     tables()
 

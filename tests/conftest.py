@@ -6,6 +6,7 @@ their own process), and caches go to a temporary folder.
 
 from __future__ import annotations
 
+import atexit
 import csv
 import getpass
 import os
@@ -29,6 +30,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Threads that spin at every barrier make tiny matrices thirty times slower where other work shares the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Searches of one machine wait for each other while they time; those of tests that run beside each other need not.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="tests-")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra")
 HIDDEN, BLOCKS, HEADS, NEURONS, POSITIONS = 32, 3, 4, 64, 80

@@ -111,7 +111,7 @@ FITTED = Recover(epochs=0, reconstruct=True)
 def run(tiny_run: Callable[..., RunConfig], bert_headed_folder: Path) -> RunConfig:
     overrides = [f"search.trials={TRIALS}", "search.workers=2", "search.recover=1", "search.reconstruct=true"]
     overrides += ["baselines=[random]", "trackers=[tensorboard]"]
-    overrides += ["recovery.epochs=0.2", "search.confirm_pairs=6", f"model.id={json.dumps(str(bert_headed_folder))}"]
+    overrides += ["recovery.epochs=0.2", f"model.id={json.dumps(str(bert_headed_folder))}"]
     return tiny_run(overrides)
 
 
