@@ -15,13 +15,17 @@ from autocompress.bank import Bank
 from autocompress.binding import bind
 from autocompress.cluster import Cluster
 from autocompress.config import OF_PICKED_POINTS, RunConfig
+from autocompress.decisions import DropBlocks
 from autocompress.distribute import Workers
 from autocompress.errors import ConfigError, StudyError
 from autocompress.evaluate import Workshop
 from autocompress.forecast import Forecast
 from autocompress.forecast import forecast as _forecast
+from autocompress.journal import LOCK
 from autocompress.live import HOST, Live, server_of
+from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate
+from autocompress.reference import restore_reference
 from autocompress.results import write_results
 from autocompress.retarget import Moved
 from autocompress.retarget import retarget as _retarget
@@ -59,17 +63,25 @@ def search(
     Raises:
         AutocompressError: if the run cannot be started or continued; finished candidates are kept in any case.
     """
+    with _results_folder(run, out) as folder:
+        driver.drive(run, folder, progress=progress, watch=watch, cluster=cluster)
+    return open_study(folder)
+
+
+@contextmanager
+def _results_folder(run: RunConfig, out: str | Path | None) -> Iterator[Path]:
+    """Make the results folder; a new one goes again if what is done in it fails before it holds anything."""
     new = not results_of(run, out).exists()
     folder = results_folder(run, out)
     try:
-        driver.drive(run, folder, progress=progress, watch=watch, cluster=cluster)
+        yield folder
     except BaseException:
         if new:
             with suppress(OSError):  # which holds something by now
                 (folder / "artefacts").rmdir()
+                (folder / LOCK).unlink(missing_ok=True)
                 folder.rmdir()
         raise
-    return open_study(folder)
 
 
 def results_folder(run: RunConfig, out: str | Path | None) -> Path:
@@ -157,7 +169,8 @@ def retarget(
     run = RunConfig.from_file(Path(folder) / "run.yaml", overrides=overrides)
     if Path(out).resolve() == Path(folder).resolve():
         raise StudyError(f"{out}: is the study itself; give another folder with --out")
-    moved = _retarget(old, run, results_folder(run, out), ranks=ranks, progress=progress)
+    with _results_folder(run, out) as there:
+        moved = _retarget(old, run, there, ranks=ranks, progress=progress)
     return open_study(out), moved
 
 
@@ -205,11 +218,14 @@ def recover(
     with ExitStack() as stack:
         study = stack.enter_context(closing(Study(folder, run, writable=True)))
         study.require_data(workshop.task.fingerprint)
+        study.require_model(workshop.teacher.base)
         if (known := study.measured(plan)) is not None:  # a score stays with the artefact that it was taken from
             return known
         if run.search.device:
             nobody = Workers(run, workshop.artefacts, progress, cluster=cluster, most=0)
             workshop.time_on(stack.enter_context(nobody).on_device)
+        study.require_machine(workshop.timed_on["id"])
+        restore_reference(workshop, progress)
         recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
         if pairs := run.search.confirm_pairs:  # it is compared with points that were timed at several moments
             [measured] = workshop.confirmed([(plan, recovered.score)], pairs=pairs, progress=progress)
@@ -323,11 +339,21 @@ def validate(run: RunConfig) -> dict[str, Any]:
         "space": {
             "name": space_file.name,
             "students": {name: s.words() for name, s in space.students.items()},
-            "seeds": [space.plan(p).words() for p in ladder],
+            "seeds": [_words_before_training(space.plan(p)) for p in ladder],
             "parameters": sorted({name for p in ladder for name in p}),
         },
         "target": run.target.model_dump(),
     }
+
+
+def _words_before_training(plan: CompressionPlan) -> str:
+    """Say a plan as far as it stands while it is not known yet which blocks matter least."""
+    words, drop = plan.words(), plan.of_type(DropBlocks).get(MODEL_SITE)
+    if drop is None:
+        return words
+    count = len(drop.blocks)
+    least = "block that matters least" if count == 1 else f"{count} blocks that matter least"
+    return words.replace(drop.words(), f"without the {least}")
 
 
 def forecast(run: RunConfig, *, progress: Progress = silent) -> Forecast:

@@ -103,7 +103,7 @@ def init(
         known = runfile.Known(data)
         if asks:
             text = _column("text", text, known.columns)
-            label = _column("label", label, [c for c in known.columns or [] if c != text])
+            label = _column("label", label, [c for c in known.columns or [] if c != (text or "text")])
         for column in (text or "text", label or "label"):
             known.check_column(column)
         rows = known.search_rows(text, label)

@@ -115,6 +115,9 @@ def export(
             raise ExportError(f"export: {candidate.folder}: {study.outdated}")
         workshop = Workshop(run, candidate.folder / "artefacts", progress)
         study.require_data(workshop.task.fingerprint)
+        kept = (workshop.artefacts / candidate.plan.plan_id).is_dir() and workshop.reference_folder.is_dir()
+        if not kept or {*formats} != {format_of(run)}:  # something is made of the model
+            study.require_model(workshop.teacher.base)
     if "torch" in formats:
         from autocompress.hf import program
 
@@ -312,7 +315,7 @@ def _describe(
         "data": data,
         "labels": list(workshop.task.labels),
         "max_tokens": _most_tokens(workshop),
-        "pair": run.data.text_pair is not None,
+        "pair": bool(run.data.text_pair),
         "truncation_side": workshop.tokenizer.truncation_side,
         "vocabulary": workshop.vocabulary,
         "test": dataclasses.asdict(test),

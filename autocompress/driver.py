@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autocompress.cluster import Cluster
 from autocompress.config import RunConfig
@@ -21,8 +21,9 @@ from autocompress.distribute import Workers
 from autocompress.evaluate import Workshop
 from autocompress.execute import execute
 from autocompress.identity import identity_of
+from autocompress.journal import held
 from autocompress.records import Candidate
-from autocompress.reference import ensure_reference, has_reference, reference_key
+from autocompress.reference import ensure_reference, has_reference, is_measured, reference_key
 from autocompress.refine import drop_dominated, refine
 from autocompress.report import tables
 from autocompress.report.tables import write_aside
@@ -60,6 +61,7 @@ def drive(
 def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None, cluster: Cluster | None) -> None:
     clock = Stopwatch()
     with ExitStack() as stack, clock("all"):
+        stack.enter_context(held(folder))  # before anything is written there
         with clock("start"):
             trackers = Trackers(run, folder, progress)
             workshop = Workshop(run, folder / "artefacts", progress)
@@ -126,13 +128,21 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
 
 
 def open_for_writing(run: RunConfig, folder: Path, workshop: Workshop, progress: Progress) -> Study:
-    """Begin or continue the study of ``run`` in ``folder``, with the uncompressed model measured."""
-    ensure_reference(folder, workshop, progress)
+    """Begin or continue the study of ``run`` in ``folder``, which is `held`, with the uncompressed model measured."""
+    if not (holds_study(folder) and is_measured(folder)):
+        ensure_reference(folder, workshop, progress)
     key = reference_key(workshop)
     identity = identity_of(run, model=key["model"], data=key["data"], space=workshop.space)
     # Latencies of two machines are not to be mixed in one study.
     identity["machine"] = workshop.timed_on["id"]
-    return Study(folder, run, identity=identity, space=workshop.space, writable=True, predictor=workshop.predictor)
+    settings: dict[str, Any] = {"identity": identity, "space": workshop.space, "predictor": workshop.predictor}
+    study = Study(folder, run, **settings, writable=True, is_held=True)
+    try:  # only now, when it is known that the study is of this model
+        ensure_reference(folder, workshop, progress)
+    except BaseException:
+        study.close()
+        raise
+    return study
 
 
 def _exchange(workshop: Workshop, folder: Path) -> Depot | None:
@@ -262,7 +272,7 @@ def _run_for_workers(workshop: Workshop, *, elsewhere: bool) -> RunConfig:
     def found(path: Path) -> str:
         return bank.lent(path) if elsewhere else str(path.absolute())
 
-    source, space = Path(settings["data"]["source"]), Path(settings["space"])
+    source, space = (Path(path).expanduser() for path in (settings["data"]["source"], settings["space"]))
     settings["data"]["source"] = found(source) if source.exists() else settings["data"]["source"]
     settings["model"]["id"] = found(workshop.source)
     settings["space"] = found(space) if space.suffix in (".yaml", ".yml") else settings["space"]

@@ -26,6 +26,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.errors import StudyError
 
+LOCK = "study.lock"
+"""File of a results folder that its driver holds; it stays."""
 _Record = dict[str, Any]
 _OF_A_TRIAL = ("params", "distributions", "user_attrs", "system_attrs", "intermediate_values")
 _OF_A_STATE = ("state", "values", "datetime_start", "datetime_complete")
@@ -253,19 +255,23 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def hold(folder: Path) -> int:
-    """Take the lock of the one driver that a study has; returns its handle, which is closed to give it back.
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the lock of the one driver that a results folder, which is made, and its study have.
 
     Raises:
         StudyError: if another driver holds it.
     """
-    handle = os.open(folder / "study.lock", os.O_CREAT | os.O_RDWR, 0o644)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StudyError(f"{folder}: another search drives this study; wait for it or use another --out") from None
+        yield
+    finally:
         os.close(handle)
-        raise StudyError(f"{folder}: another search drives this study; wait for it or use another --out") from None
-    return handle
 
 
 def beside(journal: Path, what: str) -> Path:

@@ -168,7 +168,7 @@ def head_labels(folder: Path) -> tuple[str, ...] | None:
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
         return None
     names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
-    return tuple(names[key] for key in sorted(names, key=int))
+    return tuple(str(names[key]) for key in sorted(names, key=int))
 
 
 def load(folder: Path, *, labels: tuple[str, ...], seed: int = 0) -> EncoderModel:

@@ -27,19 +27,25 @@ def reference_key(workshop: Workshop) -> dict[str, Any]:
     return {"model": workshop.teacher.base, "data": rows, "target": run.target.model_dump()}
 
 
+def is_measured(folder: Path) -> bool:
+    """Return whether a results folder says what was measured of a reference."""
+    return (folder / _FILE).exists()
+
+
 def has_reference(folder: Path, workshop: Workshop) -> bool:
     """Return whether the reference is there, measured for this model, data and target or for the study that is there.
 
     Raises:
         StudyError: if it cannot be read.
     """
-    return _found(folder, workshop) is not None
+    return (folder / "artefacts" / "reference").is_dir() and _found(folder, workshop) is not None
 
 
 def _found(folder: Path, workshop: Workshop) -> dict[str, Any] | None:
-    file = folder / _FILE
-    if not file.exists() or not (folder / "artefacts" / "reference").is_dir():
+    """Return what was measured for this model, data and target or for the study that is there, if anything was."""
+    if not is_measured(folder):
         return None
+    file = folder / _FILE
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -59,8 +65,13 @@ def _about(workshop: Workshop) -> dict[str, Any]:
 
 
 def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> None:
-    """Write ``environment.json``, measuring the reference, unless both are there for this model, data and target."""
-    if found := _found(folder, workshop):
+    """Write ``environment.json``, measuring the reference, unless both are there for this model, data and target.
+
+    Where a study has lost the artefact alone, that is built again: its candidates were compared with what was measured.
+    """
+    found = _found(folder, workshop)
+    if found is not None and (holds_study(folder) or has_reference(folder, workshop)):
+        restore_reference(workshop, progress)
         if not (about := _about(workshop)).keys() <= found.keys():  # written by an earlier version
             write_aside(folder / _FILE, json.dumps(about | found, indent=1))
         return
@@ -96,3 +107,10 @@ def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> No
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / _FILE, json.dumps(environment, indent=1))
+
+
+def restore_reference(workshop: Workshop, progress: Progress) -> None:
+    """Build the uncompressed model's artefact again where it was not kept."""
+    if not workshop.reference_folder.is_dir():
+        progress("building the uncompressed model again")
+        workshop.build(CompressionPlan(), workshop.reference_folder)

@@ -18,6 +18,7 @@ from autocompress.config import RunConfig
 from autocompress.driver import open_for_writing
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluate import Workshop
+from autocompress.journal import held
 from autocompress.pareto import costs, nondominated_ranks
 from autocompress.records import Candidate, Measurement
 from autocompress.report.tables import times_faster, write_aside
@@ -77,8 +78,14 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
     chosen = [candidate for candidate, n in zip(usable, rank, strict=True) if n < ranks]
     front_before = {c.number for c in old.front().points}
     workshop = Workshop(run, folder / "artefacts", progress)
+    old.require_data(workshop.task.fingerprint)
+    own = old.is_of_model(workshop.teacher.base)
+    if not own and workshop.teacher_folder == workshop.source:
+        old.require_model(workshop.teacher.base)
+    if not own:  # as on a machine that its search's bank was not brought to
+        progress("the classifier was fine-tuned anew, and is what all points are compared with now")
     made: dict[int, Candidate] = {}
-    with closing(open_for_writing(run, folder, workshop, progress)) as study:
+    with held(folder), closing(open_for_writing(run, folder, workshop, progress)) as study:
         write_aside(folder / "run.yaml", run.to_yaml())
         copied = []
         for candidate in chosen:
@@ -90,7 +97,9 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
         scores: dict[int, Measurement] = {}
         for candidate in copied:
             try:
-                scores[candidate.number] = _scored_here(candidate, workshop)
+                # Another machine may add in another order.
+                stands = own and candidate.score.fingerprint.get("id") == workshop.fingerprint["id"]
+                scores[candidate.number] = candidate.score if stands else _scored_anew(candidate, workshop)
             except AutocompressError as error:
                 progress(f"trial {candidate.number}: {error}")
         copied = [c for c in copied if c.number in scores]
@@ -106,6 +115,10 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
                     made[candidate.number] = study.measured(candidate.plan) or _scored(candidate, study, workshop)
                 except AutocompressError as error:
                     progress(f"trial {candidate.number}: {error}")
+        once = {c.number: c for c in made.values() if not c.score.confirmed and run.search.confirm_pairs}
+        timed = workshop.confirmed([(c.plan, c.score) for c in once.values()], pairs=pairs, progress=progress)
+        anew = {c.number: c for c in study.confirm(dict(zip(once, timed, strict=True)))}
+        made = {number: anew.get(c.number, c) for number, c in made.items()}
         front = {c.number for c in study.front().points}
         write_results(study)
     return [
@@ -115,10 +128,7 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
     ]
 
 
-def _scored_here(candidate: Candidate, workshop: Workshop) -> Measurement:
-    """Return the score of a copied artefact: its own if it is of this machine, as others may add in another order."""
-    if candidate.score.fingerprint.get("id") == workshop.fingerprint["id"]:
-        return candidate.score
+def _scored_anew(candidate: Candidate, workshop: Workshop) -> Measurement:
     workshop.progress(f"scoring trial {candidate.number} on this machine")
     return workshop.score(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
 

@@ -177,8 +177,16 @@ def _hypergeometric(hits: int, rows: int, good: int, drawn: int) -> float:
     """Return the chance of at most ``hits`` good ones among ``drawn`` of ``rows`` of which ``good`` are good."""
     if good > rows:
         return 0.0
-    ways = sum(math.comb(good, k) * math.comb(rows - good, drawn - k) for k in range(min(hits, drawn) + 1))
-    return float(ways / math.comb(rows, drawn))
+    least = max(0, drawn - (rows - good))
+    if hits < least:
+        return 0.0
+    # Each term from the one before: of 100,000 rows a binomial coefficient has thousands of digits.
+    term = math.comb(good, least) * math.comb(rows - good, drawn - least)
+    ways = term
+    for k in range(least, min(hits, drawn, good)):
+        term = term * (good - k) * (drawn - k) // ((k + 1) * (rows - good - drawn + k + 1))
+        ways += term
+    return ways / math.comb(rows, drawn)
 
 
 def predictions_hash(logits: np.ndarray) -> str:

@@ -176,7 +176,7 @@ class SearchSpace(Section):
         Raises:
             ConfigError: if it cannot be found or does not validate.
         """
-        path = Path(name_or_path)
+        path = Path(name_or_path).expanduser()
         if path.suffix in (".yaml", ".yml"):
             data = strict_yaml.read(path)
             source = path.name

@@ -7,11 +7,10 @@ evaluated once per study, whatever the sampler proposes.
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from autocompress.errors import ConfigError, MeasurementError, StudyError
 from autocompress.front import Front
 from autocompress.garbage import without_collection
 from autocompress.identity import difference
-from autocompress.journal import hold
+from autocompress.journal import held
 from autocompress.ledger import Ledger
 from autocompress.pareto import Unbeaten, contenders, costs
 from autocompress.plan import CompressionPlan
@@ -54,6 +53,7 @@ class Study:
         identity: what must be the same to continue: fingerprints of model, data, space and target.
         space: the bound search space, needed to ask; reading works without.
         writable: take the driver's lock, repair and reconcile.
+        is_held: whether the driver holds its lock already.
         predictor: makes seeds from sensitivities and passes over plans that are predicted far behind; without one
             neither is done.
 
@@ -69,6 +69,7 @@ class Study:
         identity: Mapping[str, Any] | None = None,
         space: BoundSpace | None = None,
         writable: bool = False,
+        is_held: bool = False,
         predictor: Predictor | None = None,
     ) -> None:
         self.folder = folder
@@ -81,7 +82,7 @@ class Study:
         self.repaired: Path | None = None
         self._held = ExitStack()
         if writable:
-            self._held.callback(os.close, hold(folder))
+            self._held.enter_context(nullcontext() if is_held else held(folder))
         try:
             with without_collection():
                 self._load(identity, writable)
@@ -163,6 +164,26 @@ class Study:
             raise StudyError(
                 f"data: {self.run.data.called}: holds other rows than those that {self.folder} was scored on; bring "
                 "these back, or search anew"
+            )
+
+    def is_of_model(self, base: str) -> bool:
+        """Return whether a model of this content key is the one that the study compresses."""
+        return str((self._identity or {}).get("model", base)) == base
+
+    def require_model(self, base: str) -> None:
+        """Raise `StudyError` unless `is_of_model`."""
+        if not self.is_of_model(base):
+            raise StudyError(
+                f"model: {self.run.model.id}: is not the one that {self.folder} compresses; bring that back (a "
+                "classifier that a search has fine-tuned lies in its bank), or search anew"
+            )
+
+    def require_machine(self, machine: str) -> None:
+        """Raise `StudyError` unless the study's latencies were measured on a machine of this id."""
+        if str((self._identity or {}).get("machine", machine)) != machine:
+            raise StudyError(
+                f"{self.folder}: its latencies are of another machine, and are not mixed with this one's; autocompress "
+                f"retarget {self.folder} -o NEW measures its front here"
             )
 
     @property

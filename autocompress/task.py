@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -278,7 +279,8 @@ def _clean(raw: pd.DataFrame, config: DataConfig) -> pd.DataFrame:
             )
     frame = pd.DataFrame({key: raw[column] for key, column in wanted.items()})
     if config.split in raw.columns:
-        marked = raw[config.split].astype(str).map(is_held_out)
+        # Rows that say nothing are not held out; pandas maps no function of strings over them.
+        marked = raw[config.split].astype(object).map(lambda split: is_held_out(str(split))).astype(bool)
         if marked.any():
             frame["test"] = marked
     missing = frame[list(wanted)].isna().any(axis=1)
@@ -294,7 +296,9 @@ def _clean(raw: pd.DataFrame, config: DataConfig) -> pd.DataFrame:
 
 
 def _class_names(frame: pd.DataFrame, labels: tuple[str, ...] | None, config: DataConfig) -> list[str]:
-    found = sorted(frame["label"].unique(), key=lambda v: (0, int(v), v) if v.lstrip("-").isdigit() else (1, 0, v))
+    # Superscripts are digits, but no number can be read from them.
+    numbered = re.compile(r"-?[0-9]+").fullmatch
+    found = sorted(frame["label"].unique(), key=lambda v: (0, int(v), v) if numbered(v) else (1, 0, v))
     if len(found) < 2:
         raise DataError(f"data: {config.source}: holds one class only ({found[0]!r}); a classifier needs two")
     if len(found) > 1000:

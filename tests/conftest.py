@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Searches of one machine wait for each other while they time; those of tests that run beside each other need not.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="tests-")
+    Path(tempfile.tempdir).chmod(0o755)  # a server that they start may run as another user
     atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra")

@@ -548,8 +548,11 @@ def test_init_wants_a_file_that_is_there(call: Call, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_init_asks_on_a_terminal(tmp_path: Path) -> None:
-    write(tmp_path / "mine.csv", "review,mood\nfine,good\n")
+@pytest.mark.parametrize(
+    ("text", "typed"), [("review", b"./model\nmine.csv\n\nreview\n\n"), ("text", b"./model\nmine.csv\n\n\n")]
+)
+def test_init_asks_on_a_terminal(tmp_path: Path, text: str, typed: bytes) -> None:
+    write(tmp_path / "mine.csv", f"{text},mood\nfine,good\n")
     ours, theirs = os.openpty()
     command = [sys.executable, "-m", "autocompress.cli", "init", "--name", "asked"]
     asking = subprocess.Popen(
@@ -557,7 +560,7 @@ def test_init_asks_on_a_terminal(tmp_path: Path) -> None:
     )
     os.close(theirs)
     try:
-        os.write(ours, b"./model\nmine.csv\n\nreview\n\n")
+        os.write(ours, typed)
         said, _ = asking.communicate(timeout=120)
     finally:
         os.close(ours)
@@ -567,7 +570,7 @@ def test_init_asks_on_a_terminal(tmp_path: Path) -> None:
     assert "column of the label: mood [mood]" in said
     written = RunConfig.from_file(tmp_path / "run.yaml")
     assert (written.name, written.model.id, written.data.source) == ("asked", "./model", "mine.csv")
-    assert (written.data.text, written.data.label, written.target.runtime) == ("review", "mood", "openvino")
+    assert (written.data.text, written.data.label, written.target.runtime) == (text, "mood", "openvino")
 
 
 def test_a_question_that_is_not_answered_interrupts(
@@ -645,6 +648,14 @@ def test_plan_shows_what_a_search_starts_with(call: Call, run_yaml: Path, tmp_pa
     assert {line.split(": ")[0] for line in lines[1 + len(seeds) :]} == set(forecast)
     assert found["seeds"][0] == "attention 0-2: w8a8; ffn 0-2: w8a8; embeddings: w8"
     assert tree(tmp_path) == {"run.yaml"}
+
+
+def test_plans_without_blocks_name_none_of_them(run_yaml: Path) -> None:
+    """Which matter least is known once the model is fine-tuned."""
+    found = api.validate(RunConfig.from_file(run_yaml, overrides=["space=encoder-joint"]))
+    dropped = [seed for seed in found["space"]["seeds"] if "without" in seed]
+    said = {re.sub(r"^.*without the |; .*$", "", seed) for seed in dropped}
+    assert said == {"block that matters least", "2 blocks that matter least"}
 
 
 # --- ls

@@ -154,14 +154,15 @@ def test_a_notebook_stands_as_it_was_run(notebook: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
-def test_a_notebook_runs(notebook: Path, tmp_path: Path) -> None:
+def test_a_notebook_runs(notebook: Path, tmp_path: Path, bert_headed_folder: Path, tiny_csv: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
 
     content = nbformat.read(notebook, as_version=4)
+    few = ["search.trials=6", "search.latency_pairs=2", "search.confirm_pairs=2", "data.search_rows=60"]
+    few += ["data.calibration_rows=32", "data.max_tokens=16", "target.tokens=16"]
+    few += [f"model.id={bert_headed_folder}", f"data.source={tiny_csv}"]
+    instead = ", ".join(json.dumps(setting) for setting in few)
     for cell in content.cells:
-        few = '"search.trials=6", "search.latency_pairs=2", "search.confirm_pairs=2"'
-        cell.source = re.sub(r'"search\.trials=\d+"', few, cell.source)
-        fewer = '"data.max_train_rows=200", "data.search_rows=100", "data.calibration_rows=64"'
-        cell.source = re.sub(r'"data\.max_train_rows=\d+"', fewer, cell.source)
+        cell.source = re.sub(r'"search\.trials=\d+"', lambda _: instead, cell.source)
     NotebookClient(content, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()

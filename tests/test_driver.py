@@ -22,8 +22,10 @@ from autocompress import api, driver, machine
 from autocompress.config import RecoveryConfig, RunConfig
 from autocompress.decisions import PruneNeurons, Quantize, Recover
 from autocompress.driver import drive
+from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
+from autocompress.journal import held
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate
 from autocompress.reference import SCHEMA, reference_key
@@ -98,6 +100,17 @@ def test_workers_find_no_reference_of_another_model(
     with pytest.raises(KeyboardInterrupt):
         drive(run, folder, progress=lambda _: None)
     assert seen == [there == "its own"]
+
+
+def test_a_second_driver_touches_nothing(tiny_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Also while the first one has not measured the reference yet, and there is no study."""
+    folder = tmp_path / "results"
+    (folder / "artefacts" / "reference").mkdir(parents=True)
+    with held(folder):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(StudyError, match="another search drives this study"):
+            drive(tiny_run(), folder, progress=lambda _: None)
+        assert sorted(folder.rglob("*")) == before
 
 
 # --- a search
@@ -253,6 +266,23 @@ def test_running_again_changes_nothing(searched: Searched, run: RunConfig) -> No
     assert statuses == []
     doing = ("recovering", "reconstructing", "evaluating", "measuring")
     assert not [line for line in lines if any(word in line for word in doing)]
+
+
+@pytest.mark.slow
+def test_what_is_refused_leaves_the_reference_as_it_is(searched: Searched, run: RunConfig, tmp_path: Path) -> None:
+    """Also where its artefact is gone, as in a copy of the results without artefacts."""
+    copy = tmp_path / "copy"
+    shutil.copytree(searched.folder, copy, ignore=shutil.ignore_patterns("artefacts"))
+    before = (copy / "environment.json").read_bytes()
+    changed = run.model_dump(mode="json", by_alias=True)
+    changed["data"]["search_rows"] -= 10
+    with pytest.raises(StudyError, match="made with other settings"):
+        drive(RunConfig.from_mapping(changed), copy, progress=lambda _: None)
+    assert (copy / "environment.json").read_bytes() == before
+    assert not (copy / "artefacts").exists()
+    drive(run, copy, progress=lambda _: None)
+    assert (copy / "environment.json").read_bytes() == before
+    assert (copy / "artefacts" / "reference").is_dir()
 
 
 @pytest.mark.slow

@@ -278,6 +278,15 @@ class TestFiles:
         (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
         assert model.head_labels(tmp_path) == ("class 0", "class 1", "class 2", "class 10", "class 11")
 
+    def test_labels_may_be_numbers(self, bert_headed_folder: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        shutil.copytree(bert_headed_folder, folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config |= {"id2label": {"0": 0, "1": 1}, "label2id": {"0": 0, "1": 1}}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert (labels := model.head_labels(folder)) == ("0", "1")
+        assert model.load(folder, labels=labels).shape == model.load(bert_headed_folder, labels=LABELS).shape
+
 
 class _Touch:
     """A pickle of this runs code when it is loaded."""

@@ -77,6 +77,16 @@ def test_it_is_measured_anew_where_it_is_not_that_of_the_run(tmp_path: Path, gon
     assert (found["key"] == before["key"]) == (gone == "its artefact")
 
 
+def test_a_study_that_has_lost_the_artefact_keeps_what_was_measured(tmp_path: Path) -> None:
+    before, _ = ensured(tmp_path, Paper(tmp_path))
+    (tmp_path / "artefacts" / "reference").rmdir()
+    (tmp_path / "study.journal").touch()
+    shop = Paper(tmp_path)
+    found, said = ensured(tmp_path, shop)
+    assert (found, said) == (before, ["building the uncompressed model again"])
+    assert (shop.measured, shop.reference_folder.is_dir()) == (0, True)
+
+
 def test_what_an_earlier_version_did_not_write_is_added_and_nothing_measured(tmp_path: Path) -> None:
     shop = Paper(tmp_path)
     whole, _ = ensured(tmp_path, shop)

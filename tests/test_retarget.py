@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers_records import make_candidate
 
-from autocompress import api
+from autocompress import api, model, task
 from autocompress.config import RunConfig
 from autocompress.driver import drive
 from autocompress.errors import ConfigError, StudyError
@@ -30,8 +30,7 @@ def first(
 ) -> Path:
     """The results folder of a search of eight candidates with OpenVINO."""
     folder = tmp_path_factory.mktemp("first") / "results"
-    overrides = ["search.trials=8", "search.workers=2", "search.confirm_pairs=2"]
-    run = tiny_run([*overrides, f"model.id={json.dumps(str(bert_headed_folder))}"])
+    run = tiny_run(["search.trials=8", f"model.id={json.dumps(str(bert_headed_folder))}"])
     api.results_folder(run, folder)
     drive(run, folder, progress=lambda _: None)
     return folder
@@ -80,6 +79,7 @@ def test_another_runtime_builds_and_scores(first: Path, tmp_path: Path) -> None:
     again, same = api.retarget(first, tmp_path / "out", overrides=["target.runtime=onnxruntime"], ranks=1)
     assert again.candidates() == study.candidates(), "what is known is not measured again"
     assert [each.candidate for each in same] == [each.candidate for each in moved]
+    assert {c.score.confirmed for c in study.candidates()} == {True}, "as those that are copied"
 
 
 def test_a_study_of_another_machine_goes_on_elsewhere(first: Path, tmp_path: Path) -> None:
@@ -132,6 +132,35 @@ def test_only_the_target_can_be_another(first: Path, tmp_path: Path) -> None:
         api.retarget(first, tmp_path / "out", overrides=["data.search_rows=20"])
     with pytest.raises(StudyError, match="is the study itself"):
         api.retarget(first, first)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("now", ["rows", "model"])
+def test_other_rows_or_another_model_are_refused(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: str
+) -> None:
+    if now == "rows":
+        monkeypatch.setattr(task.Task, "fingerprint", "of other rows")
+    else:
+        monkeypatch.setattr(model, "fingerprint", lambda _: "another")
+    said = {"rows": "holds other rows than those", "model": "is not the one that .+ compresses"}
+    with pytest.raises(StudyError, match=said[now]):
+        api.retarget(first, tmp_path / "out", overrides=["target.tokens=8"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_the_classifier_was_fine_tuned_anew_copies_are_scored_anew(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that the search's bank was not brought to."""
+    monkeypatch.setattr(Workshop, "source", tmp_path)
+    monkeypatch.setattr(Workshop, "teacher_folder", Path(api.open_study(first).run.model.id))
+    monkeypatch.setattr(model, "fingerprint", lambda _: "fine-tuned anew")
+    lines: list[str] = []
+    study, _ = api.retarget(first, tmp_path / "out", overrides=["target.tokens=8"], ranks=1, progress=lines.append)
+    assert "the classifier was fine-tuned anew, and is what all points are compared with now" in lines
+    kept = {path.name for path in (first / "artefacts").iterdir()} & by_plan(study).keys()
+    assert sum(line.startswith("scoring trial ") for line in lines) == len(kept) > 0
 
 
 def test_words() -> None:

@@ -183,6 +183,13 @@ class TestBound:
             expected = sum(found <= hits for found in draws) / len(draws)
             assert scoring._hypergeometric(hits, rows, good, drawn) == pytest.approx(expected, rel=1e-12)
 
+    @pytest.mark.parametrize("hits", [4700, 4790, 4900])
+    def test_the_chance_is_the_same_whichever_of_the_two_are_drawn(self, hits: int) -> None:
+        """In a split of many rows, too, where coefficients have thousands of digits."""
+        chance = scoring._hypergeometric(hits, 20_000, 16_000, 6_000)
+        assert 0 < chance < 1
+        assert chance == pytest.approx(scoring._hypergeometric(hits, 20_000, 6_000, 16_000), rel=1e-12)
+
     def test_more_hits_than_rows_are_never_reached(self) -> None:
         assert scoring._hypergeometric(3, 10, 11, 5) == 0.0
 

@@ -25,9 +25,10 @@ from processes import descendants
 from test_cli import Done
 from test_study import CSV_COLUMNS, plan_ids, rows, states
 
-from autocompress import api, delivery, task
+from autocompress import api, delivery, model, task
 from autocompress.config import RunConfig, TargetConfig
 from autocompress.errors import AutocompressError, ExportError
+from autocompress.evaluate import Workshop
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.runtimes import Artifact, get_runtime
@@ -72,7 +73,7 @@ def workplace(
 ) -> Path:
     """A folder with a run file of the tiny model with a head, whose accuracy means something."""
     folder = tmp_path_factory.mktemp("search")
-    overrides = [f"model.id={json.dumps(str(bert_headed_folder))}", f"search.trials={TRIALS}", "search.workers=2"]
+    overrides = [f"model.id={json.dumps(str(bert_headed_folder))}", f"search.trials={TRIALS}"]
     # Which candidates are given up depends on who is done first; the files and counts here are those of all.
     overrides.append("search.stop_early=false")
     (folder / "run.yaml").write_text(tiny_run(overrides).to_yaml(), encoding="utf-8")
@@ -561,6 +562,28 @@ def test_what_would_not_be_what_was_scored_is_refused_before_any_work(
     assert not (copy / "out").exists()
 
 
+@pytest.mark.parametrize("now", ["another model", "another machine"])
+def test_a_study_gets_no_points_of_another_model_or_machine(
+    copy: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, now: str
+) -> None:
+    monkeypatch.chdir(workplace)
+    point = api.open_study(copy).front().points[-1]
+    before = rows(copy)
+    if now == "another model":
+        monkeypatch.setattr(model, "fingerprint", lambda _: "another")
+        said = r"is not the one that .+ compresses; bring that back"
+        with pytest.raises(AutocompressError, match=said):
+            api.export(point, copy / "out", formats=["onnx"])
+        assert not (copy / "out").exists()
+        assert api.export(point, copy / "kept")["openvino"].agreement == 1.0, "nothing is made of the model"
+    else:
+        monkeypatch.setattr(Workshop, "timed_on", {"id": "another"})
+        said = r"latencies are of another machine.* retarget .+ measures its front here"
+    with pytest.raises(AutocompressError, match=said):
+        api.recover(point, epochs=0.1)
+    assert rows(copy) == before
+
+
 def test_what_was_not_kept_is_built_again_to_be_shipped(
     copy: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -589,6 +612,8 @@ def test_what_was_not_kept_is_built_again_to_be_shipped(
 # --- the driver killed in mid-search (row 13)
 
 BUDGET = 8
+OF_TWO = (f"search.trials={BUDGET}", "search.workers=2", "search.confirm_pairs=0")
+"""Latencies that are taken anew at the end would stand in place of those that are compared."""
 
 
 def start_search(workplace: Path, out: Path, *overrides: str, options: Sequence[str] = ()) -> subprocess.Popen[str]:
@@ -629,8 +654,7 @@ def test_a_driver_that_is_killed_again_and_again_loses_nothing(workplace: Path, 
         ("] trial ", 0.3),
     )
     for wanted, wait in moments:
-        # Latencies that are taken anew at the end would stand in place of those compared here.
-        process = start_search(workplace, out, f"search.trials={BUDGET}", "search.confirm_pairs=0")
+        process = start_search(workplace, out, *OF_TWO)
         told = [re.findall(r"\] trial (\d+) ", line) for line in lines_until(process, wanted)]
         time.sleep(wait)
         below |= descendants(process.pid)
@@ -642,7 +666,7 @@ def test_a_driver_that_is_killed_again_and_again_loses_nothing(workplace: Path, 
         assert {number: kept[number] for number in finished} == finished
         finished = kept
     assert 2 <= len(finished) < BUDGET
-    last = ("--set", f"search.trials={BUDGET}", "--set", "search.confirm_pairs=0")
+    last = [part for setting in OF_TWO for part in ("--set", setting)]
     done = command("search", "run.yaml", "--out", out, *last, cwd=workplace)
     assert done.code == 0, done.err
     after = by_number(out)

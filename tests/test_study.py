@@ -927,6 +927,16 @@ def test_other_rows_than_those_of_the_study_are_refused(drive: Callable[..., Stu
         study.require_data("another")
 
 
+def test_another_model_or_machine_than_that_of_the_study_is_refused(drive: Callable[..., Study]) -> None:
+    study = drive(machine="ours")
+    study.require_model("m")
+    study.require_machine("ours")
+    with pytest.raises(StudyError, match=r"^model: demo/minilm: is not the one that .+ compresses"):
+        study.require_model("another")
+    with pytest.raises(StudyError, match=r"latencies are of another machine.* retarget .+ measures its front here"):
+        study.require_machine("another")
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

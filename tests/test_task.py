@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ class TestSplits:
         data["split"] = ["train"] * 70 + [name] * 30
         loaded = task.load(config(saved(tmp_path, data)))
         assert {row[0] for row in loaded.splits["test"]} == set(data["text"][70:])
+
+    @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+    def test_rows_that_say_no_split_are_not_held_out(self, tmp_path: Path, suffix: str) -> None:
+        data = frame()
+        data["split"] = [None] * 70 + ["test"] * 30
+        file = saved(tmp_path, data)
+        if suffix == ".jsonl":
+            file = file.with_suffix(suffix)
+            data.to_json(file, orient="records", lines=True)
+        assert {row[0] for row in task.load(config(file)).splits["test"]} == set(data["text"][70:])
 
     def test_without_a_mark_a_share_is_held_out(self, tmp_path: Path) -> None:
         data = frame(1000)
@@ -96,6 +107,13 @@ class TestRefusals:
         data["split"] = ["train"] * 70 + ["test"] * 30
         data.loc[70:, "label"] = "positive"
         self.refused(saved(tmp_path, data), "the train split holds one class only")
+
+    @pytest.mark.parametrize(("found", "names"), [("①②", ("①", "②")), (("10", "9", "-1"), ("-1", "9", "10"))])
+    def test_labels_that_are_numbers_are_in_their_order_and_others_in_theirs(
+        self, tmp_path: Path, found: Sequence[str], names: tuple[str, ...]
+    ) -> None:
+        data = frame().assign(label=lambda f: [found[n % len(found)] for n in range(len(f))])
+        assert task.load(config(saved(tmp_path, data))).labels == names
 
     def test_a_column_that_is_no_class(self, tmp_path: Path) -> None:
         data = frame(1100).assign(label=lambda f: [f"row {n}" for n in range(len(f))])
