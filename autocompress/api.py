@@ -21,7 +21,7 @@ from autocompress.errors import ConfigError, StudyError
 from autocompress.evaluate import Workshop
 from autocompress.forecast import Forecast
 from autocompress.forecast import forecast as _forecast
-from autocompress.journal import LOCK
+from autocompress.journal import LOCK, held
 from autocompress.live import HOST, Live, server_of
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate
@@ -77,7 +77,7 @@ def _results_folder(run: RunConfig, out: str | Path | None) -> Iterator[Path]:
         yield folder
     except BaseException:
         if new:
-            with suppress(OSError):  # which holds something by now
+            with suppress(OSError, StudyError), held(folder):  # which holds something by now, or is another driver's
                 (folder / "artefacts").rmdir()
                 (folder / LOCK).unlink(missing_ok=True)
                 folder.rmdir()

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from autocompress import slot
+from autocompress import machine, slot
 from autocompress.errors import DepotError
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ TRIMS_PER_LIMIT = 20
 
 LOAD_ATTEMPTS = 3
 """Being evicted between `Bank.get` and reading is rare; more than this often in a row is another fault."""
+
+_LOCK = ".lock"
+"""Ends the name of the file that the maker of a folder holds beside it."""
 
 _IN_DEPOT = "depot:"
 """Begins the name of a copy that is fetched from the depot."""
@@ -169,7 +172,7 @@ class Bank:
         started, before = time.perf_counter(), sum(self.made_seconds.values())
         try:
             with _locked(aside), nullcontext() if kind in _IN_PIECES else slot.working():
-                fill(aside)
+                self._filled(aside, fill)
                 size_bytes = _size_bytes(aside)
                 placed = _place(aside, final)
         finally:
@@ -181,6 +184,18 @@ class Bank:
             if self._written_bytes * TRIMS_PER_LIMIT >= self.limit_bytes:
                 self.trim()
         return final
+
+    @staticmethod
+    def _filled(aside: Path, fill: Callable[[Path], None]) -> None:
+        """Fill a folder; a full disk is an `OSError`, whatever a library that writes says."""
+        try:
+            fill(aside)
+        except OSError:
+            raise
+        except Exception as error:
+            if (full := machine.without_room([aside])) is None:
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(full)) from error
 
     def load(
         self, kind: str, made_from: Mapping[str, Any], make: Callable[[Path], None], read: Callable[[Path], T]
@@ -300,6 +315,11 @@ class Bank:
                         size_bytes = _size_bytes(folder)
                         shutil.rmtree(folder)
                         freed_bytes += size_bytes
+        for file in self.root.glob(f"*/.*{_LOCK}"):
+            folder = file.with_name(file.name.removesuffix(_LOCK))
+            if _ASIDE.fullmatch(folder.name) and not folder.exists():  # which was made before its file
+                with suppress(OSError):
+                    file.unlink()
         return freed_bytes
 
     def _entries(self) -> Iterator[_Entry]:
@@ -379,15 +399,17 @@ def _locked(folder: Path) -> Iterator[bool]:
     The lock ends with its process, however that ends. It tells a training of many hours, which may write nothing until
     its end, from a left-over. Where a file system has no locks, entries are made without, and left-overs stay.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    # Of a file beside it: over NFS a folder's lock is one machine's own.
+    file = folder.with_name(folder.name + _LOCK)
+    descriptor, held = os.open(file, os.O_CREAT | os.O_RDWR, 0o644), False
     try:
-        try:
+        with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = True
-        except OSError:
-            held = False
         yield held
     finally:
+        if held:
+            file.unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -53,6 +53,8 @@ _COUNTED_ROWS = 20_000
 """Training rows whose tokens are counted: what is not among them hardly matters, and reading millions takes minutes."""
 _SENSITIVITY_ROWS = 256
 """Calibration rows that single decisions are judged on."""
+_SENSITIVITY_SEED = 0
+"""Of the directions in which they are judged: runs of any seed share what was found."""
 
 
 class Bases(Trained):
@@ -299,7 +301,7 @@ class Bases(Trained):
                     _take(scores, "block.0.attention")  # before it is this process's turn, as for a piece
                 with torch_threads(self.threads):
                     found = Sensitivity.measure(
-                        base, scores, options, rows, piece, seed=self.run.seed, autocast=self._autocast
+                        base, scores, options, rows, piece, seed=_SENSITIVITY_SEED, autocast=self._autocast
                     )
                 (folder / "sensitivity.json").write_text(found.to_json(), encoding="utf-8")
 

@@ -28,7 +28,7 @@ from autocompress.decisions import (
 )
 from autocompress.errors import ConfigError, PlanError
 from autocompress.plan import MODEL_SITE, CompressionPlan
-from autocompress.space import AXES, BitsAxis, KeepAxis, RankAxis, SearchSpace, Value, bits_of
+from autocompress.space import AXES, BitsAxis, KeepAxis, RankAxis, Rule, SearchSpace, Value, bits_of
 
 Chooser = Callable[[str, Sequence[Value]], Value]
 Effect = dict[tuple[str, type[Decision]], Decision | None]
@@ -179,8 +179,8 @@ class BoundSpace:
             for rule in self.space.rules:
                 if (axis := rule.axes().get(axis_name)) is not None:
                     for group, sites in enumerate(_groups(rule.match, axis_name, axis.tie, shape)):
-                        label = rule.name or sites[0].kind
-                        ask(f"{label}.{axis_name}.{group}", axis.choices, _effect(axis_name, sites, ranks))
+                        name = _parameter(rule, axis_name, group, sites)
+                        ask(name, axis.choices, _effect(axis_name, sites, ranks))
         plan = CompressionPlan(tuple(decisions))
         if self.space.reconstruct is not None and plan.reconstructible:
             # Last, since there must be something to make up for.
@@ -199,6 +199,7 @@ def bind(space: SearchSpace, shape: ModelShape, *, tokens: int, drop_order: Drop
     sites = shape.sites()
     decided: set[tuple[str, str]] = set()
     labels: set[tuple[str, str]] = set()
+    parameters: set[str] = set()
     for rule in space.rules:
         matched = [site for name, site in sites.items() if fnmatch.fnmatchcase(name, rule.match)]
         if not matched:
@@ -221,9 +222,20 @@ def bind(space: SearchSpace, shape: ModelShape, *, tokens: int, drop_order: Drop
             if label in labels:
                 raise ConfigError(f"{where}: two rules share the parameters {'.'.join(label)}; give them names")
             labels.add(label)
+            # Those of a rule for sites of several kinds may be another one's, too.
+            for group, tied in enumerate(_groups(rule.match, axis_name, axis.tie, shape)):
+                name = _parameter(rule, axis_name, group, tied)
+                if name in parameters:
+                    raise ConfigError(f"{where}: two rules share the parameter {name}; give them names")
+                parameters.add(name)
     students = students_of(space, shape)
     depths = {NO_STUDENT: len(shape.blocks), **{name: len(s.blocks) for name, s in students.items()}}
     return BoundSpace(space, shape, tokens, drop_order or (lambda name: tuple(reversed(range(depths[name])))))
+
+
+def _parameter(rule: Rule, axis_name: str, group: int, sites: Sequence[Site]) -> str:
+    """Return the name of what is chosen for some sites of a rule together."""
+    return f"{rule.name or sites[0].kind}.{axis_name}.{group}"
 
 
 def students_of(space: SearchSpace, shape: ModelShape) -> dict[str, Student]:

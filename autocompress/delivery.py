@@ -331,7 +331,7 @@ def _describe(
 
 def _most_tokens(workshop: Workshop) -> int:
     """Return how many tokens of a text are read: as in the search, and no more than the model has places for."""
-    most, asked = workshop.teacher.most_tokens, workshop.run.data.max_tokens
+    most, asked = workshop.untuned.most_tokens, workshop.run.data.max_tokens
     return asked if most is None else min(most, asked)
 
 

@@ -61,7 +61,7 @@ def drive(
 def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None, cluster: Cluster | None) -> None:
     clock = Stopwatch()
     with ExitStack() as stack, clock("all"):
-        stack.enter_context(held(folder))  # before anything is written there
+        stack.enter_context(held(folder, needed=run.storage.study is None))  # before anything is written there
         with clock("start"):
             trackers = Trackers(run, folder, progress)
             workshop = Workshop(run, folder / "artefacts", progress)

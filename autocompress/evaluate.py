@@ -201,14 +201,14 @@ class Workshop(Bases):
     @property
     def vocabulary(self) -> int:
         """Number of token ids of the model."""
-        return int(self.teacher.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        return int(self.untuned.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
 
     @cached_property
     def reference_logits(self) -> np.ndarray:
         file = self.reference_folder / LOGITS_FILE
         if not file.exists():
-            logits = scoring.logits_of(self.stand.reference, self.splits["search"], self.batches("search"))
-            np.save(file, logits, allow_pickle=False)
+            found = scoring.logits_of(self.stand.reference, self.splits["search"], self.batches("search"))
+            _save_aside(file, found)  # other workers may read it at any moment
         return kept_logits(self.reference_folder)
 
     @cached_property
@@ -218,8 +218,7 @@ class Workshop(Bases):
         if not file.exists():
             found = scoring.logits_of(self.stand.reference, self.splits["test"], self.batches("test"))
             with suppress(OSError):  # one exports from a folder that one may not write to, too
-                np.save(aside := file.with_name(f".{uuid.uuid4().hex}.npy"), found, allow_pickle=False)
-                aside.rename(file)
+                _save_aside(file, found)
             return found
         return np.asarray(np.load(file, allow_pickle=False))
 
@@ -401,6 +400,11 @@ class Workshop(Bases):
             timed = timing.summarize(parts, seed=self.run.seed)
             found.append(dataclasses.replace(measured, **timed.fields(), confirmed=True).check())
         return found
+
+
+def _save_aside(file: Path, logits: np.ndarray) -> None:
+    np.save(aside := file.with_name(f".{uuid.uuid4().hex}.npy"), logits, allow_pickle=False)
+    aside.rename(file)
 
 
 def kept_logits(folder: Path) -> np.ndarray:

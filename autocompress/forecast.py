@@ -153,7 +153,7 @@ def forecast(run: RunConfig, progress: Progress = silent) -> Forecast:
         settings = run.timed_here().model_dump(mode="json", by_alias=True)
         settings["data"]["calibration_rows"] = min(run.data.calibration_rows, _CALIBRATION_ROWS)
         settings["data"]["reconstruction_rows"] = min(run.data.reconstruction_rows, _RECONSTRUCTION_ROWS)
-        settings["storage"]["bank"] = str(Path(scratch) / "bank")
+        settings["storage"] |= {"bank": str(Path(scratch) / "bank"), "shared": None}
         workshop = Workshop(RunConfig.from_mapping(settings), Path(scratch) / "artefacts")
         headed = model.head_labels(workshop.source) is not None
         loaded = workshop.loaded(workshop.source)

@@ -256,8 +256,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, *, needed: bool = True) -> Iterator[None]:
     """Hold the lock of the one driver that a results folder, which is made, and its study have.
+
+    Args:
+        folder: of the results.
+        needed: whether a file system without locks is refused; a database has locks of its own.
 
     Raises:
         StudyError: if another driver holds it.
@@ -267,8 +271,14 @@ def held(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise StudyError(f"{folder}: another search drives this study; wait for it or use another --out") from None
+        except OSError as error:
+            if needed:
+                raise StudyError(
+                    f"{folder}: has no locks ({error.strerror}), which keep a second search off; use an --out that "
+                    "has, or keep the study in a database (storage.study)"
+                ) from None
         yield
     finally:
         os.close(handle)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import Any
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _SUMS_IN_32_BITS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _PACKAGES = ("autocompress", "torch", "transformers", "openvino", "onnxruntime", "onnx", "optuna", "ray", "numpy")
+
+_ROOM = 2**20
+"""Bytes that a disk which is not full has room for."""
 
 
 @cache
@@ -70,6 +75,22 @@ def waited_seconds() -> float:
         except (OSError, LookupError, ValueError):  # the thread has ended, or another kernel writes something else
             continue
     return total / 1e9
+
+
+def without_room(folders: Iterable[Path]) -> Path | None:
+    """Return the first folder that nothing more can be written in, since its disk is full; None if there is none.
+
+    Asked of the disk and not of an error: libraries say it in words of their own.
+    """
+    for folder in folders:
+        try:
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(_ROOM))
+                probe.flush()
+        except OSError as full:
+            if full.errno in (errno.ENOSPC, errno.EDQUOT):
+                return folder
+    return None
 
 
 def cores() -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluate import Workshop
 from autocompress.journal import held
 from autocompress.pareto import costs, nondominated_ranks
+from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
 from autocompress.report.tables import times_faster, write_aside
 from autocompress.results import write_results
@@ -77,48 +79,30 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
     rank = nondominated_ranks(costs(usable, old.run.objectives))
     chosen = [candidate for candidate, n in zip(usable, rank, strict=True) if n < ranks]
     front_before = {c.number for c in old.front().points}
-    workshop = Workshop(run, folder / "artefacts", progress)
-    old.require_data(workshop.task.fingerprint)
-    own = old.is_of_model(workshop.teacher.base)
-    if not own and workshop.teacher_folder == workshop.source:
-        old.require_model(workshop.teacher.base)
-    if not own:  # as on a machine that its search's bank was not brought to
-        progress("the classifier was fine-tuned anew, and is what all points are compared with now")
-    made: dict[int, Candidate] = {}
-    with held(folder), closing(open_for_writing(run, folder, workshop, progress)) as study:
+    with ExitStack() as stack:
+        stack.enter_context(held(folder, needed=run.storage.study is None))
+        workshop = Workshop(run, folder / "artefacts", progress)
+        old.require_data(workshop.task.fingerprint)
+        own = old.is_of_model(workshop.teacher.base)
+        if not own and workshop.teacher_folder == workshop.source:
+            old.require_model(workshop.teacher.base)
+        if not own:  # as on a machine that its search's bank was not brought to
+            progress("the classifier was fine-tuned anew: all points are built from that, and compared with it")
+        study = stack.enter_context(closing(open_for_writing(run, folder, workshop, progress)))
         write_aside(folder / "run.yaml", run.to_yaml())
         copied = []
-        for candidate in chosen:
+        for candidate in chosen if own else ():
             there = old.folder / "artefacts" / candidate.plan.plan_id
             if study.measured(candidate.plan) is None and there.is_dir() and _runs_as_it_is(candidate, old, run):
                 shutil.copytree(there, workshop.artefacts / there.name, dirs_exist_ok=True)
                 copied.append(candidate)
-        pairs = run.search.confirm_pairs or run.search.latency_pairs
-        scores: dict[int, Measurement] = {}
-        for candidate in copied:
-            try:
-                # Another machine may add in another order.
-                stands = own and candidate.score.fingerprint.get("id") == workshop.fingerprint["id"]
-                scores[candidate.number] = candidate.score if stands else _scored_anew(candidate, workshop)
-            except AutocompressError as error:
-                progress(f"trial {candidate.number}: {error}")
-        copied = [c for c in copied if c.number in scores]
-        points = [(c.plan, scores[c.number]) for c in copied]
-        timed = workshop.confirmed(points, pairs=pairs, progress=progress)
-        for candidate, measured in zip(copied, timed, strict=True):
-            memory = workshop.memory(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
-            here = dataclasses.replace(measured, peak_memory_bytes=memory, fingerprint=workshop.fingerprint)
-            made[candidate.number] = study.add(candidate.plan, here, origin="retarget")
+        made = _timed(copied, study, workshop)
         for candidate in chosen:
             if candidate.number not in made:
-                try:
+                with _said(candidate, progress):
                     made[candidate.number] = study.measured(candidate.plan) or _scored(candidate, study, workshop)
-                except AutocompressError as error:
-                    progress(f"trial {candidate.number}: {error}")
-        once = {c.number: c for c in made.values() if not c.score.confirmed and run.search.confirm_pairs}
-        timed = workshop.confirmed([(c.plan, c.score) for c in once.values()], pairs=pairs, progress=progress)
-        anew = {c.number: c for c in study.confirm(dict(zip(once, timed, strict=True)))}
-        made = {number: anew.get(c.number, c) for number, c in made.items()}
+        if run.search.confirm_pairs:
+            made = _confirmed(made, study, workshop)
         front = {c.number for c in study.front().points}
         write_results(study)
     return [
@@ -128,9 +112,53 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
     ]
 
 
-def _scored_anew(candidate: Candidate, workshop: Workshop) -> Measurement:
-    workshop.progress(f"scoring trial {candidate.number} on this machine")
-    return workshop.score(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
+@contextmanager
+def _said(candidate: Candidate, progress: Progress) -> Iterator[None]:
+    """Say why nothing comes of a point, which must not cost the others."""
+    try:
+        yield
+    except AutocompressError as error:
+        progress(f"trial {candidate.number}: {error}")
+
+
+def _timed(copied: Sequence[Candidate], study: Study, workshop: Workshop) -> dict[int, Candidate]:
+    """Time copied artefacts on this machine, and score those of another one, which may add in another order."""
+    scores: dict[int, Measurement] = {}
+    for candidate in copied:
+        with _said(candidate, workshop.progress):
+            score = candidate.score
+            if score.fingerprint.get("id") != workshop.fingerprint["id"]:
+                workshop.progress(f"scoring trial {candidate.number} on this machine")
+                score = workshop.score(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
+            scores[candidate.number] = score
+    usable = [c for c in copied if c.number in scores]
+    points = [(c.plan, scores[c.number]) for c in usable]
+    made = {}
+    for candidate, measured in zip(usable, _anew(points, workshop), strict=True):
+        memory = workshop.memory(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
+        here = dataclasses.replace(measured, peak_memory_bytes=memory, fingerprint=workshop.fingerprint)
+        made[candidate.number] = study.add(candidate.plan, here, origin="retarget")
+    return made
+
+
+def _confirmed(made: Mapping[int, Candidate], study: Study, workshop: Workshop) -> dict[int, Candidate]:
+    """Time those that were timed once, as where they were built, like those that were copied."""
+    points = {}
+    for candidate in made.values():
+        if not candidate.score.confirmed:
+            with _said(candidate, workshop.progress):
+                # A search that went on in this folder may have let its artefact go.
+                there = (workshop.artefacts / candidate.plan.plan_id).is_dir()
+                score = candidate.score if there else workshop.evaluate(candidate.plan)
+                points[candidate.number] = (candidate.plan, score)
+    anew = study.confirm(dict(zip(points, _anew(list(points.values()), workshop), strict=True)))
+    by_number = {candidate.number: candidate for candidate in anew}
+    return {number: by_number.get(candidate.number, candidate) for number, candidate in made.items()}
+
+
+def _anew(points: Sequence[tuple[CompressionPlan, Measurement]], workshop: Workshop) -> list[Measurement]:
+    pairs = workshop.run.search.confirm_pairs or workshop.run.search.latency_pairs
+    return workshop.confirmed(points, pairs=pairs, progress=workshop.progress)
 
 
 def _scored(candidate: Candidate, study: Study, workshop: Workshop) -> Candidate:

@@ -96,7 +96,7 @@ def _params(space: BoundSpace, recipe: Mapping[str, Any]) -> dict[str, Value]:
                 value = _closest_bits(recipe.get(key, 16), choices)
             else:
                 key = axis if axis in ("rank", "vocabulary") else "width"
-                value = _closest(recipe.get(key, _most(choices)), choices)
+                value = _closest(recipe.get(key, _most(choices)), choices, _whole(space, axis))
         params[name] = value
         return value
 
@@ -120,14 +120,21 @@ def _vocabularies(space: BoundSpace) -> list[Value]:
 
 
 def _levels(space: BoundSpace, axis_name: str) -> list[float]:
-    found = {
-        float(choice)
-        for rule in space.space.rules
-        if (axis := rule.axes().get(axis_name)) is not None
-        for choice in axis.choices
-        if isinstance(choice, float) and choice < 1
-    }
-    return sorted(found, reverse=True)
+    """Return the shares that the space may keep of something, the largest first, without all of it."""
+    axes = (axis for rule in space.space.rules if (axis := rule.axes().get(axis_name)) is not None)
+    choices = {choice for axis in axes for choice in axis.choices if not isinstance(choice, str)}
+    shares = {_share(choice, _whole(space, axis_name)) for choice in choices}
+    return sorted((share for share in shares if share < 1), reverse=True)
+
+
+def _whole(space: BoundSpace, axis_name: str) -> int:
+    """Return how many there are of what an axis may give a number of."""
+    shape, block = space.shape, space.shape.blocks[0]
+    return {"heads": block.heads, "neurons": block.neurons, "rank": shape.hidden}.get(axis_name, shape.vocabulary)
+
+
+def _share(choice: Value, whole: int) -> float:
+    return choice / whole if isinstance(choice, int) else float(choice)
 
 
 def _most(choices: Sequence[Value]) -> Value:
@@ -136,11 +143,12 @@ def _most(choices: Sequence[Value]) -> Value:
     return whole if whole is not None else max(choices, key=float)
 
 
-def _closest(value: Value, choices: Sequence[Value]) -> Value:
+def _closest(value: Value, choices: Sequence[Value], whole: int) -> Value:
     if value in choices or isinstance(value, str):
         return value if value in choices else choices[0]
     numbers = [c for c in choices if not isinstance(c, str)]
-    return min(numbers, key=lambda c: abs(float(c) - float(value))) if numbers else choices[0]
+    wanted = _share(value, whole)
+    return min(numbers, key=lambda c: abs(_share(c, whole) - wanted)) if numbers else choices[0]
 
 
 def _closest_bits(value: Value, choices: Sequence[Value]) -> Value:

@@ -49,8 +49,8 @@ class Records:
 
 
 def holds_study(folder: Path) -> bool:
-    """Say whether a results folder has a study."""
-    return any((folder / name).exists() for name in (JOURNAL, DATABASE))
+    """Say whether a results folder has a study; a journal of nothing is what a killed driver had begun."""
+    return any((folder / name).exists() and (folder / name).stat().st_size > 0 for name in (JOURNAL, DATABASE))
 
 
 def open_records(folder: Path, url: str | None, *, name: str, writable: bool) -> Records:

@@ -82,7 +82,7 @@ class Study:
         self.repaired: Path | None = None
         self._held = ExitStack()
         if writable:
-            self._held.enter_context(nullcontext() if is_held else held(folder))
+            self._held.enter_context(nullcontext() if is_held else held(folder, needed=run.storage.study is None))
         try:
             with without_collection():
                 self._load(identity, writable)

@@ -161,6 +161,15 @@ class Trained:
     def teacher(self) -> EncoderModel:
         return self.loaded(self.teacher_folder)
 
+    @property
+    def untuned(self) -> EncoderModel:
+        """The teacher, or, as long as nobody needed that, the model that it is fine-tuned from: of the same sizes."""
+        return self.teacher if "teacher" in self.__dict__ else self._given
+
+    @cached_property
+    def _given(self) -> EncoderModel:
+        return self.loaded(self.source)
+
     def precision(self) -> str:
         wanted = self.run.recovery.precision
         return ("bfloat16" if machine.has_bfloat16() else "float32") if wanted == "auto" else wanted

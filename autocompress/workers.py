@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from autocompress.evaluate import Workshop
 
 
-_ROOM = 2**20
-"""Bytes that a disk which is not full has room for."""
 LOOK_S = 10.0
 """Seconds without a result after which Ray is asked whether it lives."""
 
@@ -175,20 +172,10 @@ class Worker(tune.Trainable):
         return None
 
     def _without_room(self, error: Exception) -> str | None:
-        """Say which folder nothing more can be written in, if an error may come of that.
-
-        Asked of the disk and not of the error: libraries say it in words of their own.
-        """
+        """Say which folder nothing more can be written in, if an error may come of that."""
         folders = [self._artefacts, *([self._workshop.bank.root] if self._workshop is not None else [])]
-        for folder in folders:
-            try:
-                with tempfile.TemporaryFile(dir=folder) as probe:
-                    probe.write(bytes(_ROOM))
-                    probe.flush()
-            except OSError as full:
-                if full.errno in (errno.ENOSPC, errno.EDQUOT):
-                    return f"no space is left in {folder} ({type(error).__name__}); make room"
-        return None
+        full = machine.without_room(folders)
+        return None if full is None else f"no space is left in {full} ({type(error).__name__}); make room"
 
     def _opened(self) -> Workshop:
         from autocompress.evaluate import Workshop

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from autocompress import bank, slot
+from autocompress import bank, machine, slot
 from autocompress.bank import Bank, Usage, default_bank
 from autocompress.depot import Depot
 from autocompress.errors import DepotError
@@ -459,6 +459,40 @@ def test_without_locks_entries_are_made_and_left_overs_stay(tmp_path: Path, monk
     assert put(Bank(tmp_path), 0).is_dir()
     assert Bank(tmp_path).trim() == 0
     assert stale.is_dir()
+
+
+def test_a_lock_is_of_a_file_that_goes_with_its_maker(tmp_path: Path) -> None:
+    """Over NFS a folder's lock is one machine's own."""
+    store, seen = Bank(tmp_path), list[str]()
+
+    def make(folder: Path) -> None:
+        [held] = (file for file in folder.parent.iterdir() if file.is_file())
+        with held.open("r+b") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(held.name)
+
+    entry = store.get("kind", MADE_FROM, make)
+    assert {file.name for file in entry.iterdir()} == {"made_from.json"}
+    assert len(seen) == 1
+    assert list(entry.parent.iterdir()) == [entry]
+    (entry.parent / seen[0]).touch()  # its maker was killed just then
+    store.trim()
+    assert list(entry.parent.iterdir()) == [entry]
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_full_disk_is_an_error_of_the_system_whoever_met_it(
+    store: Bank, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """As where safetensors cannot write, which says so in words of its own."""
+    monkeypatch.setattr(machine, "without_room", lambda folders: next(iter(folders)) if full else None)
+
+    def make(folder: Path) -> None:
+        raise RuntimeError("Error while serializing: I/O error")
+
+    with pytest.raises(OSError if full else RuntimeError, match="No space left" if full else "serializing"):
+        store.get("kind", MADE_FROM, make)
+    assert not list(store.root.rglob("*.lock"))
 
 
 def test_usage_by_kind(store: Bank) -> None:

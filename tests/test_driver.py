@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from autocompress.driver import drive
 from autocompress.errors import StudyError
 from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
-from autocompress.journal import held
+from autocompress.journal import LOCK, held
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate
 from autocompress.reference import SCHEMA, reference_key
@@ -111,6 +111,28 @@ def test_a_second_driver_touches_nothing(tiny_run: Callable[..., RunConfig], tmp
         with pytest.raises(StudyError, match="another search drives this study"):
             drive(tiny_run(), folder, progress=lambda _: None)
         assert sorted(folder.rglob("*")) == before
+
+
+def test_a_folder_that_another_driver_has_stays(
+    tiny_run: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found none; the one that comes second leaves what the first has made."""
+    out = tmp_path / "results"
+    with ExitStack() as first:
+
+        def lost(run: RunConfig, folder: Path, **_: object) -> None:
+            first.enter_context(held(folder))
+            raise StudyError("another search drives this study")
+
+        monkeypatch.setattr(driver, "drive", lost)
+        with pytest.raises(StudyError, match="another search drives"):
+            api.search(tiny_run(), out)
+        assert {path.name for path in out.iterdir()} == {"artefacts", LOCK}
+    monkeypatch.setattr(driver, "drive", lambda *_, **__: (_ for _ in ()).throw(StudyError("wrong")))
+    shutil.rmtree(out)
+    with pytest.raises(StudyError, match="wrong"):
+        api.search(tiny_run(), out)
+    assert not out.exists()
 
 
 # --- a search

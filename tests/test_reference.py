@@ -80,11 +80,21 @@ def test_it_is_measured_anew_where_it_is_not_that_of_the_run(tmp_path: Path, gon
 def test_a_study_that_has_lost_the_artefact_keeps_what_was_measured(tmp_path: Path) -> None:
     before, _ = ensured(tmp_path, Paper(tmp_path))
     (tmp_path / "artefacts" / "reference").rmdir()
-    (tmp_path / "study.journal").touch()
+    (tmp_path / "study.journal").write_bytes(b"{}\n")
     shop = Paper(tmp_path)
     found, said = ensured(tmp_path, shop)
     assert (found, said) == (before, ["building the uncompressed model again"])
     assert (shop.measured, shop.reference_folder.is_dir()) == (0, True)
+
+
+def test_a_journal_that_nothing_was_written_to_is_no_study(tmp_path: Path) -> None:
+    """As a killed driver may leave it: what it had measured is not taken for that of another model."""
+    ensured(tmp_path, Paper(tmp_path))
+    (tmp_path / "study.journal").touch()
+    shop = Paper(tmp_path, model="other")
+    assert not has_reference(tmp_path, shop)  # type: ignore[arg-type]
+    found, _ = ensured(tmp_path, shop)
+    assert (found["key"]["model"], shop.measured) == ("other", 1)
 
 
 def test_what_an_earlier_version_did_not_write_is_added_and_nothing_measured(tmp_path: Path) -> None:

@@ -82,6 +82,20 @@ def test_another_runtime_builds_and_scores(first: Path, tmp_path: Path) -> None:
     assert {c.score.confirmed for c in study.candidates()} == {True}, "as those that are copied"
 
 
+def test_what_was_timed_once_and_is_gone_is_built_again(first: Path, tmp_path: Path) -> None:
+    """As where a search that goes on in the new study has measured the same plans, and kept its front alone."""
+    out, overrides = tmp_path / "out", ["target.runtime=onnxruntime"]
+    _, moved = api.retarget(first, out, overrides=[*overrides, "target.tokens=8"], ranks=1)
+    journal = out / "study.journal"
+    journal.write_text(re.sub(r'("confirmed": ?)true', r"\1false", journal.read_text(encoding="utf-8")))
+    once = [c for c in api.open_study(out).candidates() if not c.score.confirmed]
+    assert once
+    shutil.rmtree(out / "artefacts" / once[0].plan.plan_id)
+    again, same = api.retarget(first, out, overrides=[*overrides, "target.tokens=8"], ranks=1)
+    assert {c.score.confirmed for c in again.candidates()} == {True}
+    assert [each.number for each in same] == [each.number for each in moved]
+
+
 def test_a_study_of_another_machine_goes_on_elsewhere(first: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
     shutil.copytree(first, there)
@@ -149,7 +163,7 @@ def test_other_rows_or_another_model_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_where_the_classifier_was_fine_tuned_anew_copies_are_scored_anew(
+def test_where_the_classifier_was_fine_tuned_anew_all_is_built_from_it(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a machine that the search's bank was not brought to."""
@@ -158,9 +172,9 @@ def test_where_the_classifier_was_fine_tuned_anew_copies_are_scored_anew(
     monkeypatch.setattr(model, "fingerprint", lambda _: "fine-tuned anew")
     lines: list[str] = []
     study, _ = api.retarget(first, tmp_path / "out", overrides=["target.tokens=8"], ranks=1, progress=lines.append)
-    assert "the classifier was fine-tuned anew, and is what all points are compared with now" in lines
-    kept = {path.name for path in (first / "artefacts").iterdir()} & by_plan(study).keys()
-    assert sum(line.startswith("scoring trial ") for line in lines) == len(kept) > 0
+    assert "the classifier was fine-tuned anew: all points are built from that, and compared with it" in lines
+    assert sum(line.startswith("building and scoring trial ") for line in lines) == len(by_plan(study)) > 0
+    assert study.is_of_model("fine-tuned anew")
 
 
 def test_words() -> None:

@@ -115,6 +115,24 @@ def objective(plan: CompressionPlan, price: float, share: float) -> float:
     return predictor.cost(plan) + price * (share * predictor.latency(plan) + (1 - share) * size)
 
 
+def test_a_ladder_knows_numbers_as_it_knows_shares() -> None:
+    def ladder(heads: str, neurons: str) -> list[CompressionPlan]:
+        rules = f"""
+schema: 1
+name: test
+rules:
+  - {{match: block.*.attention, heads: {{choices: {heads}, tie: all}}}}
+  - {{match: block.*.ffn, neurons: {{choices: {neurons}, tie: all}}}}
+"""
+        space = validated(SearchSpace, strict_yaml.parse(rules, "test.yaml"), "test.yaml")
+        bound = bind(space, SHAPE, tokens=64)
+        return [bound.plan(params) for params in uniform_ladder(bound)]
+
+    shares = ladder("[1.0, 0.5]", "[1.0, 0.5]")
+    assert len(shares) == 2
+    assert ladder("[4, 2]", "[256, 128]") == ladder("[4, 2]", "[1.0, 0.5]") == shares
+
+
 def neighbours(space: BoundSpace, params: dict[str, Value]) -> Iterator[tuple[str, CompressionPlan]]:
     """Yield every plan that one changed parameter leads to, with that parameter; the base stays."""
     offered: dict[str, Sequence[Value]] = {}

@@ -259,6 +259,10 @@ def test_a_file_that_is_wrong_is_refused_with_the_range(text: str, parts: tuple[
             "rules: [{match: 'block.0.ffn', bits: [8, 4]}, {match: 'block.1.ffn', bits: [8, 4]}]",
             "two rules share the parameters ffn.bits; give them names",
         ),
+        (
+            "rules: [{match: 'block.0.*', bits: [8, 16]}, {match: 'block.[1-5].ffn', bits: [8, 4]}]",
+            "two rules share the parameter ffn.bits.1; give them names",
+        ),
         ("rules: [{match: 'block.*.attention', heads: [13]}]", "heads at block.0.attention: must be <= 12, got 13"),
         ("rules: [{match: 'block.*.ffn', neurons: [2000]}]", "neurons at block.0.ffn: must be <= 1536, got 2000"),
         ("rules: [{match: 'block.*.ffn', rank: [385]}]", "rank at block.0.ffn: must be <= 384, got 385"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +37,7 @@ from autocompress.config import RunConfig, validated
 from autocompress.decisions import Recover, Student
 from autocompress.errors import MeasurementError, NoFeasiblePointError, StudyError
 from autocompress.identity import identity_of
-from autocompress.journal import repair_tail
+from autocompress.journal import held, repair_tail
 from autocompress.ledger import excesses
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.predict import Predictor
@@ -925,6 +927,19 @@ def test_other_rows_than_those_of_the_study_are_refused(drive: Callable[..., Stu
     study.require_data("fingerprint")
     with pytest.raises(StudyError, match=r"^data: demo/movies: holds other rows than those that .+ was scored on"):
         study.require_data("another")
+
+
+@pytest.mark.parametrize("database", [False, True])
+def test_a_file_system_without_locks_is_no_other_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: bool
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    refused = pytest.raises(StudyError, match=r"has no locks \(No locks available\).* database \(storage\.study\)")
+    with nullcontext() if database else refused, held(tmp_path / "results", needed=not database):
+        assert (tmp_path / "results").is_dir()
 
 
 def test_another_model_or_machine_than_that_of_the_study_is_refused(drive: Callable[..., Study]) -> None:

@@ -64,6 +64,25 @@ def recovered(**options: Any) -> CompressionPlan:
     return PRUNED.with_decision(MODEL_SITE, Recover(epochs=1, **options))
 
 
+def test_what_a_model_is_like_is_known_without_fine_tuning_it(
+    tiny_run: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an artefact is exported, of which nothing is made any more."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("it was fine-tuned")
+
+    monkeypatch.setattr(Bases, "_finetune", never)
+    run = tiny_run([f"storage.bank={json.dumps(str(tmp_path / 'bank'))}"])
+    untuned = Bases(run).untuned
+    assert untuned.most_tokens is not None
+    with pytest.raises(AssertionError, match="it was fine-tuned"):
+        _ = Bases(run).teacher
+    known = Bases(run)
+    known.__dict__["teacher"] = untuned
+    assert known.untuned is untuned
+
+
 class TestSoup:
     def test_it_is_the_mean_of_trainings_with_their_own_seeds(
         self, bases: Callable[..., Bases], trainings: list[int]
