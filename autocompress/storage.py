@@ -6,7 +6,8 @@ import hashlib
 import json
 import secrets
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +152,18 @@ class _Database(Records):
     def _unreachable(self, error: Exception) -> StudyError:
         if isinstance(error, ImportError):
             return StudyError(f'{self.where}: no driver is installed; run: pip install "autocompress[postgresql]"')
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        met = error.__cause__ or error  # Optuna says only that something was met
+        reason = str(getattr(met, "orig", None) or met).strip().splitlines()[0]
         return StudyError(f"{self.where}: cannot be reached ({reason})")
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        import sqlalchemy
+
+        try:
+            yield
+        except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+            raise self._unreachable(error) from None
 
     def _hold(self) -> None:
         import sqlalchemy

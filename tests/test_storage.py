@@ -9,6 +9,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.testing.pytest_storages import StorageTestCase
 from test_search import command
@@ -89,6 +90,20 @@ class TestDatabase:
             opened(elsewhere)
         first.close()
         opened(elsewhere).close()
+
+    def test_a_server_that_goes_away_is_said(
+        self, folder: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        study = opened(folder, f"storage.study={postgresql}")
+
+        def gone(*_: object, **__: object) -> None:
+            cause = sqlalchemy.exc.OperationalError("SELECT 1", {}, Exception("server closed the connection\nmore"))
+            raise optuna.exceptions.StorageInternalError("An exception is raised during the commit.") from cause
+
+        monkeypatch.setattr(study._study, "ask", gone)
+        with pytest.raises(StudyError, match=r"^postgresql://.+: cannot be reached \(server closed the connection\)$"):
+            study.ask()
+        study.close()
 
     def test_a_driver_that_the_server_has_not_let_go_yet_is_waited_for(
         self, folder: Path, tmp_path: Path, postgresql: str
