@@ -44,6 +44,7 @@ def test_a_torn_record_that_was_cut_off_is_said(tmp_path: Path, monkeypatch: pyt
     paper = SimpleNamespace(
         run=run,
         artefacts=folder / "artefacts",
+        reference_folder=folder / "artefacts" / "reference",
         space=SMALL,
         predictor=SimpleNamespace(errors={}),
         majority=MAJORITY,

@@ -167,8 +167,8 @@ def test_where_the_classifier_was_fine_tuned_anew_all_is_built_from_it(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a machine that the search's bank was not brought to."""
-    monkeypatch.setattr(Workshop, "source", tmp_path)
-    monkeypatch.setattr(Workshop, "teacher_folder", Path(api.open_study(first).run.model.id))
+    shutil.copytree(api.open_study(first).run.model.id, tmp_path / "fine-tuned")
+    monkeypatch.setattr(Workshop, "teacher_folder", tmp_path / "fine-tuned")
     monkeypatch.setattr(model, "fingerprint", lambda _: "fine-tuned anew")
     lines: list[str] = []
     study, _ = api.retarget(first, tmp_path / "out", overrides=["target.tokens=8"], ranks=1, progress=lines.append)
