@@ -136,6 +136,24 @@ def test_a_folder_that_another_driver_has_stays(
     assert not out.exists()
 
 
+def test_a_home_is_that_of_the_driver(
+    tiny_run: Callable[..., RunConfig],
+    bert_headed_folder: Path,
+    tiny_csv: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Workers may be of another user, on another machine."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copyfile(tiny_csv, tmp_path / "rows.csv")
+    (tmp_path / "space.yaml").write_text("{schema: 1, name: few, rules: [{match: head, bits: [8, 16]}]}")
+    model = f"model.id={json.dumps(str(bert_headed_folder))}"
+    workshop = Workshop(tiny_run([model, "data.source=~/rows.csv", "space=~/space.yaml"]), tmp_path / "artefacts")
+    found = driver._run_for_workers(workshop, elsewhere=False)
+    assert (found.data.source, found.space) == (str(tmp_path / "rows.csv"), str(tmp_path / "space.yaml"))
+    assert workshop.space.space.name == "few"
+
+
 # --- a search
 
 

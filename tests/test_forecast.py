@@ -105,8 +105,9 @@ def foreseen(
 ) -> tuple[RunConfig, Forecast]:
     """A forecast of a run whose bank is the user's, made in a folder of its own that has to stay empty."""
     folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
+    shared = tmp_path_factory.mktemp("shared")
     recovery = ["search.recover=2", "recovery.epochs=0.5", "search.reconstruct=true"]
-    run = tiny_run(["search.trials=10", "storage.bank=null", *recovery])
+    run = tiny_run(["search.trials=10", "storage.bank=null", f"storage.shared=file://{shared}", *recovery])
     kept = everything_below(caches)
     os.chdir(folder)
     try:
@@ -115,6 +116,7 @@ def foreseen(
         os.chdir(before)
     assert list(folder.iterdir()) == [], "no results folder"
     assert everything_below(caches) == kept, "the user's bank"
+    assert list(shared.iterdir()) == [], "what he shares with other machines"
     return run, found
 
 

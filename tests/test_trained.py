@@ -83,6 +83,13 @@ def test_what_a_model_is_like_is_known_without_fine_tuning_it(
     assert known.untuned is untuned
 
 
+def test_runs_of_any_seed_share_sensitivities(bases: Callable[..., Bases], tmp_path: Path) -> None:
+    """So that what is proposed from them does not depend on whose run has filled the bank."""
+    banks = [f"storage.bank={json.dumps(str(tmp_path / name))}" for name in ("one", "other")]
+    one, other = (bases(bank, f"seed={seed}").sensitivity(None) for seed, bank in enumerate(banks))
+    assert one.to_json() == other.to_json()
+
+
 class TestSoup:
     def test_it_is_the_mean_of_trainings_with_their_own_seeds(
         self, bases: Callable[..., Bases], trainings: list[int]
