@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-import time
 from pathlib import Path
 from statistics import mean
 
@@ -34,7 +33,6 @@ def export(figures: Figures, study: Study, chosen: list[Candidate], name: str) -
     exported: list[Candidate] = []
     refused: list[str] = []
     rows = []
-    started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
         for point in chosen:
             try:
@@ -67,7 +65,6 @@ def export(figures: Figures, study: Study, chosen: list[Candidate], name: str) -
         within = mean(abs(row[2]) <= SHIFT for row in rows)
         said = f"{what}: latency ratio within {SHIFT:.0%} of the stored one"
         figures.add(said, within, "of the points", "1", within == 1)
-    figures.add(f"{what}: an export takes", (time.perf_counter() - started) / len(chosen), "seconds")
     figures.more[f"{name}: trial, agreement, shift of the ratio, accuracy on search rows, on test rows"] = rows
 
 
