@@ -45,6 +45,7 @@ TRAINED = ("finetuned", "distilled")
 _IN_PIECES = (
     *TRAINED,
     "channels",
+    "drop-order",
     "importance",
     "moments",
     "orders",

@@ -39,6 +39,7 @@ from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.trained import FITTED_AT_ONCE, Progress, Trained, silent, torch_threads
 from autocompress.transforms import apply_plan
+from autocompress.transforms.depth import drop_order
 from autocompress.transforms.importance import READING, Importance, importance
 from autocompress.transforms.moments import Moments, read_moments, save_moments, take_moments
 from autocompress.transforms.quantize import Activations, observe
@@ -69,6 +70,7 @@ class Bases(Trained):
     def __init__(self, run: RunConfig, progress: Progress = silent, *, threads: int | None = None) -> None:
         super().__init__(run, progress, threads=threads)
         self._bases: dict[str, tuple[EncoderModel, Importance]] = {}
+        self._drop_orders: dict[str, tuple[int, ...]] = {}
         self._observed: dict[str, Activations] = {}
         self._sensitivities: dict[str, Sensitivity] = {}
 
@@ -91,21 +93,17 @@ class Bases(Trained):
         self._bases[repr(student)] = (built, self._importance(built))
 
     def _importance(self, base: EncoderModel) -> Importance:
-        drops = self._space_file.drop_blocks.at_most if self._space_file.drop_blocks else 0
         code = code_version(("transforms/importance.py", "transforms/vocabulary.py"))
-        rows = {"counted": _COUNTED_ROWS, "drop_rows": _DROP_ROWS}
-        key = self._key(base=base.base, drops=drops, precision=self.precision(), code=code, **rows)
+        key = self._key(base=base.base, counted=_COUNTED_ROWS, precision=self.precision(), code=code)
 
         def make(folder: Path) -> None:
-            self.progress(f"scoring heads, neurons and blocks on {len(self.calibration)} calibration rows")
+            self.progress(f"scoring heads and neurons on {len(self.calibration)} calibration rows")
             with slot.working():
                 counts = self._counts()
             with torch_threads(self.threads):
                 scores = importance(
                     base,
                     self.calibration_batches(at_once=FITTED_AT_ONCE),
-                    drops=drops,
-                    drop_batches=self.calibration_batches(_DROP_ROWS),
                     counts=counts,
                     autocast=self._autocast,
                 )
@@ -114,7 +112,7 @@ class Bases(Trained):
             assert scores.tokens is not None
             tensors |= {"tokens.order": scores.tokens.order, "tokens.slopes": scores.tokens.slopes}
             tensors |= {"tokens.needed": torch.tensor(scores.tokens.needed)}
-            save_file({**tensors, "drop_order": torch.tensor(scores.drop_order)}, folder / "scores.safetensors")
+            save_file(tensors, folder / "scores.safetensors")
             assert scores.slopes is not None
             keys = [(n, role) for n in range(len(base.shape.blocks)) for role in READING]
             save_file({f"{n}.{role}": scores.slopes(n, role) for n, role in keys}, folder / "slopes.safetensors")
@@ -129,12 +127,33 @@ class Bases(Trained):
         return Importance(
             tuple(found[f"heads.{n}"] for n in depth),
             tuple(found[f"neurons.{n}"] for n in depth),
-            tuple(found["drop_order"].tolist()),
             lambda block, role: self._moments(base, block, role),
             TokenUse(found["tokens.order"], found["tokens.slopes"], int(found["tokens.needed"])),
             slopes,
             folder.name,
         )
+
+    def drop_order(self, student: Student | None) -> tuple[int, ...]:
+        """Return the numbers of the blocks of the teacher or a student, least important first."""
+        key = repr(student)
+        if key not in self._drop_orders:
+            self._drop_orders[key] = self._drop_order(self.base(student)[0])
+        return self._drop_orders[key]
+
+    def _drop_order(self, base: EncoderModel) -> tuple[int, ...]:
+        drops = self._space_file.drop_blocks.at_most if self._space_file.drop_blocks else 0
+
+        def make(folder: Path) -> None:
+            self.progress(f"ordering {len(base.shape.blocks)} blocks by what the predictions are without them")
+            with torch_threads(self.threads):
+                order = drop_order(base, self.calibration_batches(_DROP_ROWS), drops, autocast=self._autocast)
+            save_file({"order": torch.tensor(order)}, folder / "order.safetensors")
+
+        # Apart from the other scores: how many blocks a space lets go is no reason to make all pieces anew.
+        code = code_version(("transforms/depth.py",))
+        key = self._key(base=base.base, drops=drops, rows=_DROP_ROWS, precision=self.precision(), code=code)
+        found = self.bank.load("drop-order", key, make, lambda folder: load_file(folder / "order.safetensors"))
+        return tuple(found["order"].tolist())
 
     def made_up_for(self, base: EncoderModel, scores: Importance) -> Importance:
         """Return ``scores`` with those of heads and neurons of ``base`` where a reconstruction makes up for them."""
@@ -217,7 +236,6 @@ class Bases(Trained):
         return Importance(
             tuple(torch.zeros(block.heads) for block in built.shape.blocks),
             tuple(torch.zeros(block.neurons) for block in built.shape.blocks),
-            (),
             # Not in the bank: they would take more room than the model, for one plan or a few.
             (lambda block, role: moments()[block][role]) if fitted and narrow else None,
             known.tokens,
@@ -280,7 +298,7 @@ class Bases(Trained):
             self._space_file,
             shape,
             tokens=self.run.target.tokens,
-            drop_order=lambda name: self.base(students[name])[1].drop_order,
+            drop_order=lambda name: self.drop_order(students[name]),
         )
 
     def sensitivity(self, student: Student | None) -> Sensitivity:

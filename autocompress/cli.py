@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import sys
 from enum import StrEnum
@@ -15,7 +14,7 @@ import typer
 
 from autocompress import __version__, console, garbage
 from autocompress.cluster import Cluster
-from autocompress.errors import AutocompressError, ConfigError, StudyError
+from autocompress.errors import AutocompressError, ConfigError, StudyError, quoted
 from autocompress.options import (
     Address,
     Data,
@@ -92,9 +91,9 @@ def init(
     asks = sys.stdin.isatty() and not demo
     if not demo and not asks and (model is None or data is None):
         raise ConfigError("init: give --demo, or --model and --data")
-    if demo:
-        model = data = None
-    elif asks:
+    if demo and any(given is not None for given in (model, data, text, label)):
+        raise ConfigError("init: --demo goes without --model, --data, --text and --label")
+    if asks:
         model = model or _answer("model: demo/minilm, a local folder or a hub id", default="demo/minilm")
         data = data or _answer("data: demo/movies, a file or a datasets id", default="demo/movies")
         target = target or _answer("runtime: openvino or onnxruntime", default="openvino")
@@ -109,9 +108,9 @@ def init(
         rows = known.search_rows(text, label)
         name_ = name_ or runfile.name_of(data)
     wanted = {"name": name_, "model": model, "data": data, "text": text, "label": label, "target": target}
-    content = runfile.run_text(out.name, {**wanted, "search_rows": rows})
+    content = runfile.run_text(out, {**wanted, "search_rows": rows})
     out.write_text(content, encoding="utf-8")
-    typer.echo(f"wrote {out}; next: autocompress search {_quoted(out)}")
+    typer.echo(f"wrote {out}; next: autocompress search {quoted(out)}")
 
 
 def _column(name: str, given: str | None, columns: list[str] | None) -> str | None:
@@ -229,12 +228,8 @@ def search(
     console.front_of(study, as_json)
     if not as_json:
         typer.echo(f"report: {study.folder / 'report.html'}")
-        typer.echo(f"next: autocompress export {_quoted(study.folder)} --pick knee -o OUT")
-
-
-def _quoted(path: Path) -> str:
-    """Return a path as a shell takes it."""
-    return shlex.quote(str(path))
+        if len(study.front()):
+            typer.echo(f"next: autocompress export {quoted(study.folder)} --pick knee -o OUT")
 
 
 def _cluster(address: str | None, insecure: bool) -> Cluster | None:
@@ -302,7 +297,7 @@ def salvage(folder: Folder, as_json: Json = False) -> None:
     told = {"file": str(found.file), "damaged": found.damaged, "left_out": found.left_out, "again": found.again}
     console.result(told, as_json)
     if not as_json:
-        typer.echo(f"next: mv {_quoted(found.file)} {_quoted(folder / 'study.journal')}, then search again")
+        typer.echo(f"next: mv {quoted(found.file)} {quoted(folder / 'study.journal')}, then search again")
 
 
 @app.command()
@@ -320,7 +315,7 @@ def pick(
     chosen = picked(folder, prefer, trial, max_accuracy_drop, max_latency_ms, max_latency_ratio, max_size_mb)
     console.result(console.about_choice(chosen), as_json)
     if not as_json:
-        typer.echo(f"next: autocompress export {_quoted(folder)} --trial {chosen.point.number} -o OUT")
+        typer.echo(f"next: autocompress export {quoted(folder)} --trial {chosen.point.number} -o OUT")
 
 
 @app.command()

@@ -51,8 +51,10 @@ def result(data: Any, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(data, indent=1, default=str))
         return
-    for key, value in _flat(data):
-        typer.echo(f"{key}: {value}")
+    from autocompress.report.tables import one_line
+
+    for key, value in _flat(data):  # labels, names of folders and reasons come from elsewhere
+        typer.echo(one_line(f"{key}: {value}"))
 
 
 def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -23,8 +23,8 @@ from autocompress import fresh, hub, scoring, timing
 from autocompress.config import RunConfig
 from autocompress.errors import ExportError, RuntimeBuildError, first_line
 from autocompress.evaluate import Workshop, kept_logits
-from autocompress.exported import CONFIRMING_PAIRS, FORMATS, MEASUREMENT_SCHEMA, UNPACKED
-from autocompress.parcel import MEASUREMENT, clear, put, seal
+from autocompress.exported import CONFIRMING_PAIRS, FORMATS, MEASUREMENT_SCHEMA, UNPACKED, require_same_sums
+from autocompress.parcel import MEASUREMENT, put, require_place, seal
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Drop, Measurement
 from autocompress.report.card import model_card
@@ -108,16 +108,19 @@ def export(
     if candidate.measurement is None or candidate.folder is None:
         ended = "was stopped early" if candidate.state == "PRUNED" else "failed"
         raise ExportError(f"export: trial {candidate.number} {ended} ({candidate.failure}); pick another")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise ExportError(f"export: {out} is not empty; give another folder or --force")
+    require_place(out, force=force)
     with closing(Study(candidate.folder, run)) as study:
         if study.outdated is not None:
             raise ExportError(f"export: {candidate.folder}: {study.outdated}")
         workshop = Workshop(run, candidate.folder / "artefacts", progress)
         study.require_data(workshop.task.fingerprint)
+        if format_of(run) in formats:  # whose artefact ships as it is
+            require_same_sums(candidate.plan, candidate.score.fingerprint, f"export: trial {candidate.number}")
         kept = (workshop.artefacts / candidate.plan.plan_id).is_dir() and workshop.reference_folder.is_dir()
         if not kept or {*formats} != {format_of(run)}:  # something is made of the model
             study.require_model(workshop.teacher.base)
+        for name in set(FORMATS) & {*formats} - {format_of(run)}:
+            get_runtime(FORMATS[name]).require_size(workshop.teacher.parameters())
     if "torch" in formats:
         from autocompress.hf import program
 
@@ -137,9 +140,7 @@ def export(
                 else:
                     shipped = _export(candidate, run, FORMATS[name], scored, aside, progress)
                 seal(aside, candidate.plan)
-                if len(formats) > 1:
-                    clear(out)
-                put(aside, target)
+                put(aside, target, in_place_of=out if len(formats) > 1 else None)
                 found[name] = dataclasses.replace(shipped, folder=target)
                 if repository is not None:
                     progress(f"{target} is ready; pushing it to {repository.name}")
@@ -223,14 +224,15 @@ def _export(
         different = int((reloaded.argmax(1) != expected.argmax(1)).sum())
         raise ExportError(
             f"export: trial {candidate.number}: {different} of {len(expected)} predictions of the reloaded copy differ "
-            "from its score; the artefact no longer matches"
+            f"from its score; {_why_not(measured, workshop)}"
         )
     progress("scoring on the held-out test split")
     logits = workshop.logits(Artifact.open(aside), "test")
     test = scoring.accuracy(logits, workshop.splits["test"])
     test_drop = scoring.drop(logits, workshop.reference_logits_on_test, workshop.splits["test"])
-    confirmed = measured
+    confirmed, pairs = measured, workshop.run.search.latency_pairs
     if not workshop.run.search.device:  # what was measured on a device is not what this machine measures
+        pairs = CONFIRMING_PAIRS
         latest = dataclasses.replace(measured, **timed.fields(), confirmed=True, fingerprint=workshop.fingerprint)
         confirmed = latest.check()
         if measured.fingerprint.get("id") == workshop.fingerprint["id"]:  # here latencies drift as they were seen to
@@ -239,10 +241,17 @@ def _export(
     about = {
         "search": dataclasses.asdict(confirmed),
         "latency_ratio_in_search": measured.latency_ratio,
-        "latency_pairs": CONFIRMING_PAIRS,
+        "latency_pairs": pairs,
     }
     _describe(aside, candidate, workshop, runtime, confirmed, test, test_drop, agreement, about)
     return Export(aside, confirmed, test, test_drop, agreement, measured.latency_ratio)
+
+
+def _why_not(score: Measurement, workshop: Workshop) -> str:
+    """Say why a copy predicts otherwise than its artefact did."""
+    if score.fingerprint.get("id") == workshop.fingerprint["id"]:
+        return "the artefact no longer matches"
+    return "it was scored on another machine, which computes otherwise; autocompress retarget scores the front here"
 
 
 def _export_unpacked(
@@ -305,7 +314,7 @@ def _describe(
     timed: bool = True,
 ) -> None:
     """Write what an export says of itself, to programs and to people, and the program that runs it."""
-    run, data = workshop.run, workshop.task.fingerprint
+    run, data, fast = workshop.run, workshop.task.fingerprint, workshop.tokenizer.is_fast
     about = {
         "schema": MEASUREMENT_SCHEMA,
         "trial": candidate.number,
@@ -324,8 +333,8 @@ def _describe(
         **more,
     }
     (aside / MEASUREMENT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-    (aside / "predict.py").write_text(predict_script(runner), encoding="utf-8")
-    card = model_card(candidate, run, runner, measured, test, test_drop, agreement, data=data, timed=timed)
+    (aside / "predict.py").write_text(predict_script(runner, fast=fast), encoding="utf-8")
+    card = model_card(candidate, run, runner, measured, test, test_drop, agreement, data=data, timed=timed, fast=fast)
     (aside / "README.md").write_text(card, encoding="utf-8")
 
 

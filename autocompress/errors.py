@@ -4,6 +4,9 @@ A message is one line that names the place, the allowed range, what was received
 line prints it without a traceback and ends with the class's ``exit_code``.
 """
 
+import shlex
+from pathlib import Path
+
 
 class AutocompressError(Exception):
     """Base class of all errors of this package."""
@@ -55,6 +58,11 @@ class NoFeasiblePointError(AutocompressError):
 
 class ExportError(AutocompressError):
     """An export that was refused or that does not reproduce its score."""
+
+
+def quoted(path: Path) -> str:
+    """Return a path as a shell takes it, for commands that can be copied."""
+    return shlex.quote(str(path))
 
 
 def first_line(error: BaseException) -> str:

@@ -161,7 +161,11 @@ class Workshop(Bases):
             rows = self.splits[split]
             order = np.random.default_rng(self.run.seed).permutation(len(rows))
             self._parts[split] = [
-                list(rows.in_order_of_length(_ACCURACY_BATCH, step=_ACCURACY_STEP, among=part.tolist()))
+                list(
+                    rows.in_order_of_length(
+                        _ACCURACY_BATCH, step=_ACCURACY_STEP, among=part.tolist(), most_tokens=self.tokens_at_once
+                    )
+                )
                 for part in np.split(order, [round(share * len(rows)) for share in scoring.LOOKS])
                 if len(part)
             ]

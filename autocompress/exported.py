@@ -13,6 +13,7 @@ from autocompress import machine, slot, timing
 from autocompress.config import TargetConfig
 from autocompress.errors import ConfigError, ExportError, first_line
 from autocompress.parcel import MEASUREMENT
+from autocompress.plan import CompressionPlan
 from autocompress.records import Measurement
 from autocompress.runtimes import Artifact, get_runtime
 
@@ -55,13 +56,8 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
     if stored is None:
         return _time_in_pytorch(folder, about["runtime"], inputs, target, pairs)
     artifact = Artifact.open(folder)
+    require_same_sums(artifact.plan, stored.fingerprint, str(folder))
     here = machine.fingerprint()
-    eight_bits = artifact.plan.integer_arithmetic
-    if eight_bits and machine.adds_in_16_bits(here) and not machine.adds_in_16_bits(stored.fingerprint):
-        raise ExportError(
-            f"{folder}: was built on a CPU that adds 8-bit products in 32 bits; this one adds them in 16, which "
-            "overflow: the model computes something else here; search and export on a CPU of this kind"
-        )
     same_machine = here["id"] == stored.fingerprint.get("id")
     reference_ms = stored.reference_ms if same_machine else None
     timed = time_against_stand_in(artifact, target, vocabulary, pairs, reference_ms=reference_ms)
@@ -80,6 +76,25 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
         "machine": here,
         "same_machine": same_machine,
     }
+
+
+def require_same_sums(plan: CompressionPlan, built_on: Mapping[str, Any], what: str) -> None:
+    """Refuse what computes something else on this CPU than on the one that it was built and scored on.
+
+    Args:
+        plan: of the artefact.
+        built_on: fingerprint of the machine.
+        what: it is, for the message.
+
+    Raises:
+        ExportError: if sums would overflow here.
+    """
+    overflows = plan.integer_arithmetic and machine.adds_in_16_bits() and "system" in built_on
+    if overflows and not machine.adds_in_16_bits(built_on):
+        raise ExportError(
+            f"{what}: was built on a CPU that adds 8-bit products in 32 bits; this one adds them in 16, which "
+            "overflow: the model computes something else here; search and export on a CPU of this kind"
+        )
 
 
 def _time_in_pytorch(

@@ -23,7 +23,7 @@ import torch
 from autocompress import machine, model, training
 from autocompress.binding import NO_STUDENT, BoundSpace, Effect, bind
 from autocompress.config import RunConfig
-from autocompress.decisions import RECONSTRUCTED, Quantize, Student
+from autocompress.decisions import RECONSTRUCTED, PruneNeurons, Quantize, Student
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Workshop
 from autocompress.pieces import reads_moments
@@ -38,6 +38,7 @@ _PLANS = 3
 """Random plans that are built and scored for the full model and for each student."""
 _CALIBRATION_ROWS = 256
 _RECONSTRUCTION_ROWS = 128
+_TAUGHT_ROWS = 128
 _FRONT = 40
 """Points that a front has at most, as a rule."""
 _START_SECONDS = 15.0
@@ -169,7 +170,7 @@ def forecast(run: RunConfig, progress: Progress = silent) -> Forecast:
         scored = run.data.calibration_rows / workshop.run.data.calibration_rows
         bank_seconds += scored * _seconds(lambda: workshop.base(None)) + _judging_seconds(workshop, space, None, scored)
         fitted = min(run.data.reconstruction_rows, len(workshop.task.splits["train"])) / workshop.reconstruction_rows
-        students = 0.0
+        students = _teacher_seconds(workshop) if space.students or run.search.recover else 0.0
         for student in space.students.values():
             progress(f"timing a few training steps of a {student.words()}, and its scores")
             cut = workshop.cut(student)
@@ -195,7 +196,8 @@ def forecast(run: RunConfig, progress: Progress = silent) -> Forecast:
     finetune = 0.0 if headed else epoch * run.model.finetune.epochs
     plans, parameters = count_plans(space)
     pieces = _count_pieces(space) * (1 + len(space.students))
-    total = finetune + students + bank_seconds + _START_SECONDS + candidate * run.search.trials + recovered
+    searched = candidate * run.search.trials * (1 + len(run.baselines))
+    total = finetune + students + bank_seconds + _START_SECONDS + searched + recovered
     weights = reference.size_bytes / 1e6
     return Forecast(
         plans=plans,
@@ -248,8 +250,20 @@ def _epoch_seconds(workshop: Workshop, built: model.EncoderModel, *, distilled: 
     return (moments[-1] - moments[0]) / (len(moments) - 1) * math.ceil(len(rows) / size)
 
 
+def _teacher_seconds(workshop: Workshop) -> float:
+    """Return the time of what the uncompressed model says of all training rows, which others are distilled by."""
+    if not workshop.run.recovery.alpha:
+        return 0.0
+    rows = workshop.splits["train"]
+    some = rows.head(_TAUGHT_ROWS)
+    with torch_threads(machine.cores()):
+        run = functools.partial(training.logits_of, workshop.teacher.module, some, precision=workshop.precision())
+        run()  # the first one prepares itself
+        return _seconds(run) * len(rows) / len(some)
+
+
 def _recovered_seconds(workshop: Workshop, each: float, *, epoch: float, fitted: float) -> float:
-    """Return the time of what is done at the end, as if nothing was removed from any point: no other takes as long.
+    """Return the time of what is done at the end, as if hardly anything had been removed: no point takes longer.
 
     Args:
         workshop: with a part of the rows that are fitted on.
@@ -260,7 +274,9 @@ def _recovered_seconds(workshop: Workshop, each: float, *, epoch: float, fitted:
     asked, search, fit = workshop.run.recovery, workshop.run.search, 0.0
     if search.reconstruct or (search.recover and asked.reconstruct):
         started = time.perf_counter()
-        workshop.structured(CompressionPlan().recovered(RECONSTRUCTED))
+        # What is left of the first block is fitted, and all that comes behind it.
+        least = PruneNeurons(keep=workshop.teacher.shape.blocks[0].neurons - 1)
+        workshop.structured(CompressionPlan((("block.0.ffn", least),)).recovered(RECONSTRUCTED))
         fit = (time.perf_counter() - started) * fitted
     passes = workshop.affordable_passes if asked.epochs == "auto" else asked.epochs * asked.seeds
     trained = search.recover * (each + passes * epoch + (fit if asked.reconstruct else 0.0))

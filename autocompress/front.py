@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -24,6 +25,13 @@ _BEST = {
     "accuracy": "the most accurate",
     "divergence": "the least divergent",
 }
+_KEYS: dict[str, Callable[[Measurement], tuple[float, ...]]] = {
+    "latency": lambda score: (score.latency_ratio, -score.accuracy),
+    "size": lambda score: (score.size_bytes, -score.accuracy),
+    "accuracy": lambda score: (-score.accuracy, score.latency_ratio),
+    "divergence": lambda score: (math.inf if score.divergence is None else score.divergence, score.latency_ratio),
+}
+"""What is least of the best, and what decides between equal ones."""
 KNEE, CLOSE = "knee", 0.01
 _WISHES: tuple[tuple[str, Preference, float | None], ...] = (
     ("fastest", "latency", CLOSE),
@@ -31,6 +39,8 @@ _WISHES: tuple[tuple[str, Preference, float | None], ...] = (
     (KNEE, "knee", None),
 )
 """What is recommended: its name, what is preferred, and how much accuracy it may lose."""
+_JUDGED_BY = {"latency": "latency", "size": "size_bytes"}
+"""The objective that a preference is among: of what nobody judged by, the best need not be on the front."""
 _NAMES = {"latency": "speed", "size_bytes": "size", "peak_memory": "memory"}
 """What an objective is called where its reader weighs it against others."""
 
@@ -200,15 +210,13 @@ class Front:
         reason = self._reason(point, feasible, len(offered), prefer, limits)
         return Choice(point, reason, self.neighbours(point, limits))
 
+    def ranked(self, prefer: Preference) -> list[Candidate]:
+        """Return the points, the best by ``prefer`` first, which is not ``knee``: that depends on what is offered."""
+        return sorted(self.points, key=lambda c: _KEYS[prefer](c.score))
+
     def _best(self, among: Sequence[Candidate], prefer: Preference) -> Candidate:
-        if prefer == "latency":
-            return min(among, key=lambda c: (c.score.latency_ratio, -c.score.accuracy))
-        if prefer == "size":
-            return min(among, key=lambda c: (c.score.size_bytes, -c.score.accuracy))
-        if prefer == "accuracy":
-            return max(among, key=lambda c: (c.score.accuracy, -c.score.latency_ratio))
-        if prefer == "divergence":
-            return min(among, key=lambda c: (c.score.divergence, c.score.latency_ratio))
+        if prefer != "knee":
+            return min(among, key=lambda c: _KEYS[prefer](c.score))
         scaled = _scaled(costs(among, self.objectives))
         return among[int(np.argmin(np.linalg.norm(scaled, axis=1)))]
 
@@ -276,11 +284,13 @@ class Front:
     def recommended(self) -> list[tuple[list[str], Candidate]]:
         """Return the points to look at first, each with what it is.
 
-        These are the fastest and the smallest that lose at most `CLOSE` of accuracy, and the knee; one point may be
-        several of them.
+        These are the fastest and the smallest that lose at most `CLOSE` of accuracy, where these are objectives, and
+        the knee; one point may be several of them.
         """
         found: dict[int, tuple[list[str], Candidate]] = {}
         for name, prefer, drop in _WISHES:
+            if _JUDGED_BY.get(prefer, self.objectives[0]) not in self.objectives:
+                continue
             try:
                 point = self.pick(prefer=prefer, max_accuracy_drop=drop)
             except NoFeasiblePointError:

@@ -62,12 +62,20 @@ def check(repository: Repository) -> None:
     """Ask the hub who we are, so that what it would refuse is refused before any work.
 
     Raises:
-        ExportError: if it cannot be reached, or knows no token of ours.
+        ExportError: if it cannot be reached, knows no token of ours, or none that may write there.
     """
     from huggingface_hub import HfApi
 
     with _in_our_words(repository):
-        HfApi().whoami()
+        found = HfApi().whoami()
+    role = found.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise ExportError(f"export: {repository.name}: the token for the hub may only read; give one that may write")
+    owner = repository.name.rpartition("/")[0]
+    ours = [found.get("name"), *(each.get("name") for each in found.get("orgs", ()))]
+    # What a token of finer grain may do is for the hub to say.
+    if role == "write" and owner and owner not in ours:
+        raise ExportError(f"export: {repository.name}: the token for the hub is of {', '.join(map(str, ours))}")
 
 
 def push(folder: Path, repository: Repository, message: str) -> str:

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, json_to_distribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
-from optuna.storages.journal._storage import JournalOperation
+from optuna.storages.journal._storage import JournalOperation, JournalStorageReplayResult
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.errors import StudyError
@@ -29,7 +29,10 @@ from autocompress.errors import StudyError
 LOCK = "study.lock"
 """File of a results folder that its driver holds; it stays."""
 _Record = dict[str, Any]
-_OF_A_TRIAL = ("params", "distributions", "user_attrs", "system_attrs", "intermediate_values")
+_SHARED_AT_ONCE = 200
+"""Finished trials whose parts are looked up in others' at a question for trials."""
+_OF_PARAMS = ("params", "distributions")
+_OF_A_TRIAL = (*_OF_PARAMS, "user_attrs", "system_attrs", "intermediate_values")
 _OF_A_STATE = ("state", "values", "datetime_start", "datetime_complete")
 
 
@@ -47,6 +50,8 @@ class Journal(JournalStorage):
         self._records = _Records(path)
         self._ended: dict[int, int] = {}
         """How many trials from the first on are all finished, by study."""
+        self._shared: dict[int, int] = {}
+        """How many of these share their parts, by study."""
         self._parts = _Parts()
         super().__init__(self._records)
 
@@ -64,11 +69,20 @@ class Journal(JournalStorage):
             found = self._replay_result
             numbers, trials = found._study_id_to_trial_ids[study_id], found._trials
             first = self._ended.get(study_id, 0)
-            while first < len(numbers) and (trial := trials[numbers[first]]).state.is_finished():
-                self._parts.share(trial)
+            while first < len(numbers) and trials[numbers[first]].state.is_finished():
                 first += 1
             self._ended[study_id] = first
+            begin = self._shared.get(study_id, 0)
+            # A few at a time: a driver that goes on with a large study would wait for all of them before its first one.
+            self._shared[study_id] = end = min(first, begin + _SHARED_AT_ONCE)
+            for number in numbers[begin:end]:
+                self._parts.share(trials[number])
             return [trials[number] for number in numbers[first:] if trials[number].state in states]
+
+    def _sync_with_backend(self) -> None:
+        if not isinstance(self._replay_result, _Replay):  # nothing is applied yet
+            self._replay_result = _Replay(self._worker_id_prefix)
+        super()._sync_with_backend()
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -80,6 +94,35 @@ class Journal(JournalStorage):
             self._sync_with_backend()
         with self._records.batch():
             yield
+
+
+class _Replay(JournalStorageReplayResult):
+    """What a journal's records come to.
+
+    A large study has a few dozen distributions and hundreds of thousands of parameters; Optuna reads the distribution
+    of each anew, which takes longer than all else that it does with a trial that is added whole.
+    """
+
+    def __init__(self, worker_id_prefix: str) -> None:
+        super().__init__(worker_id_prefix)
+        self._distributions: dict[str, BaseDistribution] = {}
+
+    def _apply_create_trial(self, log: _Record) -> None:
+        before = len(self._trials)
+        super()._apply_create_trial({name: value for name, value in log.items() if name not in _OF_PARAMS})
+        if len(self._trials) == before:
+            return  # of a study that is not there
+        trial = self._trials[before]
+        trial.distributions = {name: self._distribution(text) for name, text in log.get("distributions", {}).items()}
+        trial.params = {
+            name: trial.distributions[name].to_external_repr(value) for name, value in log.get("params", {}).items()
+        }
+
+    def _distribution(self, text: str) -> BaseDistribution:
+        known = self._distributions.get(text)
+        if known is None:
+            known = self._distributions[text] = json_to_distribution(text)
+        return known
 
 
 _NOT_SHARED = {float, list, dict}

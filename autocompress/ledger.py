@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,8 @@ class Ledger:
 
     def candidates(self) -> dict[int, Candidate]:
         """Return all evaluated candidates by number; interrupted and repeated trials are none."""
-        confirmed = {
-            int(key.removeprefix(_CONFIRMED)): value
-            for key, value in self._study.user_attrs.items()
-            if key.startswith(_CONFIRMED)
-        }
+        attributes = self._study.user_attrs
+        confirmed = {number: attributes[f"{_CONFIRMED}{number}"] for number in confirmed_in(attributes)}
         found = (self._read(trial, confirmed) for trial in self._study.get_trials(deepcopy=False))
         return {candidate.number: candidate for candidate in found if candidate is not None}
 
@@ -114,7 +111,11 @@ class Ledger:
             return None
         measured = None
         if trial.state == TrialState.COMPLETE:
-            measured = Measurement(**confirmed.get(trial.number, attrs["measurement"]))
+            measured = Measurement(**attrs["measurement"])
+            latest = confirmed.get(trial.number, {})
+            # Of a damaged journal, trials may have come to other numbers.
+            if (latest.get("predictions"), latest.get("size_bytes")) == (measured.predictions, measured.size_bytes):
+                measured = Measurement(**latest)
         failure = attrs["stopped"]["reason"] if "stopped" in attrs else attrs.get("failure")
         origin = attrs.get("origin", "sampler")
         return Candidate(
@@ -130,6 +131,11 @@ class Ledger:
             folder=self._folder,
             span=_span(trial.datetime_start, trial.datetime_complete),
         )
+
+
+def confirmed_in(attributes: Iterable[str]) -> list[int]:
+    """Return the numbers of the trials whose latencies, taken anew, are among a study's attributes of these names."""
+    return [int(key.removeprefix(_CONFIRMED)) for key in attributes if key.startswith(_CONFIRMED)]
 
 
 def _span(began: datetime | None, ended: datetime | None) -> tuple[float, float] | None:

@@ -67,14 +67,13 @@ class Live:
     def _make(self, version: str) -> str:
         with closing(self._open(self._folder)) as study:
             report = report_of(study)
-        wanted, at = study.run.search.trials, time.strftime("%H:%M:%S")
-        said = ""
-        if study.finished < wanted:
-            said = f"{study.finished} of {wanted} candidates at {at}; this page follows the search."
-        else:
-            with suppress(OSError):  # a search that has ended left none
-                stage = (self._folder / STAGE).read_text(encoding="utf-8")
-                said = f"All {wanted} candidates at {at}; what is left to do: {stage}."
+        # A space may hold fewer than were asked for.
+        said = f"{study.finished} of {study.run.search.trials} candidates at {time.strftime('%H:%M:%S')}; "
+        try:
+            said += f"what is left to do: {(self._folder / STAGE).read_text(encoding='utf-8')}."
+        except OSError:  # a search that has ended, or has all of that before it
+            ended = study.finished >= study.run.search.trials
+            said = "" if ended else f"{said}this page shows what comes."
         return dataclasses.replace(report, standing=said, version=version).html()
 
 

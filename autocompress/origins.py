@@ -80,7 +80,7 @@ def from_hub(what: str, fetch: Callable[[bool], Any], probe: Callable[[], None])
 def _snapshot(model_id: str, revision: str | None, local: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.codes"]
     found = Path(snapshot_download(model_id, revision=revision, local_files_only=local, allow_patterns=patterns))
     if local and not _is_whole(found):
         raise FileNotFoundError(f"{found} is not complete")  # such as where its configuration alone was asked for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -14,13 +15,41 @@ MEASUREMENT = "measurement.json"
 """What every export holds: its scores, what is needed to run it, and the names of all else that it holds."""
 
 
-def put(made: Path, out: Path) -> None:
-    """Bring what is in ``made`` to ``out``, which may be on another disk: all of it, or an error and nothing."""
-    out = out.resolve()  # aside and in place are then on one disk
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+def require_place(out: Path, *, force: bool) -> None:
+    """Refuse what `put` could not fill, before any work.
+
+    Raises:
+        ExportError: if ``out`` is no folder, cannot be written, or is not empty and not to be filled by force.
+    """
     try:
+        if out.exists() and not out.is_dir():
+            raise ExportError(f"export: {out} is no folder; give another")
+        if out.exists() and not force and any(out.iterdir()):
+            raise ExportError(f"export: {out} is not empty; give another folder or --force")
+        there = next(place for place in (out.resolve(), *out.resolve().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, RuntimeError) as error:
+        raise _cannot(out, error) from None
+
+
+def _cannot(out: Path, error: Exception) -> ExportError:
+    return ExportError(f"export: {out}: cannot be written ({getattr(error, 'strerror', None) or error})")
+
+
+def put(made: Path, out: Path, *, in_place_of: Path | None = None) -> None:
+    """Bring what is in ``made`` to ``out``, which may be on another disk: all of it, or an error and nothing.
+
+    An earlier export that stands in ``in_place_of`` goes once it is there.
+    """
+    out = out.resolve()
+    # Aside and in place are then on one disk: a folder that is there may be one by itself.
+    aside = (out if out.is_dir() else out.parent) / f".{out.name}.{uuid.uuid4().hex}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(made, aside)
+        if in_place_of is not None:
+            clear(in_place_of)
         if not out.exists():
             aside.replace(out)
             return
@@ -30,7 +59,7 @@ def put(made: Path, out: Path) -> None:
             _remove(out / entry.name)
             entry.replace(out / entry.name)
     except OSError as error:
-        raise ExportError(f"export: {out}: cannot be written ({error.strerror or error})") from None
+        raise _cannot(out, error) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

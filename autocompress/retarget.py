@@ -96,7 +96,7 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
             if study.measured(candidate.plan) is None and there.is_dir() and _runs_as_it_is(candidate, old, run):
                 shutil.copytree(there, workshop.artefacts / there.name, dirs_exist_ok=True)
                 copied.append(candidate)
-        made = _timed(copied, study, workshop)
+        made = _timed(copied, study, workshop, by_workers=bool(old.run.search.device))
         for candidate in chosen:
             if candidate.number not in made:
                 with _said(candidate, progress):
@@ -121,13 +121,20 @@ def _said(candidate: Candidate, progress: Progress) -> Iterator[None]:
         progress(f"trial {candidate.number}: {error}")
 
 
-def _timed(copied: Sequence[Candidate], study: Study, workshop: Workshop) -> dict[int, Candidate]:
-    """Time copied artefacts on this machine, and score those of another one, which may add in another order."""
+def _timed(copied: Sequence[Candidate], study: Study, workshop: Workshop, *, by_workers: bool) -> dict[int, Candidate]:
+    """Time copied artefacts on this machine, and score those of another one, which may add in another order.
+
+    Args:
+        copied: candidates whose artefacts these are.
+        study: to add them to.
+        workshop: that has them.
+        by_workers: whether their rows were run on other machines than the one that their scores name.
+    """
     scores: dict[int, Measurement] = {}
     for candidate in copied:
         with _said(candidate, workshop.progress):
             score = candidate.score
-            if score.fingerprint.get("id") != workshop.fingerprint["id"]:
+            if by_workers or score.fingerprint.get("id") != workshop.fingerprint["id"]:
                 workshop.progress(f"scoring trial {candidate.number} on this machine")
                 score = workshop.score(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
             scores[candidate.number] = score

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from autocompress import strict_yaml
 from autocompress.config import DataConfig, RunConfig, demo_run_text
-from autocompress.errors import ConfigError, DataError
+from autocompress.errors import ConfigError, DataError, quoted
 from autocompress.sources import is_file, read_table
 
 _KEYS = {
@@ -26,11 +26,11 @@ _ABOUT_THE_DEMO = "# Compress all-MiniLM-L6-v2, fine-tuned on movie reviews, for
 _LONGEST_NAME = 64
 
 
-def run_text(source: str, wanted: Mapping[str, str | int | None]) -> str:
+def run_text(out: Path, wanted: Mapping[str, str | int | None]) -> str:
     """Return the text of a run file.
 
     Args:
-        source: what the file is called in errors.
+        out: the file that it is to stand in.
         wanted: by the names of `_KEYS`; None leaves what the demo has.
 
     Raises:
@@ -38,12 +38,12 @@ def run_text(source: str, wanted: Mapping[str, str | int | None]) -> str:
     """
     text = demo_run_text()
     if wanted.get("model") is not None or wanted.get("data") is not None:
-        text = text.replace(_ABOUT_THE_DEMO, "# ", 1).replace("search demo", f"search {source}", 1)
+        text = text.replace(_ABOUT_THE_DEMO, "# ", 1).replace("search demo", f"search {quoted(out)}", 1)
     for name, value in wanted.items():
         key, default = _KEYS[name]
         if value is not None:
             text = text.replace(f"{key}: {default}", f"{key}: {json.dumps(value, ensure_ascii=False)}", 1)
-    RunConfig.from_mapping(strict_yaml.parse(text, source), source=source)
+    RunConfig.from_mapping(strict_yaml.parse(text, out.name), source=out.name)
     return text
 
 

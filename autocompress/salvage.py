@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 from autocompress.errors import StudyError, first_line
 from autocompress.journal import Journal, beside
+from autocompress.ledger import confirmed_in
 
 _FAILED: dict[str, Any] = {
     "op_code": int(JournalOperation.CREATE_TRIAL),
@@ -68,7 +69,7 @@ def salvage(journal: Path) -> Salvaged:
         raise StudyError(f"{journal}: no line is damaged")
     whole = [record for record in read if record is not None]
     begun = sum(record["op_code"] == JournalOperation.CREATE_TRIAL for record in whole)
-    missing = max((record.get("trial_id", -1) for record in whole), default=-1) + 1 - begun
+    missing = max((number for record in whole for number in _named(record)), default=-1) + 1 - begun
     if missing <= 0:
         kept = whole
     elif missing == damaged:
@@ -94,6 +95,11 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) and isinstance(found.get("op_code"), int) else None
+
+
+def _named(record: dict[str, Any]) -> list[int]:
+    """Return the numbers of the trials that a record is about, and does not begin."""
+    return [record["trial_id"]] if "trial_id" in record else confirmed_in(record.get("user_attr", {}))
 
 
 def _with_finished_trials(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:

@@ -17,7 +17,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 _LONGEST_S = 5.0
-"""Seconds that anybody waits: a process that trains, or was stopped, must not hold up all others."""
+"""Seconds that anybody waits for one holder: a process that trains, or was stopped, must not hold up all others."""
+_LONGEST_OF_ALL_S = 60.0
+"""Seconds that anybody waits for several in a row."""
 _AGAIN_S = 0.001
 _mine = threading.local()
 
@@ -62,10 +64,14 @@ def _locked(name: str, kind: int) -> Iterator[None]:
         return
     try:
         began = time.monotonic()
-        while time.monotonic() < began + _LONGEST_S:
+        since, holder = began, os.fstat(handle).st_mtime_ns
+        while (now := time.monotonic()) < min(since + _LONGEST_S, began + _LONGEST_OF_ALL_S):
             with suppress(OSError):
                 fcntl.flock(handle, kind | fcntl.LOCK_NB)
+                os.utime(handle)
                 break
+            if (latest := os.fstat(handle).st_mtime_ns) != holder:  # it came to somebody else meanwhile
+                since, holder = now, latest
             time.sleep(_AGAIN_S)
         _mine.waited = waited() + time.monotonic() - began
         yield

@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
 
-from autocompress.errors import StudyError, first_line
+from autocompress.errors import StudyError, first_line, quoted
 from autocompress.journal import Journal, repair_tail
 
 JOURNAL, DATABASE = "study.journal", "study.json"
@@ -106,7 +106,7 @@ class _Journal(Records):
         journal = folder / JOURNAL
         self._folder, self.where = folder, str(journal)
         if not writable and not journal.exists():
-            raise StudyError(f"{folder}: holds no {JOURNAL}; run: autocompress search RUN --out {folder}")
+            raise StudyError(f"{folder}: holds no {JOURNAL}; run: autocompress search RUN --out {quoted(folder)}")
         self.repaired = repair_tail(journal) if writable else None
         try:
             self.storage = self._journal = Journal(journal)
@@ -122,7 +122,7 @@ class _Journal(Records):
     def _unreadable(self, error: Exception) -> StudyError:
         return StudyError(
             f"{self.where}: cannot be read ({first_line(error)}); what can be is written into a new file by: "
-            f"autocompress salvage {self._folder}"
+            f"autocompress salvage {quoted(self._folder)}"
         )
 
     def batch(self) -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 
 from autocompress.binding import BoundSpace
 from autocompress.config import RunConfig
-from autocompress.errors import ConfigError, MeasurementError, StudyError
+from autocompress.errors import ConfigError, MeasurementError, StudyError, quoted
 from autocompress.front import Front
 from autocompress.garbage import without_collection
 from autocompress.identity import difference
@@ -86,8 +86,8 @@ class Study:
         try:
             with without_collection():
                 self._load(identity, writable)
-            if self._proposals is not None and self.predictor is not None and self.remaining:
-                self.learn()  # from all at once, for which the first proposal would have to wait
+                if self._proposals is not None and self.predictor is not None and self.remaining:
+                    self.learn()  # from all at once, for which the first proposal would have to wait
         except BaseException:
             self.close()
             raise
@@ -143,13 +143,15 @@ class Study:
         elif writable and stored is not None and stored.get("latency") != LATENCY_PROTOCOL:
             raise StudyError(
                 f"{where}: is of a version that took latencies otherwise, which are not mixed with new ones; it can be "
-                f"read and exported from, and autocompress retarget {self.folder} -o NEW measures its front anew"
+                f"read and exported from, and autocompress retarget {quoted(self.folder)} -o NEW measures its front "
+                "anew"
             )
         elif writable and self.outdated is not None:
             raise StudyError(f"{where}: {self.outdated}")
         elif identity is not None and stored is not None and (changes := difference(stored, identity)):
             elsewhere = stored.get("machine") != identity.get("machine")
-            hint = f"; autocompress retarget {self.folder} measures its front here" if elsewhere else ""
+            move = f"; autocompress retarget {quoted(self.folder)} -o NEW measures its front here"
+            hint = move if elsewhere else ""
             raise StudyError(f"{where}: this study was made with other settings ({changes}); use another --out{hint}")
         if writable:
             # A continued study must not draw the same numbers again.
@@ -183,7 +185,7 @@ class Study:
         if str((self._identity or {}).get("machine", machine)) != machine:
             raise StudyError(
                 f"{self.folder}: its latencies are of another machine, and are not mixed with this one's; autocompress "
-                f"retarget {self.folder} -o NEW measures its front here"
+                f"retarget {quoted(self.folder)} -o NEW measures its front here"
             )
 
     @property
@@ -195,7 +197,7 @@ class Study:
             return None
         return (
             f"is of a version that computed otherwise with {runtime}, so that nothing is added to it or exported from "
-            f"it; it can be read, and autocompress retarget {self.folder} -o NEW scores its front anew"
+            f"it; it can be read, and autocompress retarget {quoted(self.folder)} -o NEW scores its front anew"
         )
 
     def _reconcile(self) -> int:

@@ -93,16 +93,24 @@ class Split:
         return Batch(ids, mask, types, labels, torch.tensor(list(rows)))
 
     def in_order_of_length(
-        self, batch_size: int, *, step: int = 1, among: Sequence[int] | None = None
+        self, batch_size: int, *, step: int = 1, among: Sequence[int] | None = None, most_tokens: int | None = None
     ) -> Iterator[Batch]:
         """Yield all rows in batches of similar length, which saves padding; ``rows`` says where they belong.
 
         A ``step`` above 1 pads to multiples of it: a runtime that prepares its kernels for each new shape then meets
-        few of them. ``among`` restricts it to some rows.
+        few of them. ``among`` restricts it to some rows, and batches of more than one row have ``most_tokens``, padding
+        up to the longest of them included.
         """
         order = sorted(range(len(self)) if among is None else among, key=lambda row: (len(self.input_ids[row]), row))
-        for start in range(0, len(order), batch_size):
-            yield self.batch(order[start : start + batch_size], step=step)
+        batch: list[int] = []
+        for row in order:
+            tokens = (len(batch) + 1) * len(self.input_ids[row])
+            if len(batch) == batch_size or (batch and most_tokens is not None and tokens > most_tokens):
+                yield self.batch(batch, step=step)
+                batch = []
+            batch.append(row)
+        if batch:
+            yield self.batch(batch, step=step)
 
     def shuffled(self, batch_size: int, generator: torch.Generator) -> list[Batch]:
         """Return one epoch of shuffled batches, each of rows of similar length."""

@@ -49,6 +49,8 @@ _OF_MOMENTS, _OF_PAIRS = 0.05, 0.08
 those of 2 rounds of 1 and of 2 pairs between processes in ``results/benchmarks/latency-estimators.json``."""
 _TELLING = 4
 """Pairs below which a bootstrap cannot tell how far the ratio may be off: all of them may be alike by chance."""
+_DRAWN_AT_ONCE = 200_000
+"""Pairs that are put together at once: each is twenty numbers, and there may be ten thousand in each of all draws."""
 BOOTSTRAP_DRAWS = 2000
 
 
@@ -298,8 +300,8 @@ def summarize(moments: Sequence[Sequence[Pair]], *, seed: int) -> Latency:
     drawn = rng.integers(0, len(moments), (BOOTSTRAP_DRAWS, len(moments)))
     within = rng.random((BOOTSTRAP_DRAWS, len(moments), math.ceil(sizes.mean()))) * sizes[drawn][:, :, None]
     pairs = (np.cumsum(sizes) - sizes)[drawn][:, :, None] + within.astype(np.int64)
-    drawn_runs = runs[:, pairs.reshape(BOOTSTRAP_DRAWS, -1)].reshape(2, BOOTSTRAP_DRAWS, -1)
-    candidates, references = lower_quartiles(drawn_runs)
+    parts = np.array_split(pairs.reshape(BOOTSTRAP_DRAWS, -1), -(-pairs.size // _DRAWN_AT_ONCE))
+    candidates, references = np.concatenate([lower_quartiles(runs[:, p].reshape(2, len(p), -1)) for p in parts], axis=1)
     low, high = np.quantile(candidates / references, (0.025, 0.975))
     p50, p90 = np.quantile(np.concatenate([pair.candidate for pair in taken]), (0.5, 0.9)) * 1e3
     reference = float(np.median(np.concatenate([pair.reference for pair in taken]))) * 1e3

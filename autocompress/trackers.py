@@ -27,6 +27,9 @@ METRICS = (
 )
 """What is logged of a measurement, where it is known."""
 
+_UNFINISHED = ".part"
+"""Ends the name of an events file that is being written."""
+
 
 class Tracker(ABC):
     """Logs candidates, each once when it is scored, and once more when its latency was confirmed."""
@@ -71,11 +74,17 @@ class TensorBoard(Tracker):
     def log(self, number: int, about: dict[str, Any], metrics: dict[str, float], step: int) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        with self._writer(str(self._place / f"trial-{number}"), filename_suffix=f".{step}") as writer:
+        place = self._place / f"trial-{number}"
+        # A file that was not written to its end does not count, and goes when its trial is logged anew.
+        for left in place.glob(f"*{_UNFINISHED}"):
+            left.unlink()
+        with self._writer(str(place), filename_suffix=f".{step}{_UNFINISHED}") as writer:
             for summary in hparams(about, metrics):  # type: ignore[no-untyped-call]
                 writer._get_file_writer().add_summary(summary)
             for name, value in metrics.items():
                 writer.add_scalar(name, value, step)
+        for made in place.glob(f"*{_UNFINISHED}"):
+            made.rename(made.with_suffix(""))
 
 
 class MLflow(Tracker):
@@ -115,9 +124,10 @@ class MLflow(Tracker):
             tags = {"study": self._study, "trial": str(number)}
             made = self._client.create_run(self._experiment, tags=tags, run_name=f"trial-{number}")
             self._runs[number] = made.info.run_id
+        if not self.known.get(number):  # also where the server went away before it had all of them
             for name, value in about.items():
                 # Of the names that a space gives, MLflow takes letters, digits and a few signs.
-                self._client.log_param(made.info.run_id, re.sub(r"[^\w. /-]", "_", name), str(value)[:6000])
+                self._client.log_param(self._runs[number], re.sub(r"[^\w. /-]", "_", name), str(value)[:6000])
         for name, value in {**metrics, "confirmed": float(step)}.items():
             self._client.log_metric(self._runs[number], name, value, step=step)
         self._client.set_terminated(self._runs[number])

@@ -28,6 +28,7 @@ from autocompress.pieces import code_version
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.reconstruct import Wanted, read_sums, reconstruct, save_sums, sums_in
 from autocompress.rounding import read_packed, rounded, save_packed
+from autocompress.runtimes import get_runtime
 from autocompress.task import Batch, Split
 from autocompress.transforms.moments import Moments
 from autocompress.transforms.quantize import Packed
@@ -35,10 +36,13 @@ from autocompress.transforms.quantize import Packed
 Progress = training.Progress
 _RECONSTRUCTION = (
     "reconstruct.py",
+    "recovery.py",
     *(f"transforms/{name}.py" for name in ("importance", "prune", "surgery", "factorize", "moments")),
 )
 """What a reconstructed model comes of: its weights, and what they go on from."""
 
+_AT_ONCE = 2e11
+"""Multiplications of a batch: of larger ones, others would not wait to the end (`slot.py`)."""
 FITTED_AT_ONCE = 64
 """Rows of a batch by which weights are fitted; products over many tokens are faster."""
 
@@ -96,9 +100,11 @@ class Trained:
 
         Raises:
             ModelError: if it cannot be loaded or is not understood.
+            RuntimeBuildError: if the runtime's files cannot hold it.
             ConfigError: if what is timed, or a row, has more tokens than it reads at once.
         """
         found = model.load(folder, labels=self.task.labels, seed=self.run.seed)
+        get_runtime(self.run.target.runtime).require_size(found.parameters())
         most = found.most_tokens
         if most is None or self.run.data.max_tokens <= most:
             return found
@@ -123,11 +129,18 @@ class Trained:
         """The rows that reconstructions are fitted on."""
         head = self.task.head("train", self.run.data.reconstruction_rows)
         rows = head.tokenized(self.tokenizer, self.run.data.max_tokens)["train"]
-        return list(rows.in_order_of_length(FITTED_AT_ONCE))
+        return list(rows.in_order_of_length(FITTED_AT_ONCE, most_tokens=self.tokens_at_once))
 
     def calibration_batches(self, rows: int | None = None, *, at_once: int = 16) -> list[Batch]:
         split = self.calibration if rows is None else self.calibration.head(rows)
-        return list(split.in_order_of_length(at_once))
+        return list(split.in_order_of_length(at_once, most_tokens=self.tokens_at_once))
+
+    @cached_property
+    def tokens_at_once(self) -> int:
+        """Tokens of a batch that the uncompressed model is run on in a piece of work."""
+        blocks, hidden = self.untuned.shape.blocks, self.untuned.shape.hidden
+        weights = sum(4 * b.heads * b.head_size * hidden + 2 * b.neurons * hidden for b in blocks)
+        return max(1, int(_AT_ONCE / weights))
 
     @cached_property
     def teacher_folder(self) -> Path:
@@ -141,6 +154,8 @@ class Trained:
             "finetune": self.run.model.finetune.model_dump(),
             "precision": self.precision(),
             "seed": self.run.seed,
+            # Not of the recipe that there was before it was noted here.
+            **({"recipe": training.RECIPE} if training.RECIPE > 2 else {}),
         }
         return self.bank.get("finetuned", made_from, self._finetune)
 

@@ -47,7 +47,7 @@ def magnitude(base: EncoderModel, _: Importance) -> Importance:
     read = [base.linear(n, "output").weight.detach() for n in blocks]
     heads = [w.reshape(len(w), base.shape.blocks[n].heads, -1).norm(dim=(0, 2)) for n, w in enumerate(read)]
     neurons = [base.linear(n, "ffn_out").weight.detach().norm(dim=0) for n in blocks]
-    return Importance(tuple(heads), tuple(neurons), tuple(reversed(blocks)))
+    return Importance(tuple(heads), tuple(neurons))
 
 
 def taylor(base: EncoderModel, scores: Importance, batches: Sequence[Batch]) -> Importance:

@@ -62,7 +62,7 @@ def structures(shop: Workshop) -> dict[str, tuple[CompressionPlan, dict[str, tup
     """Return small structures by what they are called, and what is compared there; all in 8 bits unless they say so."""
     shape = shop.teacher.shape
     half = len(shape.blocks) // 2
-    dropped = tuple(sorted(shop.base(None)[1].drop_order[:half]))
+    dropped = tuple(sorted(shop.drop_order(None)[:half]))
     shallow = _pruned(shop, blocks=len(shape.blocks) - half, part=2).with_decision(
         MODEL_SITE, DropBlocks(blocks=dropped)
     )

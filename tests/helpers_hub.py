@@ -32,6 +32,8 @@ class Hub:
         self.messages: list[str] = []
         self.large: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.role = "write"
+        """What the token may do."""
         self.silent = False
         """Whether it keeps to itself what is there."""
 
@@ -67,12 +69,16 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         name, _, rest = path.removeprefix("/api/models/").partition("/tree/")
         if path == "/api/whoami-v2":
-            self._answer({"type": "user", "name": "me", "auth": {"type": "access_token"}})
+            self._answer(self._who())
         elif rest == "main":
             files = self.hub.files.get(name, {}).items()
             self._answer([{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in files])
         else:
             self._file(path)
+
+    def _who(self) -> dict[str, Any]:
+        auth = {"type": "access_token", "accessToken": {"displayName": "tests", "role": self.hub.role}}
+        return {"type": "user", "name": "me", "orgs": [{"type": "org", "name": "ours"}], "auth": auth}
 
     def do_HEAD(self) -> None:
         if self._known():

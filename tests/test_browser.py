@@ -97,6 +97,23 @@ def test_limits_filter_the_front_and_count_it(page: Any, tmp_path: Path) -> None
     assert errors == []
 
 
+def test_limits_name_the_points_that_pick_would_take(page: Any, tmp_path: Path) -> None:
+    tied = [
+        make_candidate(0, accuracy=0.87, ratio=0.12345678, size_bytes=40_123_456),
+        make_candidate(1, accuracy=0.87, ratio=0.11345678, size_bytes=50_000_000),
+        make_candidate(2, accuracy=0.85, ratio=0.05, size_bytes=60_000_000),
+    ]
+    opened(page, write(tmp_path, tied))
+    slide(page, "latency", 2)
+    for wish, name in (("accuracy", "most accurate"), ("latency", "fastest"), ("size", "smallest")):
+        said = page.locator("#limit-latency-value").text_content().removesuffix(" ms")
+        number = front_of(tied).pick(prefer=wish, max_latency_ms=float(said)).number  # type: ignore[arg-type]
+        assert f"{name}: trial {number}" in page.locator("#count").text_content()
+    slide(page, "size", 0)
+    said = page.locator("#limit-size-value").text_content().removesuffix(" MB")
+    assert front_of(tied).pick(max_size_mb=float(said)).number == 0
+
+
 def test_a_click_on_a_marker_shows_the_point(page: Any, tmp_path: Path) -> None:
     errors = opened(page, write(tmp_path, POINTS))
     assert page.locator("#detail h3").text_content() == "Trial 0", "the first that is recommended"
@@ -133,7 +150,7 @@ def test_a_point_is_reached_by_keyboard_and_by_address(page: Any, tmp_path: Path
     assert page.locator("#detail h3").text_content() == "Trial 1"
     page.locator("#limit-size").focus()
     page.keyboard.press("ArrowLeft")
-    assert page.locator("#limit-size-value").text_content() == "40.0 MB"
+    assert page.locator("#limit-size-value").text_content() == "40 MB"
     opened(page, f"{address}#trial-2")
     page.reload()
     page.wait_for_selector("html[data-ready]")

@@ -509,6 +509,11 @@ def test_init_fits_to_the_data(call: Call, tmp_path: Path, bert_headed_folder: P
         ([], "init: give --demo, or --model and --data"),
         (["--model", "m"], "init: give --demo, or --model and --data"),
         (["--demo", "--name", "../x"], "new.yaml: name: "),
+        (
+            ["--demo", "--model", "m", "--data", "d.csv"],
+            "init: --demo goes without --model, --data, --text and --label",
+        ),
+        (["--demo", "--text", "review"], "init: --demo goes without --model, --data, --text and --label"),
         (["--demo", "-o", "old.yaml"], "init: old.yaml exists; give another --out or --force"),
     ],
 )

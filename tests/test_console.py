@@ -28,6 +28,12 @@ def test_as_json_they_come_back(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == NESTED
 
 
+def test_what_comes_from_elsewhere_does_not_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    console.result({"classes": ["fine\x1b]0;mine\x07", "two\nlines"]}, as_json=False)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line == "classes: fine ]0;mine , two lines"
+
+
 def test_progress_is_not_among_results(capsys: pytest.CaptureFixture[str]) -> None:
     console.progress("distilling")
     told = capsys.readouterr()

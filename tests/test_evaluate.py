@@ -494,6 +494,12 @@ class TestStitched:
         shifted = CompressionPlan(((MODEL_SITE, DropBlocks(blocks=(0,))), ("block.0.ffn", LowRank(rank=5))))
         with_guide(shop).build(shifted, tmp_path / "third")
         assert len(made) == 3
+        # And so does a search in another space, even if that lets more blocks go.
+        other = with_guide(shop, "space=encoder-pruning")
+        assert shop.drop_order(None) == (2, 1, 0), "as no block may go"
+        assert sorted(other.drop_order(None)) == [0, 1, 2]
+        other.build(first, tmp_path / "fourth")
+        assert len(made) == 3
 
     @pytest.mark.parametrize("name", A_STUDENT)
     def test_a_student_of_another_architecture_is_scored_as_its_size_was_counted(

@@ -7,10 +7,12 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_study import SHAPE, space_of
 
+from autocompress import trained
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import BoundSpace, bind
 from autocompress.config import RunConfig, validated
@@ -144,6 +146,25 @@ def test_a_model_with_a_head_needs_no_finetuning(
     assert found.recovered_seconds == 0.0, "none is asked for"
     assert found.students_seconds > 0
     assert everything_below(tiny_bank) == kept
+
+
+@pytest.mark.slow
+def test_all_that_a_search_does_is_foreseen(
+    tiny_run: Callable[..., RunConfig], bert_headed_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted_since: list[int] = []
+    reconstruct = trained.reconstruct
+
+    def noted(*arguments: Any, since: int, **named: Any) -> Any:
+        fitted_since.append(since)
+        return reconstruct(*arguments, since=since, **named)
+
+    monkeypatch.setattr(trained, "reconstruct", noted)
+    more = ["search.reconstruct=true", "baselines=[random]", "search.trials=100"]
+    found = forecast(tiny_run([f"model.id={bert_headed_folder}", *more]))
+    assert fitted_since == [0], "as if all blocks were fitted"
+    parts = found.students_seconds + found.bank_seconds + found.recovered_seconds
+    assert found.total_seconds > parts + 200 * found.candidate_seconds, "a search and one at random"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from helpers_records import make_candidate, make_reference, random_candidates
 
 from autocompress.errors import ConfigError, NoFeasiblePointError
-from autocompress.front import Front, Limits
+from autocompress.front import Front, Limits, Preference
 from autocompress.pareto import costs
 from autocompress.records import Candidate
 from autocompress.report.tables import trade_words
@@ -296,6 +296,36 @@ def test_recommended_are_the_fastest_and_the_smallest_that_lose_little_and_the_k
     assert (found["fastest"], found["smallest"]) == (1, 0)
     assert found["knee"] == front.pick(prefer="knee").number
     assert len({point.number for _, point in front.recommended()}) == len(front.recommended()), "each once"
+
+
+@pytest.mark.parametrize(
+    ("objectives", "names"),
+    [
+        (("accuracy", "size_bytes"), {"smallest", "knee"}),
+        (("accuracy", "latency"), {"fastest", "knee"}),
+        (("accuracy", "peak_memory"), {"knee"}),
+    ],
+)
+def test_what_nobody_judged_by_is_not_recommended(objectives: tuple[str, ...], names: set[str]) -> None:
+    points = [make_candidate(n, accuracy=0.88 - n / 1000, size_bytes=10**7 - n, ratio=0.5 - n / 100) for n in range(3)]
+    points = [
+        dataclasses.replace(c, measurement=dataclasses.replace(c.score, peak_memory_bytes=c.score.size_bytes))
+        for c in points
+    ]
+    front = Front.of(points, make_reference(), objectives)
+    assert {name for found, _ in front.recommended() for name in found} == names
+
+
+def test_equal_points_are_told_apart_by_what_else_they_have() -> None:
+    points = [
+        make_candidate(0, accuracy=0.87, ratio=0.5, size_bytes=10_000_000),
+        make_candidate(1, accuracy=0.87, ratio=0.3, size_bytes=20_000_000),
+        make_candidate(2, accuracy=0.86, ratio=0.3, size_bytes=10_000_000),
+    ]
+    front = Front.of(points, make_reference(), ALL)
+    wishes: tuple[Preference, ...] = ("accuracy", "latency", "size")
+    for wish, first in zip(wishes, (1, 1, 0), strict=True):
+        assert front.pick(prefer=wish).number == front.ranked(wish)[0].number == first
 
 
 def test_where_no_point_is_close_only_the_knee_is_recommended() -> None:

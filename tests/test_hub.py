@@ -81,6 +81,18 @@ def test_the_token_is_checked_first(hub_on_loopback: Hub, monkeypatch: pytest.Mo
     assert set(hub_on_loopback.asked) == {"GET /api/whoami-v2"}
 
 
+def test_what_a_token_may_not_do_is_refused_before_any_work(hub_on_loopback: Hub) -> None:
+    for name in ("small", "me/small", "ours/small"):
+        hub.check(Repository(name))
+    with pytest.raises(ExportError, match="others/small: the token for the hub is of me, ours"):
+        hub.check(Repository("others/small"))
+    hub_on_loopback.role = "fineGrained"  # which may be let in by others
+    hub.check(Repository("others/small"))
+    hub_on_loopback.role = "read"
+    with pytest.raises(ExportError, match="me/small: the token for the hub may only read"):
+        hub.check(Repository("me/small"))
+
+
 def test_what_the_hub_forbids_is_said(hub_on_loopback: Hub, exported: Path) -> None:
     with pytest.raises(ExportError, match="others/small: the hub refused"):
         hub.push(exported, Repository("others/small"), "mine")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -76,6 +78,11 @@ def test_what_a_search_does_after_its_last_candidate_is_said(tmp_path: Path) -> 
         stage.unlink()
         assert "what is left to do" not in ask(address)[1]
     assert versions[0] != versions[1]
+
+
+def test_it_is_said_where_the_space_holds_fewer_than_were_asked_for(address: str, folder: Path) -> None:
+    (folder / "stage.txt").write_text("timing the front anew", encoding="utf-8")
+    assert re.search(r"6 of 8 candidates at [\d:]{8}; what is left to do: timing the front anew\.", ask(address)[1])
 
 
 def test_what_is_written_gives_another_version(address: str, folder: Path) -> None:
@@ -184,6 +191,8 @@ def test_a_page_that_is_open_follows_as_it_was_left(folder: Path, address: str) 
         page.keyboard.press("Home")
         limit = page.locator("#limit-size-value").text_content()
         page.evaluate("window.before = true")
+        page.evaluate("document.querySelector('.tall').scrollTop = 7")
+        at = page.evaluate("document.querySelector('.tall').scrollTop")
         with (folder / "study.csv").open("a", encoding="utf-8") as file:
             file.write("\n")
         page.wait_for_function("window.before === undefined", timeout=30_000)
@@ -192,4 +201,38 @@ def test_a_page_that_is_open_follows_as_it_was_left(folder: Path, address: str) 
         assert page.evaluate("document.getElementById('figure-front').layout.xaxis.title.text") == "size, MB"
         assert page.locator("#only").is_checked()
         assert page.locator("#limit-size-value").text_content() == limit != "any"
+        assert page.evaluate("document.activeElement.id") == "limit-size"
+        assert page.evaluate("document.querySelector('.tall').scrollTop") == at
         assert errors == []
+
+
+@pytest.mark.slow
+def test_another_study_in_the_same_place_is_another_page(folder: Path, address: str) -> None:
+    with browser() as chromium:
+        page = chromium.new_page()
+        errors = opened(page, address)
+        kept = {"fields": {"axis-x": "memory"}, "limits": {"latency": 0.001}, "scroll": 0, "within": []}
+        page.evaluate(
+            "(kept) => sessionStorage.setItem('report autocompress export other --trial ', kept)", json.dumps(kept)
+        )
+        page.reload()
+        page.wait_for_selector("html[data-ready]")
+        assert page.locator("#limit-latency-value").text_content() == "any"
+        # Nor does an axis that this study has not measured.
+        own = page.evaluate("`report ${JSON.parse(document.getElementById('data').textContent).command[0]}`")
+        page.evaluate("([own, kept]) => sessionStorage.setItem(own, kept)", [own, json.dumps({**kept, "limits": {}})])
+        page.reload()
+        page.wait_for_selector("html[data-ready]")
+        assert page.locator("#axis-x").input_value() == "latency"
+        assert errors == []
+
+
+@pytest.mark.slow
+def test_a_page_that_nobody_serves_any_more_says_so(folder: Path) -> None:
+    with browser() as chromium:
+        page = chromium.new_page()
+        with api.serve(folder) as address:
+            opened(page, address)
+        page.wait_for_function(
+            "document.querySelector('.standing').textContent.includes('Nobody serves')", timeout=30_000
+        )

@@ -100,6 +100,11 @@ def test_what_comes_back_predicts_as_the_artefact(
                 assert rough.dtype == dtype
                 np.testing.assert_allclose(rough.float(), logits, atol=0.2)
             found = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+        inside = found(**batch.inputs(), output_hidden_states=True)
+        assert inside.hidden_states[-1].shape[0] == len(batch.rows)
+        places = torch.arange(batch.input_ids.shape[1]).expand(batch.input_ids.shape).flip(1)
+        assert not torch.allclose(found(**batch.inputs(), position_ids=places).logits, inside.logits)
+        assert torch.equal(found(**batch.inputs(), return_dict=False)[0], inside.logits)
     saved = tmp_path / "again"
     found.save_pretrained(saved)
     again = AutoModelForSequenceClassification.from_pretrained(saved).eval()

@@ -171,7 +171,7 @@ def test_a_fitted_model_stays_nearer(
     """In what the changed site returns, on the rows that it is fitted to, as if it were pruned only."""
     scores = importance(model, batches)
     moments = take_moments(model, batches)
-    known = Importance(scores.heads, scores.neurons, scores.drop_order, lambda block, role: moments[block][role])
+    known = Importance(scores.heads, scores.neurons, lambda block, role: moments[block][role])
     pruned = tuple((site, d) for site, d in decisions if not isinstance(d, LowRank))
     role = "output" if decisions[0][0].endswith("attention") else "ffn_out"
     outputs = []
@@ -200,7 +200,7 @@ def test_moments_follow_their_block_where_others_are_dropped(model: EncoderModel
         width = model.linear(block, role).in_features
         return Moments(torch.zeros(width), torch.eye(width))
 
-    known = Importance(scores.heads, scores.neurons, scores.drop_order, moments)
+    known = Importance(scores.heads, scores.neurons, moments)
     plan = CompressionPlan((("model", DropBlocks(blocks=(0,))), ("block.1.ffn", LowRank(rank=8))))
     apply_plan(model.clone(), plan, known)
     assert asked == [(2, "ffn_in"), (2, "ffn_out")]

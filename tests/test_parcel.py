@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,62 @@ class TestPuttingInPlace:
         parcel.put(made, out)
         assert (tmp_path / "kept").exists()
         assert (out / "mine.txt").exists()
+
+    def test_a_folder_that_is_there_may_be_a_disk_by_itself(
+        self, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        (out / "model.bin").parent.mkdir()
+        places = []
+        copy = shutil.copytree
+
+        def copied(source: Path, there: Path, *more: Any) -> None:
+            if not more:  # as those of the folders within
+                places.append(there.parent)
+            copy(source, there, *more)
+
+        monkeypatch.setattr(shutil, "copytree", copied)
+        parcel.put(made, out)
+        assert places == [out], "nothing is moved from disk to disk"
+        assert {path.name for path in out.iterdir()} == {"model.bin", "tokenizer"}
+
+    def test_an_earlier_export_goes_once_there_is_another(
+        self, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        for name in ("model.xml", "measurement.json"):
+            (out / name).write_text('{"schema": 1, "plan_id": "any"}', encoding="utf-8")
+        parcel.seal(out, CompressionPlan())
+        with monkeypatch.context() as context:
+
+            def full(*_: object) -> None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            context.setattr(shutil, "copytree", full)
+            with pytest.raises(ExportError, match="No space left"):
+                parcel.put(made, out / "onnx", in_place_of=out)
+        assert {path.name for path in out.iterdir()} == {"model.xml", "measurement.json", "plan.json"}
+        parcel.put(made, out / "onnx", in_place_of=out)
+        assert {path.name for path in out.iterdir()} == {"onnx"}
+
+    def test_what_cannot_be_filled_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine", encoding="utf-8")
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "mine.txt").write_text("mine", encoding="utf-8")
+        (tmp_path / "link").symlink_to(tmp_path / "link")
+        for force in (False, True):
+            parcel.require_place(tmp_path / "new" / "out", force=force)
+            with pytest.raises(ExportError, match="file is no folder"):
+                parcel.require_place(tmp_path / "file", force=force)
+            with pytest.raises(ExportError, match="out: cannot be written"):
+                parcel.require_place(tmp_path / "file" / "out", force=force)
+            with pytest.raises(ExportError, match="link: cannot be written"):
+                parcel.require_place(tmp_path / "link", force=force)
+        with pytest.raises(ExportError, match="full is not empty; give another folder or --force"):
+            parcel.require_place(tmp_path / "full", force=False)
+        parcel.require_place(tmp_path / "full", force=True)
+        assert {path.name for path in tmp_path.iterdir()} == {"file", "full", "link"}
 
     def test_a_folder_that_is_there_stays_the_same_one(self, made: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"

@@ -32,7 +32,6 @@ def carried_out(of: EncoderModel, plan: CompressionPlan, seed: int) -> EncoderMo
         return Importance(
             tuple(torch.rand(b.heads, generator=generator) for b in blocks),
             tuple(torch.rand(b.neurons, generator=generator) for b in blocks),
-            tuple(range(len(blocks))),
         )
 
     built = of.clone()

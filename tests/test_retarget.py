@@ -103,7 +103,8 @@ def test_a_study_of_another_machine_goes_on_elsewhere(first: Path, tmp_path: Pat
     own = json.loads((first / "environment.json").read_text(encoding="utf-8"))["machine"]["id"]
     journal.write_text(journal.read_text(encoding="utf-8").replace(own, "another"), encoding="utf-8")
     run = RunConfig.from_file(there / "run.yaml")
-    with pytest.raises(StudyError, match=rf"machine: another became {own}.*autocompress retarget .*there measures"):
+    said = rf"machine: another became {own}.*autocompress retarget .*there -o NEW measures"
+    with pytest.raises(StudyError, match=said):
         drive(run, there, progress=lambda _: None)
     lines: list[str] = []
     study, moved = api.retarget(there, tmp_path / "here", progress=lines.append)

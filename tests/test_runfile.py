@@ -14,23 +14,23 @@ from autocompress.runfile import Known, name_of, named, run_text
 
 
 def test_what_is_not_asked_for_stays_the_demos() -> None:
-    text = run_text("run.yaml", {"name": None, "model": None})
+    text = run_text(Path("run.yaml"), {"name": None, "model": None})
     assert RunConfig.from_mapping(strict_yaml.parse(text, "run.yaml")) == RunConfig.from_file("demo")
     assert text.count("#") > 10
 
 
 def test_whatever_is_asked_for_is_text() -> None:
     odd = "a: b # c \"d\" 'e'"
-    text = run_text("run.yaml", {"data": odd, "text": "t: x", "label": "l#"})
+    text = run_text(Path("run.yaml"), {"data": odd, "text": "t: x", "label": "l#"})
     run = RunConfig.from_mapping(strict_yaml.parse(text, "run.yaml"))
     assert (run.data.source, run.data.text, run.data.label) == (odd, "t: x", "l#")
 
 
 def test_what_would_be_no_run_file_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"mine\.yaml: name: "):
-        run_text("mine.yaml", {"name": "../x"})
+        run_text(Path("mine.yaml"), {"name": "../x"})
     with pytest.raises(ConfigError, match=r"mine\.yaml: target\.runtime: "):
-        run_text("mine.yaml", {"target": "tflite"})
+        run_text(Path("mine.yaml"), {"target": "tflite"})
 
 
 def test_columns_are_known_of_local_files(tmp_path: Path) -> None:
@@ -47,10 +47,15 @@ def test_columns_are_known_of_local_files(tmp_path: Path) -> None:
 
 
 def test_a_file_for_other_data_does_not_tell_of_the_demos() -> None:
-    text = run_text("run.yaml", {"data": "mine.csv"})
-    assert "movie reviews" in run_text("run.yaml", {"name": "x"})
+    text = run_text(Path("run.yaml"), {"data": "mine.csv"})
+    assert "movie reviews" in run_text(Path("run.yaml"), {"name": "x"})
     assert "movie reviews" not in text
     assert text.startswith("# Every key can be overridden")
+
+
+def test_the_command_within_runs_where_the_file_was_asked_for() -> None:
+    text = run_text(Path("conf/my run.yaml"), {"data": "mine.csv"})
+    assert "autocompress search 'conf/my run.yaml' --set search.trials=200" in text
 
 
 @pytest.mark.parametrize(
@@ -76,7 +81,7 @@ def test_few_rows_are_cut_in_proportion(tmp_path: Path, tiny_csv: Path) -> None:
     rows = Known(str(tiny_csv)).search_rows(None, None)
     assert rows is not None
     read = RunConfig.from_mapping(
-        strict_yaml.parse(run_text("run.yaml", {"data": str(tiny_csv), "search_rows": rows}), "run.yaml")
+        strict_yaml.parse(run_text(Path("run.yaml"), {"data": str(tiny_csv), "search_rows": rows}), "run.yaml")
     )
     splits = task.load(read.data).splits
     assert len(splits["search"]) == rows

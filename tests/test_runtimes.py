@@ -152,7 +152,7 @@ def quantised(
     """Convert a model that has its structure already, as recovered ones do, and put in pieces of other widths."""
     activations = observe(model, rows)
     pieces = {
-        site: make_piece(model, site, [decision], Importance((), (), ()), activations)
+        site: make_piece(model, site, [decision], Importance((), ()), activations)
         for site, decision in plan.of_type(Quantize).items()
     }
     return runtime.stitch(template_of(runtime, model, rows[0]), pieces, plan, at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from helpers_records import make_candidate
 from test_study import SMALL, evaluate, results_in, run_of, states
 
+from autocompress.decisions import PruneNeurons
 from autocompress.errors import StudyError
 from autocompress.identity import identity_of
 from autocompress.plan import CompressionPlan
@@ -72,6 +74,30 @@ def test_several_trials_that_begin_nowhere_are_replaced(lines: list[bytes], tmp_
 def opened_after(folder: Path, lines: list[bytes], *damaged: int) -> Study:
     salvaged(folder, lines, *damaged)
     return opened(folder)
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_what_was_timed_anew_stays_with_its_plan(tmp_path: Path, numbered: bool) -> None:
+    """Points that were added whole are named by nothing else; where the last is not, the others get other numbers."""
+    folder = results_in(tmp_path / "results")
+    expected = {}
+    with closing(opened(folder)) as study:
+        evaluate(study, TRIALS)
+        for number in range(3):
+            plan = CompressionPlan((("block.0.ffn", PruneNeurons(keep=10 + number)),))
+            score = make_candidate(0, size_bytes=10**6 + number, ratio=0.5).score
+            added = study.add(plan, score, origin="recover")
+            latest = dataclasses.replace(score, latency_ratio=0.4, latency_ratio_low=0.39, latency_ratio_high=0.41)
+            study.confirm({added.number: dataclasses.replace(latest, confirmed=True)})
+            expected[plan] = 10**6 + number
+    lines = (folder / "study.journal").read_bytes().splitlines(keepends=True)
+    added = [number for number, line in enumerate(lines) if b'"origin":"recover"' in line]
+    last = [number for number, line in enumerate(lines) if b"confirmed:" in line][-1]
+    with closing(opened_after(tmp_path / "out", lines, added[0], *([] if numbered else [last]))) as study:
+        found = {c.plan: c.score for c in study.candidates() if c.origin == "recover"}
+    assert len(found) == 2
+    assert {plan: score.size_bytes for plan, score in found.items()}.items() <= expected.items()
+    assert [score.confirmed for score in found.values()].count(True) == (2 if numbered else 0)
 
 
 def test_what_cannot_be_numbered_is_left_out(lines: list[bytes], tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.sensitivity import Sensitivity
 from autocompress.space import SearchSpace
 from autocompress.transforms import apply_plan
+from autocompress.transforms.depth import drop_order
 from autocompress.transforms.importance import Importance, importance
 from autocompress.transforms.moments import take_moments
 from autocompress.transforms.quantize import observe
@@ -155,7 +156,8 @@ def test_whoever_wants_to_time_waits_for_a_batch_at_most(given: Given, monkeypat
     monkeypatch.setattr(slot, "working", working)
     handle = given.model.module.register_forward_pre_hook(note)
     try:
-        importance(given.model, given.batches, drops=1, counts=counts_of(given.model.shape.vocabulary, given.batches))
+        importance(given.model, given.batches, counts=counts_of(given.model.shape.vocabulary, given.batches))
+        drop_order(given.model, given.batches, 1)
         take_moments(given.model, given.batches)
         options = {"block.0.ffn": (PruneNeurons(keep=16), W4), MODEL_SITE: (MaxTokens(tokens=6),)}
 

@@ -93,6 +93,24 @@ def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         assert time.monotonic() - began >= 0.2
 
 
+def test_a_queue_that_moves_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "_LONGEST_S", 0.4)
+    seen: list[int] = []
+
+    def time_it(number: int) -> None:
+        with slot.timing():
+            seen.append(number)
+            time.sleep(0.3)
+            seen.append(number)
+
+    threads = [threading.Thread(target=time_it, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen[::2] == seen[1::2], "each alone, also the last"
+
+
 def test_what_one_waits_for_a_turn_is_counted_by_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slot, "_LONGEST_S", 0.3)
     waited: list[float] = []

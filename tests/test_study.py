@@ -948,7 +948,7 @@ def test_another_model_or_machine_than_that_of_the_study_is_refused(drive: Calla
     study.require_machine("ours")
     with pytest.raises(StudyError, match=r"^model: demo/minilm: is not the one that .+ compresses"):
         study.require_model("another")
-    with pytest.raises(StudyError, match=r"latencies are of another machine.* retarget .+ measures its front here"):
+    with pytest.raises(StudyError, match=r"are of another machine.* retarget .+ -o NEW measures its front here"):
         study.require_machine("another")
 
 

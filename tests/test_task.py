@@ -270,6 +270,13 @@ class TestBatches:
         lengths = [len(split.input_ids[row]) for row in rows]
         assert lengths == sorted(lengths)
 
+    @pytest.mark.parametrize("most", [1, 30, 10**6])
+    def test_batches_of_several_rows_have_so_many_tokens_at_most(self, split: task.Split, most: int) -> None:
+        plain, limited = (list(split.in_order_of_length(7, most_tokens=n)) for n in (None, most))
+        assert [r for b in limited for r in b.rows.tolist()] == [r for b in plain for r in b.rows.tolist()]
+        assert all(b.input_ids.numel() <= most or len(b.rows) == 1 for b in limited)
+        assert (len(limited) == len(plain)) == (most == 10**6)
+
     @pytest.mark.parametrize("step", [1, 4, 5])
     def test_steps_of_padding_give_few_widths_and_lose_nothing(self, split: task.Split, step: int) -> None:
         longest = max(map(len, split.input_ids))

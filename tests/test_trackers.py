@@ -155,6 +155,28 @@ def test_one_that_fails_is_left_out_and_brought_up_to_date_later(
     assert found.keys() == {0, 1}
 
 
+@pytest.mark.parametrize("kind", trackers.KINDS)
+def test_what_was_logged_in_part_is_logged_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    from mlflow.tracking import MlflowClient
+    from torch.utils.tensorboard import SummaryWriter
+
+    client, method = {"tensorboard": (SummaryWriter, "add_scalar"), "mlflow": (MlflowClient, "log_param")}[kind]
+    with monkeypatch.context() as context:
+
+        def broken(*_: object, **__: object) -> None:
+            raise OSError("no space left on device")
+
+        context.setattr(client, method, broken)
+        assert len(told(kind, tmp_path, scored(0))) == 1
+    assert told(kind, tmp_path, scored(0)) == []
+    if kind == "mlflow":
+        assert of_mlflow(tmp_path)[0].data.params["ffn.bits"] == "w4a8"
+        assert of_mlflow(tmp_path)[0].data.metrics["accuracy"] == 0.85
+    else:
+        assert of_tensorboard(tmp_path)[0]["accuracy"] == [(0, pytest.approx(0.85))]
+        assert [path.suffix for path in (tmp_path / "tensorboard" / "trial-0").iterdir()] == [".0"]
+
+
 def test_a_server_that_does_not_answer_costs_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

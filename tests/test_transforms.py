@@ -35,6 +35,7 @@ from autocompress.evaluate import Workshop
 from autocompress.model import EncoderModel, understand
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.transforms import apply_plan, check_plan
+from autocompress.transforms.depth import drop_order
 from autocompress.transforms.factorize import factorized
 from autocompress.transforms.importance import Importance, importance
 from autocompress.transforms.prune import keep_heads, keep_neurons
@@ -439,7 +440,6 @@ def importance_by_order(model: EncoderModel) -> Importance:
     return Importance(
         tuple(torch.arange(block.heads).double() for block in model.shape.blocks),
         tuple(torch.arange(block.neurons).double() for block in model.shape.blocks),
-        tuple(range(len(model.shape.blocks))),
     )
 
 
@@ -546,7 +546,8 @@ class TestPruning:
         blocks = model.block_list()
         wanted = next(p for p in model.module.parameters())
         wanted.requires_grad_(False)
-        importance(model, batches, drops=2)
+        importance(model, batches)
+        drop_order(model, batches, 2)
         assert same_state(state_of(model), before)
         assert model.block_list() is blocks
         assert [p.requires_grad for p in model.module.parameters()].count(False) == 1
@@ -580,23 +581,21 @@ class TestDropOrder:
     def test_blocks_go_by_what_their_loss_does(self, original: EncoderModel, batches: Sequence[task.Batch]) -> None:
         alone = self.divergences(original, batches, [(n,) for n in range(BLOCKS)])
         first = min(range(BLOCKS), key=alone.__getitem__)
-        one = importance(original, batches, drops=1).drop_order
+        one = drop_order(original, batches, 1)
         assert one == (first, *sorted((n for n in range(BLOCKS) if n != first), key=alone.__getitem__))
         rest = [n for n in range(BLOCKS) if n != first]
         both = self.divergences(original, batches, [tuple(sorted((first, n))) for n in rest])
         second = rest[min(range(len(rest)), key=both.__getitem__)]
-        assert importance(original, batches, drops=2).drop_order[:2] == (first, second)
+        assert drop_order(original, batches, 2)[:2] == (first, second)
 
-    def test_its_own_rows_may_be_given(self, original: EncoderModel, batches: Sequence[task.Batch]) -> None:
-        expected = importance(original, batches[:1], drops=1).drop_order
-        assert importance(original, batches, drops=1, drop_batches=batches[:1]).drop_order == expected
-
-    def test_without_drops_the_last_block_goes_first(self, scores: Importance) -> None:
-        assert scores.drop_order == tuple(reversed(range(BLOCKS)))
+    def test_without_drops_the_last_block_goes_first(
+        self, original: EncoderModel, batches: Sequence[task.Batch]
+    ) -> None:
+        assert drop_order(original, batches, 0) == tuple(reversed(range(BLOCKS)))
 
     @pytest.mark.parametrize("drops", [0, 1, 2, 3, 99])
     def test_every_block_has_its_place(self, original: EncoderModel, batches: Sequence[task.Batch], drops: int) -> None:
-        order = importance(original, batches[:1], drops=drops).drop_order
+        order = drop_order(original, batches[:1], drops)
         assert sorted(order) == list(range(BLOCKS))
 
     def test_a_block_that_does_nothing_goes_first(self, tiny_csv: Path) -> None:
@@ -614,7 +613,7 @@ class TestDropOrder:
                 norm.weight.fill_(1)
                 norm.bias.zero_()
         batches = list(rows_of(tiny_csv, "bert").head(16).in_order_of_length(8))
-        assert importance(model, batches, drops=1).drop_order[0] == 1
+        assert drop_order(model, batches, 1)[0] == 1
         less = model.clone()
         apply_plan(less, CompressionPlan(((MODEL_SITE, DropBlocks(blocks=(1,))),)), importance_by_order(model))
         assert torch.allclose(logits_of(less, batches[0]), logits_of(model, batches[0]), atol=1e-4)

@@ -27,6 +27,8 @@ from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.runtimes import Runtime
 from autocompress.transforms.student import Repeated
 
+_ASKED_FOR = ("output_attentions", "output_hidden_states")
+
 
 class CompressedForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
     """A compressed classifier; takes what the uncompressed one takes."""
@@ -54,15 +56,20 @@ class CompressedForSequenceClassification(PreTrainedModel):  # type: ignore[no-u
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **_: Any,
-    ) -> SequenceClassifierOutput:
-        """Return logits, ``batch x classes``, and the loss where there are labels."""
+        **options: Any,
+    ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
+        """Return logits, ``batch x classes``, the loss where there are labels, and what ``options`` ask for."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
         given = {name: _first(value, self.config.structure["tokens"]) for name, value in inputs.items()}
-        logits = self.model(**given).logits
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        asked = {name: options[name] for name in _ASKED_FOR if options.get(name)}
+        made = self.model(**given, **asked)
+        loss = None if labels is None else nn.functional.cross_entropy(made.logits, labels)
+        found = SequenceClassifierOutput(loss, made.logits, made.hidden_states, made.attentions)
+        return found if options.get("return_dict", True) is not False else found.to_tuple()
 
 
 def _first(value: torch.Tensor | None, tokens: int) -> torch.Tensor | None:

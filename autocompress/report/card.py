@@ -40,11 +40,12 @@ def model_card(
     *,
     data: str,
     timed: bool = True,
+    fast: bool = True,
 ) -> str:
     """Return Markdown with YAML front matter; every number comes from the arguments.
 
     ``data`` is the fingerprint of all rows, splits and classes. Without ``timed`` the latency is another file's, and is
-    left out.
+    left out. ``fast`` is the tokenizer that is not Python's.
     """
     about = {"library_name": "autocompress", "pipeline_tag": "text-classification"}
     if (base := published_name(run.model.id)) is not None:
@@ -83,7 +84,7 @@ def model_card(
     return (
         f"---\n{front_matter}---\n\n# {_cell(run.name)}: {_cell(candidate.plan.words())}\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
-        f'`python predict.py "a text"` runs it, with {needs_of(runtime)} alone.\n\n'
+        f'`python predict.py "a text"` runs it, with {needs_of(runtime, fast=fast)} alone.\n\n'
         f"## Plan\n\n```json\n{plan}\n```\n"
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from autocompress.anatomy import ModelShape
-from autocompress.front import Front
+from autocompress.front import Front, Preference
 from autocompress.records import Candidate, Measurement
 from autocompress.report.blocks import Picture
 from autocompress.report.tables import BETTER, one_line, size_mb, trade_words
@@ -19,6 +19,8 @@ from autocompress.report.tables import BETTER, one_line, size_mb, trade_words
 _DIGITS = 5
 _BETWEEN = "; "
 """Between the parts of a plan's words."""
+_BEST: dict[str, Preference] = {"fastest": "latency", "smallest": "size", "most accurate": "accuracy"}
+"""Points that the page names within its limits, by what they are."""
 K = TypeVar("K")
 _NUMBERS: dict[str, Callable[[Measurement], float | None]] = {
     "accuracy": lambda score: _percent(score.accuracy),
@@ -27,8 +29,8 @@ _NUMBERS: dict[str, Callable[[Measurement], float | None]] = {
     "drop": lambda score: _percent(score.accuracy_drop),
     "drop_low": lambda score: _percent(score.accuracy_drop_low),
     "drop_high": lambda score: _percent(score.accuracy_drop_high),
-    "size": size_mb,
-    "ms": lambda score: score.latency_ms,
+    "size": lambda score: _rounded_up(size_mb(score)),
+    "ms": lambda score: _rounded_up(score.latency_ms),
     "p90": lambda score: score.latency_p90_ms,
     "ratio": lambda score: score.latency_ratio,
     "ratio_low": lambda score: score.latency_ratio_low,
@@ -52,6 +54,7 @@ def page_data(
         random: those of the random baseline, of which the front is shown.
         shape: of the uncompressed model; without it there are no pictures of plans.
     """
+    places = {candidate.number: place for place, candidate in enumerate(candidates)}
     on_front = {point.number for point in front.points}
     blocks: dict[tuple[Any, ...], int] = {}
     parts: dict[str, int] = {}
@@ -70,6 +73,11 @@ def page_data(
             **_columns([c.measurement for c in candidates]),
         },
         "random": _columns([c.score for c in Front.of(random, front.reference, front.objectives).points]),
+        # By places among the candidates.
+        "best": {
+            name: [places[point.number] for point in front.ranked(prefer) if point.number in places]
+            for name, prefer in _BEST.items()
+        },
         "neighbours": {point.number: _neighbours(front, point) for point in front.points},
         "shape": None if shape is None else _sizes(shape),
         "blocks": list(blocks),
@@ -84,6 +92,12 @@ def _columns(scores: Sequence[Measurement | None]) -> dict[str, list[float | Non
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
+
+
+def _rounded_up(value: float) -> float:
+    """Return what the page can offer as a limit that lets ``value`` through, to `pick`, too."""
+    unit: float = 10.0 ** (math.floor(math.log10(value)) + 1 - _DIGITS)
+    return math.ceil(value / unit - 1e-6) * unit
 
 
 def _short(value: float | None) -> float | None:

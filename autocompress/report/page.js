@@ -37,10 +37,11 @@
     divergence: { title: "divergence, nats", of: (s, i) => s.divergence[i] },
     loss: { title: "loss", of: (s, i) => s.loss[i] },
   };
+  // Said with all their digits, so that `pick` takes the same points by them.
   const LIMITS = {
-    drop: { of: (s, i) => reference.accuracy[0] - s.accuracy[i], words: (v) => `${v.toFixed(1)} points` },
-    latency: { of: (s, i) => s.ms[i], words: (v) => `${short(v)} ms` },
-    size: { of: (s, i) => s.size[i], words: (v) => `${short(v)} MB` },
+    drop: { of: (s, i) => reference.accuracy[0] - s.accuracy[i], words: (v) => `${Math.ceil(1000 * v - 1e-6) / 1000} points` },
+    latency: { of: (s, i) => s.ms[i], words: (v) => `${v} ms` },
+    size: { of: (s, i) => s.size[i], words: (v) => `${v} MB` },
   };
   // Axes by objective, in the order in which a picture that is judged by them has them.
   const COSTS = { latency: "latency", size_bytes: "size", peak_memory: "memory" };
@@ -167,9 +168,8 @@
     place.dataset.shown = shown;
     place.replaceChildren(words);
     if (!kept.length) return;
-    const best = { fastest: (i) => all.ratio[i], smallest: (i) => all.size[i], "most accurate": (i) => -all.accuracy[i] };
-    for (const [name, cost] of Object.entries(best)) {
-      const found = kept.reduce((a, b) => (cost(b) < cost(a) ? b : a));
+    for (const [name, ranked] of Object.entries(data.best)) {
+      const found = ranked.find(keeps);
       const button = make("button", { type: "button", className: "link", textContent: `${name}: trial ${all.number[found]}` });
       button.addEventListener("click", () => select(found, true));
       place.append(" ", button);
@@ -539,7 +539,7 @@
   function row(i) {
     const score = all.accuracy[i] !== null;
     const state = all.feasible[i] || !score ? all.state[i] : `${all.state[i]}, infeasible`;
-    const button = make("button", { type: "button", className: "link", textContent: String(all.number[i]) });
+    const button = make("button", { type: "button", className: "link", id: `row-${all.number[i]}`, textContent: String(all.number[i]) });
     button.addEventListener("click", () => select(i, true));
     const cells = score
       ? [all.accuracy[i].toFixed(1), short(all.size[i]), all.ratio[i].toFixed(3), short(all.seconds[i])]
@@ -570,7 +570,8 @@
   }
 
   // A page that is served follows the search: where there is something new it loads itself anew, as it was left.
-  const KEPT = `report ${location.pathname}`;
+  const KEPT = `report ${data.command[0]}`; // another study's page may be served at the same place
+  const scrolled = () => document.querySelectorAll(".scroll");
   function restore() {
     const kept = data.version ? JSON.parse(sessionStorage.getItem(KEPT) || "null") : null;
     if (!kept) return;
@@ -578,7 +579,7 @@
     for (const [id, value] of Object.entries(kept.fields)) {
       const field = byId(id);
       if (field.type === "checkbox") field.checked = value;
-      else field.value = value;
+      else if ([...field.options].some((option) => option.value === value)) field.value = value;
       field.dispatchEvent(new Event(field.type === "range" ? "input" : "change"));
     }
     for (const [name, limit] of Object.entries(kept.limits)) {
@@ -593,22 +594,41 @@
       slider.setAttribute("aria-valuetext", LIMITS[name].words(limit));
     }
     draw();
+    const more = byId("more");
+    if (kept.whole && more && !more.hidden) more.click();
     window.scrollTo(0, kept.scroll);
+    scrolled().forEach((place, n) => Object.assign(place, { scrollTop: (kept.within[n] || [0])[0], scrollLeft: (kept.within[n] || [0, 0])[1] }));
+    const focused = kept.focus && document.querySelector(kept.focus);
+    if (focused) focused.focus({ preventScroll: true });
+    else document.activeElement.blur();
+  }
+  function focusOf() {
+    // What leads to the element that has the keyboard, in the page as it will be.
+    const at = document.activeElement;
+    if (at.id) return `#${CSS.escape(at.id)}`;
+    return at.dataset.trial ? `[data-trial="${CSS.escape(at.dataset.trial)}"]` : null;
   }
   function follow() {
     if (!data.version) return;
+    const standing = document.querySelector(".standing");
+    const said = standing && standing.textContent;
     setInterval(async () => {
       if (document.hidden) return;
       try {
         const answer = await fetch("version", { cache: "no-store" });
+        if (standing) standing.textContent = said;
         if (!answer.ok || (await answer.text()) === data.version) return;
       } catch {
-        return; // nobody serves it at the moment
+        if (standing) standing.textContent = `${said} Nobody serves it at the moment, so that it stands still.`;
+        return;
       }
       const fields = {};
       for (const id of ["axis-x", "axis-y", "axis-z"]) fields[id] = byId(id).value;
       for (const id of ["log", "solid", "only"]) fields[id] = byId(id).checked;
-      sessionStorage.setItem(KEPT, JSON.stringify({ fields, limits: view.limits, scroll: window.scrollY }));
+      const more = byId("more");
+      const kept = { fields, limits: view.limits, scroll: window.scrollY, focus: focusOf(), whole: Boolean(more && more.hidden) };
+      kept.within = [...scrolled()].map((place) => [place.scrollTop, place.scrollLeft]);
+      sessionStorage.setItem(KEPT, JSON.stringify(kept));
       location.reload();
     }, FOLLOW_MS);
   }

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.anatomy import ModelShape
-from autocompress.front import KNEE, Front
+from autocompress.front import CLOSE, KNEE, Front
 from autocompress.records import Candidate, Measurement
 from autocompress.report.comparison import (
     HEADINGS,
@@ -230,11 +230,11 @@ def _opening(front: Front) -> str:
     if not front.points:
         return f"{first} The front is empty: no candidate completed within the constraints.</p>"
     chosen = front.recommended()
-    within = any(name != KNEE for names, _ in chosen for name in names)
-    missed = "" if within else " No point of the front is within 1 percentage point of its accuracy."
+    close = any(reference.accuracy - point.score.accuracy <= CLOSE + 1e-9 for point in front.points)
+    missed = "" if close else " No point of the front is within 1 percentage point of its accuracy."
     items = "".join(f"<li>{_recommendation(point, names, reference)}</li>" for names, point in chosen)
     count = "1 point" if len(front) == 1 else f"{len(front)} points"
-    return f'{first}{missed} The front has {count}; consider:</p>\n<ul class="cards">{items}</ul>'
+    return f'{first}{missed} The front has {count}; of these, consider:</p>\n<ul class="cards">{items}</ul>'
 
 
 def _recommendation(point: Candidate, names: Sequence[str], reference: Measurement) -> str:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import PACKAGE
+SILENTLYimport PACKAGE
 from tokenizers import Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -34,10 +34,26 @@ for text in sys.argv[1:] or [line.rstrip("\\n") for line in sys.stdin]:
     best = int(logits.argmax())
     print(about["labels"][best], f"{shares[best] / shares.sum():.4f}", text, sep="\\t")
 '''
+_PYTHON_TOKENIZER = {
+    "numpy, tokenizers and": "numpy, transformers and",
+    "from tokenizers import Tokenizer": "from transformers import AutoTokenizer",
+    """tokenizer = Tokenizer.from_file(str(HERE / "tokenizer" / "tokenizer.json"))
+tokenizer.no_padding()
+tokenizer.enable_truncation(about["max_tokens"], direction=about["truncation_side"])
+""": """tokenizer = AutoTokenizer.from_pretrained(HERE / "tokenizer")
+""",
+    """    read = tokenizer.encode(*(text.split("\\t", 1) if about["pair"] else [text]))
+    known = {"input_ids": read.ids, "attention_mask": read.attention_mask, "token_type_ids": read.type_ids}
+""": """    texts = text.split("\\t", 1) if about["pair"] else [text]
+    known = tokenizer(*texts, truncation=True, max_length=about["max_tokens"], return_token_type_ids=True)
+""",
+}
+"""What is otherwise where the model's tokenizer is one of those that transformers have in Python alone."""
 _OF_ARTEFACT = 'json.loads((HERE / "artefact.json").read_text(encoding="utf-8"))["inputs"]'
 _LINES = {
     "openvino": {
         "INPUTS": _OF_ARTEFACT,
+        "SILENTLY": 'sys.modules["openvino_telemetry"] = None  # or the next line reports that it was imported\n',
         "PACKAGE": "openvino",
         "LOAD": 'settings = {"INFERENCE_NUM_THREADS": about["target"]["threads"], "INFERENCE_PRECISION_HINT": "f32"}\n'
         'model = openvino.Core().compile_model(HERE / "model.xml", "CPU", settings)',
@@ -45,12 +61,14 @@ _LINES = {
     },
     "onnxruntime": {
         "INPUTS": _OF_ARTEFACT,
+        "SILENTLY": "",
         "PACKAGE": "onnxruntime",
         "LOAD": 'model = onnxruntime.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])',
         "RUN": "model.run(None, {name: np.array([known[name]]) for name in inputs})[0]",
     },
     "torch": {
         "INPUTS": 'about["inputs"]',
+        "SILENTLY": "",
         "PACKAGE": "torch",
         "LOAD": 'model = torch.export.load(HERE / "program.pt2").module()',
         "RUN": "model(*(torch.tensor([known[name]]) for name in inputs)).detach().numpy()",
@@ -91,16 +109,19 @@ for text in sys.argv[1:] or [line.rstrip("\\n") for line in sys.stdin]:
 '''
 
 
-def needs_of(runtime: str) -> str:
-    """Say the packages that the program for a runtime needs."""
-    return "transformers and autocompress" if runtime == TRANSFORMERS else f"numpy, tokenizers and {runtime}"
+def needs_of(runtime: str, *, fast: bool = True) -> str:
+    """Say the packages that the program for a runtime needs; ``fast`` is the tokenizer that is not Python's."""
+    if runtime == TRANSFORMERS:
+        return "transformers and autocompress"
+    return f"numpy, {'tokenizers' if fast else TRANSFORMERS} and {runtime}"
 
 
-def predict_script(runtime: str) -> str:
-    """Return the program for a runtime's artefacts; it is the same for all of them."""
+def predict_script(runtime: str, *, fast: bool = True) -> str:
+    """Return the program for a runtime's artefacts; it is the same for all models whose tokenizers are alike."""
     if runtime == TRANSFORMERS:
         return _OF_TRANSFORMERS
     text = _SCRIPT
-    for mark, line in _LINES[runtime].items():
+    for mark, line in {**({} if fast else _PYTHON_TOKENIZER), **_LINES[runtime]}.items():
+        assert mark in text, "each stands in it"
         text = text.replace(mark, line)
     return text

@@ -142,6 +142,17 @@ class Runtime(ABC):
     arithmetic: ClassVar[str] = ""
     """What is different from how earlier versions computed with this runtime; scores of before are not for now."""
 
+    most_parameters: ClassVar[int | None] = None
+    """Of a model whose uncompressed artefact can be written."""
+
+    def require_size(self, parameters: int) -> None:
+        """Raise `RuntimeBuildError` for a model with more parameters than `most_parameters`."""
+        if self.most_parameters is not None and parameters > self.most_parameters:
+            raise RuntimeBuildError(
+                f"{self.name}: its files hold up to {self.most_parameters / 1e6:.0f} million parameters, and the model "
+                f"has {parameters / 1e6:.0f} million; use another runtime"
+            )
+
     @abstractmethod
     def check(self, plan: CompressionPlan, shape: ModelShape) -> None:
         """Raise `PlanError` for a decision that this runtime cannot carry out; ``shape`` is the uncompressed one."""

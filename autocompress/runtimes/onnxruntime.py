@@ -64,6 +64,8 @@ class ONNXRuntime(Runtime):
     """Builds and runs ONNX files."""
 
     name = "onnxruntime"
+    # Protobuf's messages end at 2 GiB; the graph and its names take a little of that.
+    most_parameters = (2**31 - 2**22) // 4
     # Earlier versions took the range of an input at each call, over all of it.
     arithmetic = "ranges of calibration"
 

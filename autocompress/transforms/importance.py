@@ -1,10 +1,10 @@
-"""How much the parts of a model matter: attention heads, FFN neurons, whole blocks, and rows of the table of tokens.
+"""How much the parts of a model matter: attention heads, FFN neurons, and rows of the table of tokens.
 
 Heads and neurons are ranked by the empirical Fisher information of a gate on each (Kwon et al. 2022, "A Fast
 Post-Training Pruning Framework for Transformers", eq. 5-7): the squared gradient of each row's loss with respect to
 the gate, summed over rows. Where it carries no information (all gradients vanish) magnitude takes its place. Where the
-others are to make up for what is removed, they go in the order of `surgery.py`. Blocks are ranked by what their removal
-does to the predictions: the Kullback-Leibler divergence to the full model.
+others are to make up for what is removed, they go in the order of `surgery.py`. In which order whole blocks go is for
+`depth.py` to say.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ class Importance:
     Args:
         heads: one tensor a block, ``heads``.
         neurons: one tensor a block, ``neurons``.
-        drop_order: block numbers, least important first.
         moments: of what the layers read, by which factors and 4-bit weights are fitted; without them, these come
             nearest to the weights as such.
         tokens: what the task's texts make of the table of tokens; None where it was not asked for.
@@ -50,7 +49,6 @@ class Importance:
 
     heads: tuple[torch.Tensor, ...]
     neurons: tuple[torch.Tensor, ...]
-    drop_order: tuple[int, ...]
     moments: OfBlocks | None = None
     tokens: TokenUse | None = None
     slopes: Callable[[int, str], torch.Tensor] | None = None
@@ -79,7 +77,6 @@ class Importance:
         return Importance(
             tuple(self.heads[n] for n in kept),
             tuple(self.neurons[n] for n in kept),
-            tuple(range(len(kept))),
             None if moments is None else lambda block, role: moments(kept[block], role),
             self.tokens,
             name=self.name,
@@ -106,19 +103,14 @@ def importance(
     model: EncoderModel,
     batches: Sequence[Batch],
     *,
-    drops: int = 0,
-    drop_batches: Sequence[Batch] | None = None,
     counts: torch.Tensor | None = None,
     autocast: Autocast = nullcontext,
 ) -> Importance:
-    """Score heads, neurons and blocks; the model is left unchanged.
+    """Score heads, neurons and, if asked, tokens; the model is left unchanged.
 
     Args:
         model: the model to score.
         batches: labelled calibration rows.
-        drops: how many blocks are removed greedily to find the order of dropping; the others follow by their effect
-            at the last step. 0 leaves the order from the last block to the first.
-        drop_batches: rows for that order, by default ``batches``.
         counts: how often the task's texts have each token, ``vocabulary``, float64, infinite for what has to stay;
             without them nothing is said of the table of tokens.
         autocast: entered for each run of the model, as where half precision is faster; scores are summed in double.
@@ -141,15 +133,12 @@ def importance(
             heads[number] = weight.reshape(weight.shape[0], model.shape.blocks[number].heads, -1).norm(dim=(0, 2))
         if not torch.isfinite(neurons[number]).all() or float(neurons[number].sum()) == 0:
             neurons[number] = model.linear(number, "ffn_out").weight.detach().norm(dim=0)
-    order = _drop_order(model, drop_batches or batches, drops, autocast)
     tokens = None
     if counts is not None:
         with slot.working():
             tokens = TokenUse.of(embedding.get_parameter("weight").detach(), counts, looked_up.mean())
     slopes = {key: watcher.mean().float() for key, watcher in outputs.items()}
-    return Importance(
-        tuple(heads), tuple(neurons), order, tokens=tokens, slopes=lambda block, role: slopes[block, role]
-    )
+    return Importance(tuple(heads), tuple(neurons), tokens=tokens, slopes=lambda block, role: slopes[block, role])
 
 
 def _tokens(batch: Batch) -> torch.Tensor:
@@ -276,41 +265,3 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 def _slope(value: torch.Tensor) -> torch.Tensor:
     assert value.grad is not None, "all that is looked at leads to the loss"
     return value.grad
-
-
-def _drop_order(
-    model: EncoderModel,
-    batches: Sequence[Batch],
-    drops: int,
-    autocast: Autocast,
-) -> tuple[int, ...]:
-    blocks, path = model.block_list(), model.layout.blocks
-    kept: list[int] = list(range(len(blocks)))
-    full = [_log_probabilities(model, batch, autocast) for batch in batches]
-    order: list[int] = []
-    divergence: dict[int, float] = {number: -number for number in kept}
-
-    def without(number: int) -> float:
-        model.replace(path, nn.ModuleList([blocks[n] for n in kept if n != number]))
-        return sum(
-            float(
-                functional.kl_div(
-                    _log_probabilities(model, batch, autocast), reference, log_target=True, reduction="sum"
-                )
-            )
-            for batch, reference in zip(batches, full, strict=True)
-        )
-
-    try:
-        for _ in range(min(drops, len(blocks) - 1)):
-            divergence = {number: without(number) for number in kept}
-            order.append(min(divergence, key=lambda n: divergence[n]))
-            kept.remove(order[-1])
-    finally:
-        model.replace(path, blocks)
-    return (*order, *sorted(kept, key=lambda n: divergence[n]))
-
-
-def _log_probabilities(model: EncoderModel, batch: Batch, autocast: Autocast) -> torch.Tensor:
-    with slot.working(), torch.no_grad(), autocast():
-        return functional.log_softmax(model.module(**batch.inputs()).logits.float(), dim=-1)
