@@ -68,7 +68,7 @@ def check(repository: Repository) -> None:
 
     with _in_our_words(repository):
         found = HfApi().whoami()
-    role = found.get("auth", {}).get("accessToken", {}).get("role")
+    role = ((found.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
         raise ExportError(f"export: {repository.name}: the token for the hub may only read; give one that may write")
     owner = repository.name.rpartition("/")[0]
