@@ -5,7 +5,6 @@ line prints it without a traceback and ends with the class's ``exit_code``.
 """
 
 import shlex
-from pathlib import Path
 
 
 class AutocompressError(Exception):
@@ -60,7 +59,7 @@ class ExportError(AutocompressError):
     """An export that was refused or that does not reproduce its score."""
 
 
-def quoted(path: Path) -> str:
+def quoted(path: object) -> str:
     """Return a path as a shell takes it, for commands that can be copied."""
     return shlex.quote(str(path))
 

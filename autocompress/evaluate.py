@@ -78,6 +78,16 @@ class Workshop(Bases):
             self.run.target.tokens,
         )
 
+    def loaded(self, folder: Path) -> EncoderModel:
+        """Load a classifier, or one to be, as models are trained from it.
+
+        Raises:
+            AutocompressError: if it cannot be loaded, does not fit the rows, or the runtime's files cannot hold it.
+        """
+        found = super().loaded(folder)
+        self.runtime.require_size(found.parameters())
+        return found
+
     def check(self, plan: CompressionPlan, shape: ModelShape | None = None) -> None:
         """Refuse a plan that cannot be carried out, before any work.
 

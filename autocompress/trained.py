@@ -28,7 +28,6 @@ from autocompress.pieces import code_version
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.reconstruct import Wanted, read_sums, reconstruct, save_sums, sums_in
 from autocompress.rounding import read_packed, rounded, save_packed
-from autocompress.runtimes import get_runtime
 from autocompress.task import Batch, Split
 from autocompress.transforms.moments import Moments
 from autocompress.transforms.quantize import Packed
@@ -100,11 +99,9 @@ class Trained:
 
         Raises:
             ModelError: if it cannot be loaded or is not understood.
-            RuntimeBuildError: if the runtime's files cannot hold it.
             ConfigError: if what is timed, or a row, has more tokens than it reads at once.
         """
         found = model.load(folder, labels=self.task.labels, seed=self.run.seed)
-        get_runtime(self.run.target.runtime).require_size(found.parameters())
         most = found.most_tokens
         if most is None or self.run.data.max_tokens <= most:
             return found

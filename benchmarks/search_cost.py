@@ -186,6 +186,10 @@ def timed_anew(figures: Figures, out: Path, cache: Path) -> None:
     kept = float(pareto.nondominated(costs).mean())
     figures.more["front timed anew"] = [[float(a), float(b)] for a, b in zip(stored, ratios, strict=True)]
     what = "front timed anew"
+    low, high = (np.array([getattr(c.score, f"latency_ratio_{end}") for c in points]) for end in ("low", "high"))
+    inside = float(((low <= ratios) & (ratios <= high)).mean())
+    figures.add(f"{what}: within the stored 95 % interval", inside, "share of points", ">= 0.9", inside >= 0.9)
+    figures.add(f"{what}: shift in the mean", float((ratios / stored).mean() - 1), "share")
     figures.add(f"{what}: within 5 % of the stored ratio", within, "share of points", ">= 0.95", within >= 0.95)
     figures.add(f"{what}: still not dominated", kept, "share of points", ">= 0.9", kept >= 0.9)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import SPECIAL
 
-from autocompress import recovery, scoring, slot, stand, timing
+from autocompress import api, recovery, scoring, slot, stand, timing
 from autocompress.config import RunConfig
 from autocompress.decisions import (
     DropBlocks,
@@ -29,11 +29,12 @@ from autocompress.decisions import (
     Student,
     TrimVocabulary,
 )
-from autocompress.errors import MeasurementError, PlanError
+from autocompress.errors import MeasurementError, PlanError, RuntimeBuildError
 from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Measurement, Stopped
 from autocompress.runtimes import Artifact
+from autocompress.runtimes.onnxruntime import ONNXRuntime
 
 pytestmark = pytest.mark.slow
 
@@ -544,3 +545,16 @@ def test_a_bank_that_knows_a_model_of_single_texts_serves_pairs_too(
             built = workshop.build(CompressionPlan(), workshop.reference_folder)
             assert ("token_type_ids" in built.inputs) == (task == "pair")
             assert workshop.score(built).rows >= 20
+
+
+def test_a_model_that_the_runtimes_files_cannot_hold_is_refused_before_it_is_trained(
+    tiny_run: Callable[..., RunConfig], bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run([f"model.id={json.dumps(str(bert_folder))}", "target.runtime=onnxruntime"])
+    monkeypatch.setattr(ONNXRuntime, "most_parameters", 1000)
+    monkeypatch.setattr(Workshop, "_finetune", lambda *_: pytest.fail("there was work"))
+    said = r"onnxruntime: its files hold up to 0 million parameters, and the model has \d+ million; use another runtime"
+    with pytest.raises(RuntimeBuildError, match=said):
+        api.validate(run)
+    with pytest.raises(RuntimeBuildError, match=said):
+        Workshop(run, tmp_path).loaded(bert_folder)
