@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,6 @@ UNPACKED = {"hf": "transformers", "torch": "torch"}
 CONFIRMING_PAIRS = 20
 """Blocks of runs that confirm an exported latency: more than a search takes, and nothing beside."""
 _LOADS, _MOST_PAIRS = 4, 10_000
-_APART_S = 3.0
-"""Seconds between loads: what slows a machine down lasts for some, and all pairs could be taken within."""
 
 
 def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
@@ -150,10 +146,7 @@ def time_against_stand_in(
     if reference_ms is not None:
         pace.note(reference_ms / 1e3)
     shares = [pairs // _LOADS + (number < pairs % _LOADS) for number in range(_LOADS)]
-    began = -math.inf
     while count := shares.pop(0) if shares else min(pairs // _LOADS, pace.missing(times, pairs, pairs)):
-        time.sleep(max(0.0, began + _APART_S - time.monotonic()))
-        began = time.monotonic()
         ours, beside = (timing.ready(runtime.load(each, target), inputs) for each in (artifact, reference))
         times.append(timing.paired_times(ours, beside, inputs, pairs=count, clock=clock, before=pace.quiet(times)))
         for pair in times[-1]:

@@ -53,7 +53,6 @@ class Runtime:
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     found = Runtime()
     monkeypatch.setattr(exported_folder, "get_runtime", lambda _: found)
-    monkeypatch.setattr(exported_folder, "_APART_S", 0.0)
     monkeypatch.setattr(exported_folder.timing, "clock_of", lambda _: lambda: found.now)
     return found
 
@@ -91,16 +90,6 @@ def test_all_pairs_are_taken_over_several_loads(runtime: Runtime, exported: Path
     block = {"out": 2 * 10, "reference": 2 * 6}
     once = 4 * (0.001 + 0.003)  # after each load, for which it may have to prepare itself
     assert runtime.now == pytest.approx(once + pairs * (0.001 * block["out"] + 0.003 * block["reference"]))
-
-
-def test_loads_lie_seconds_apart(runtime: Runtime, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr(exported_folder, "_APART_S", 1000.0)
-    monkeypatch.setattr(exported_folder.time, "sleep", slept.append)
-    exported_folder.measure(exported, pairs=8)
-    assert len(runtime.loaded) == 2 * len(slept) == 8
-    assert slept[0] == 0
-    assert all(900 < seconds <= 1000 for seconds in slept[1:])
 
 
 def test_pairs_that_were_disturbed_are_taken_anew_after_another_load(
