@@ -21,7 +21,7 @@ import numpy as np
 
 from autocompress import fresh, hub, scoring, timing
 from autocompress.config import RunConfig
-from autocompress.errors import ExportError, RuntimeBuildError, first_line
+from autocompress.errors import ExportError, RuntimeBuildError, first_line, quoted
 from autocompress.evaluate import Workshop, kept_logits
 from autocompress.exported import CONFIRMING_PAIRS, FORMATS, MEASUREMENT_SCHEMA, UNPACKED, require_same_sums
 from autocompress.parcel import MEASUREMENT, put, require_place, seal
@@ -224,7 +224,7 @@ def _export(
         different = int((reloaded.argmax(1) != expected.argmax(1)).sum())
         raise ExportError(
             f"export: trial {candidate.number}: {different} of {len(expected)} predictions of the reloaded copy differ "
-            f"from its score; {_why_not(measured, workshop)}"
+            f"from its score; {_why_not(candidate, measured, workshop)}"
         )
     progress("scoring on the held-out test split")
     logits = workshop.logits(Artifact.open(aside), "test")
@@ -247,11 +247,13 @@ def _export(
     return Export(aside, confirmed, test, test_drop, agreement, measured.latency_ratio)
 
 
-def _why_not(score: Measurement, workshop: Workshop) -> str:
+def _why_not(candidate: Candidate, score: Measurement, workshop: Workshop) -> str:
     """Say why a copy predicts otherwise than its artefact did."""
     if score.fingerprint.get("id") == workshop.fingerprint["id"]:
         return "the artefact no longer matches"
-    return "it was scored on another machine, which computes otherwise; autocompress retarget scores the front here"
+    assert candidate.folder is not None, "it has an artefact"
+    move = f"autocompress retarget {quoted(candidate.folder)} -o NEW scores the front here"
+    return f"it was scored on another machine, which computes otherwise; {move}"
 
 
 def _export_unpacked(
