@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from autocompress import fresh, hub, scoring, timing
+from autocompress.calm import Calm
 from autocompress.config import RunConfig
 from autocompress.errors import ExportError, RuntimeBuildError, first_line, quoted
 from autocompress.evaluate import Workshop, kept_logits
@@ -41,8 +42,6 @@ LEAST_AGREEMENT = 0.98
 The grids are the same. Where floats are added in another order, though, some come to lie on the other side of a step of
 8 bits, and from layer to layer that grows.
 """
-LEAST_PATIENCE_S, PATIENCE = 300, 20
-"""Seconds that a fresh process has at least, and how many times what its rows should take."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def export(
     with closing(Study(candidate.folder, run)) as study:
         if study.outdated is not None:
             raise ExportError(f"export: {candidate.folder}: {study.outdated}")
-        workshop = Workshop(run, candidate.folder / "artefacts", progress)
+        calm, workshop = study.calm, Workshop(run, candidate.folder / "artefacts", progress)
         study.require_data(workshop.task.fingerprint)
         if format_of(run) in formats:  # whose artefact ships as it is
             require_same_sums(candidate.plan, candidate.score.fingerprint, f"export: trial {candidate.number}")
@@ -138,7 +137,7 @@ def export(
                 if name in UNPACKED:
                     shipped = _export_unpacked(candidate, run, name, scored, aside, progress)
                 else:
-                    shipped = _export(candidate, run, FORMATS[name], scored, aside, progress)
+                    shipped = _export(candidate, run, FORMATS[name], scored, aside, calm, progress)
                 seal(aside, candidate.plan)
                 put(aside, target, in_place_of=out if len(formats) > 1 else None)
                 found[name] = dataclasses.replace(shipped, folder=target)
@@ -194,9 +193,18 @@ def _scored(candidate: Candidate, run: RunConfig, artefacts: Path, progress: Pro
 
 
 def _export(
-    candidate: Candidate, run: RunConfig, runtime: str, scored: Artifact, aside: Path, progress: Progress
+    candidate: Candidate,
+    run: RunConfig,
+    runtime: str,
+    scored: Artifact,
+    aside: Path,
+    calm: Calm | None,
+    progress: Progress,
 ) -> Export:
-    """Write a copy of the artefact, or another runtime's of the same plan, into the empty folder ``aside``."""
+    """Write a copy of the artefact, or another runtime's of the same plan, into the empty folder ``aside``.
+
+    ``calm`` is what the study knows of the slow times of the machine that it was searched on.
+    """
     scratch = aside.parent
     other = run.timed_here().model_copy(update={"target": run.target.model_copy(update={"runtime": runtime})})
     if runtime == run.target.runtime:
@@ -230,18 +238,21 @@ def _export(
     logits = workshop.logits(Artifact.open(aside), "test")
     test = scoring.accuracy(logits, workshop.splits["test"])
     test_drop = scoring.drop(logits, workshop.reference_logits_on_test, workshop.splits["test"])
-    confirmed, pairs = measured, workshop.run.search.latency_pairs
+    confirmed, pairs, as_in_search = measured, workshop.run.search.latency_pairs, None
     if not workshop.run.search.device:  # what was measured on a device is not what this machine measures
         pairs = CONFIRMING_PAIRS
         latest = dataclasses.replace(measured, **timed.fields(), confirmed=True, fingerprint=workshop.fingerprint)
         confirmed = latest.check()
         if measured.fingerprint.get("id") == workshop.fingerprint["id"]:  # here latencies drift as they were seen to
-            confirmed = confirmed.drifting(measured.latency_drift)
+            as_in_search = calm if runtime == run.target.runtime else None
+            calmed = confirmed if as_in_search is None else as_in_search.adjust(confirmed)
+            confirmed = calmed.drifting(measured.latency_drift)
     agreement = float((expected.argmax(1) == kept_logits(scored.folder).argmax(1)).mean())
     about = {
         "search": dataclasses.asdict(confirmed),
         "latency_ratio_in_search": measured.latency_ratio,
         "latency_pairs": pairs,
+        "calm": None if as_in_search is None else dataclasses.asdict(as_in_search),
     }
     _describe(aside, candidate, workshop, runtime, confirmed, test, test_drop, agreement, about)
     return Export(aside, confirmed, test, test_drop, agreement, measured.latency_ratio)
@@ -381,7 +392,7 @@ def _reload(folder: Path, workshop: Workshop, scratch: Path, score: Measurement)
 def _patience(run: RunConfig, score: Measurement, rows: int) -> float:
     """Return how many seconds a process may take that runs so many rows, none of which takes long by the reference."""
     longest = score.reference_ms / 1e3 * run.data.max_tokens / run.target.tokens
-    return LEAST_PATIENCE_S + PATIENCE * rows * longest
+    return fresh.patience_s(rows, longest)
 
 
 def _elsewhere(module: str, *arguments: str, seconds: float) -> None:

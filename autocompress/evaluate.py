@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from autocompress import machine, recovery, scoring, slot, timing
+from autocompress import fresh, machine, recovery, scoring, slot, timing
 from autocompress.anatomy import ModelShape, before_drop
+from autocompress.apart import Apart
 from autocompress.bases import RANGE_ROWS, Bases
 from autocompress.config import RunConfig
 from autocompress.decisions import Decision, DropBlocks, Recover, Student, TrimVocabulary
@@ -202,6 +203,11 @@ class Workshop(Bases):
         """Where artefacts are timed on this machine."""
         inputs = self.inputs(Artifact.open(self.reference_folder))
         return Stand(self.runtime, self.run.target, self.reference_folder, inputs)
+
+    def apart(self, patience_s: float) -> Apart:
+        """Return what times artefacts on this machine in a fresh process, within so many seconds."""
+        inputs = self.inputs(Artifact.open(self.reference_folder))
+        return Apart(self.run.target, self.reference_folder, inputs, patience_s=patience_s)
 
     def inputs(self, artifact: Artifact) -> dict[str, np.ndarray]:
         return timing.inputs_of(artifact.inputs, self.run.target, self.vocabulary, self.run.seed)
@@ -395,7 +401,7 @@ class Workshop(Bases):
         quiet: Callable[[], None] | None = None,
         progress: Progress = silent,
     ) -> list[Measurement]:
-        """Return ``points`` with their latencies taken anew, in rounds over all of them and over several loads.
+        """Return ``points`` with their latencies taken anew in a fresh process, in rounds over all and several loads.
 
         A machine is slower for seconds at a time, and models of different sizes suffer differently: what is timed at
         several moments, seconds apart, is not at the mercy of one.
@@ -405,10 +411,18 @@ class Workshop(Bases):
             pairs: rounds over all of them.
             quiet: called before anything is timed; returns when nothing else runs.
             progress: told each round.
+
+        Raises:
+            MeasurementError: if the fresh process fails.
         """
         self._require_device()
+        if not points:
+            return []
         artefacts = [Artifact.open(self.artefacts / plan.plan_id) for plan, _ in points]
-        times = (self.device or self.stand).rounds(artefacts, pairs, quiet=quiet, progress=progress)
+        longest = max(max(measured.latency_ms, measured.reference_ms) for _, measured in points) / 1e3
+        runs = len(points) * 2 * timing.ANEW * pairs * 2 * timing.MOST_RUNS
+        stand = self.device or self.apart(fresh.patience_s(runs, longest))
+        times = stand.rounds(artefacts, pairs, quiet=quiet, progress=progress)
         found = []
         for (_, measured), parts in zip(points, times, strict=True):
             timed = timing.summarize(parts, seed=self.run.seed)

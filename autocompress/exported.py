@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from autocompress import machine, slot, timing
+from autocompress.calm import Calm
 from autocompress.config import TargetConfig
 from autocompress.errors import ConfigError, ExportError, first_line
 from autocompress.parcel import MEASUREMENT
@@ -39,6 +41,8 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
         about = json.loads((folder / MEASUREMENT).read_text(encoding="utf-8"))
         by_pytorch = about.get("runtime") in UNPACKED.values()
         stored = None if by_pytorch else Measurement.from_json(json.dumps(about["search"]))
+        # Exports of before do not have it.
+        calm = Calm(**about["calm"]) if about.get("calm") else None
         target = TargetConfig(**about["target"])
         vocabulary = int(about["vocabulary"])
         names = tuple(about["inputs"]) if by_pytorch else ()
@@ -60,16 +64,16 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
     here = machine.fingerprint()
     same_machine = here["id"] == stored.fingerprint.get("id")
     reference_ms = stored.reference_ms if same_machine else None
-    timed = time_against_stand_in(artifact, target, vocabulary, pairs, reference_ms=reference_ms)
+    latest = time_against_stand_in(artifact, target, vocabulary, pairs, reference_ms=reference_ms)
+    timed = dataclasses.replace(stored, **latest.fields())
+    if same_machine and calm is not None:
+        timed = calm.adjust(timed)
+    taken = ("latency_ms", "latency_p90_ms", "reference_ms", "latency_ratio", "latency_ratio_low", "latency_ratio_high")
     return {
-        "latency_ms": timed.p50_ms,
-        "latency_p90_ms": timed.p90_ms,
-        "reference_ms": timed.reference_ms,
-        "latency_ratio": timed.ratio,
-        "latency_ratio_low": timed.ratio_low,
-        "latency_ratio_high": timed.ratio_high,
+        **{name: getattr(timed, name) for name in taken},
+        "latency_adjusted": timed.latency_adjusted,
         "stored_latency_ratio": stored.latency_ratio,
-        "difference": timed.ratio / stored.latency_ratio - 1,
+        "difference": timed.latency_ratio / stored.latency_ratio - 1,
         "latency_ratio_in_search": about["latency_ratio_in_search"],
         "size_bytes": artifact.size_bytes,
         "target": target.model_dump(),

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+LEAST_PATIENCE_S, PATIENCE = 300, 20
+"""Seconds that a fresh process has at least, and how many times what its runs should take."""
 _END_S = 5.0
 """Time in which the kernel takes down what was killed."""
 
@@ -20,6 +22,11 @@ def python(*arguments: str) -> tuple[list[str], dict[str, str]]:
     """
     known = os.pathsep.join(filter(None, sys.path))
     return [sys.executable, "-P", *arguments], {**os.environ, "PYTHONPATH": known}
+
+
+def patience_s(runs: int, longest_s: float) -> float:
+    """Return how many seconds a process may take that makes so many runs of a model, none of which takes longer."""
+    return LEAST_PATIENCE_S + PATIENCE * runs * longest_s
 
 
 def exited(pid: int, within_s: float) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from autocompress.calm import Calm
 from autocompress.config import ConstraintsConfig, RunConfig
 from autocompress.plan import CompressionPlan
 from autocompress.records import OBJECTIVES, Candidate, Measurement, Stopped
 
+_CALM = "calm"
+"""Study attribute that holds what is known of the machine's slow times."""
 _CONFIRMED = "confirmed:"
 """Start of the study attributes that hold measurements with a latency taken anew, by trial number."""
 
@@ -33,10 +36,13 @@ class Ledger:
 
     def __init__(self, study: optuna.Study, run: RunConfig, folder: Path, reference: Callable[[], Measurement]) -> None:
         self._study, self._run, self._folder, self._reference = study, run, folder, reference
+        self.calm: Calm | None = None
+        """What is known of the machine's slow times."""
 
     def candidates(self) -> dict[int, Candidate]:
         """Return all evaluated candidates by number; interrupted and repeated trials are none."""
         attributes = self._study.user_attrs
+        self.calm = Calm(**attributes[_CALM]) if _CALM in attributes else None
         confirmed = {number: attributes[f"{_CONFIRMED}{number}"] for number in confirmed_in(attributes)}
         found = (self._read(trial, confirmed) for trial in self._study.get_trials(deepcopy=False))
         return {candidate.number: candidate for candidate in found if candidate is not None}
@@ -95,6 +101,11 @@ class Ledger:
         # Beside the trials: Optuna lets nobody change one that has finished.
         self._study.set_user_attr(f"{_CONFIRMED}{candidate.number}", dataclasses.asdict(measured))
         return dataclasses.replace(candidate, measurement=measured, feasible=self._feasible(measured))
+
+    def keep_calm(self, calm: Calm) -> None:
+        """Write what is known of the machine's slow times; it stays, so that all points are adjusted alike."""
+        self._study.set_user_attr(_CALM, dataclasses.asdict(calm))
+        self.calm = calm
 
     def _values(self, measured: Measurement) -> list[float]:
         return [float(getattr(measured, OBJECTIVES[name][0])) for name in self._run.told]

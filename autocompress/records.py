@@ -67,6 +67,8 @@ class Measurement:
         latency_waited: share of the time that threads stood ready without a core while it was taken by wall clock.
         latency_drift: standard deviation, as a share, of ratios of one artefact from one time to another beyond what
             pairs of one time tell; the interval includes it. 0 where it is not known.
+        latency_adjusted: what the ratio and its interval were multiplied by, since the reference was slower or faster
+            than its pace while they were taken (`calm.py`).
         predictions: SHA-256 of the predicted classes, in row order.
         peak_memory_bytes: what loading and running it adds to a fresh process's memory, where that is asked for.
         stages: seconds by stage (build, load, latency, accuracy, ...).
@@ -95,6 +97,7 @@ class Measurement:
     peak_memory_bytes: int | None = None
     latency_waited: float = 0.0
     latency_drift: float = 0.0
+    latency_adjusted: float = 1.0
     confirmed: bool = False
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from autocompress.binding import BoundSpace
+from autocompress.calm import Calm, calm_of
 from autocompress.config import RunConfig
 from autocompress.errors import ConfigError, MeasurementError, StudyError, quoted
 from autocompress.front import Front
@@ -320,24 +321,40 @@ class Study:
     def confirm(self, latest: Mapping[int, Measurement]) -> list[Candidate]:
         """Put latencies that were taken anew, by trial, in place of those that the search saw.
 
-        Where there are enough of both they tell how far latencies drift from one time to another, and from then on the
-        new ones' intervals include it. The values that the sampler was told stay as they are: the study is a record of
-        what happened.
+        Where there are enough of both they tell how the machine's slow times move ratios, which is taken out of the new
+        ones from then on (see `calm.py`), and how far these drift from one time to another nevertheless, which their
+        intervals include. The values that the sampler was told stay as they are: the study is a record of what
+        happened.
         """
         for measured in latest.values():
             measured.check()
         known = [self._candidates[number] for number in latest]
         first = [c for c in known if not c.score.confirmed]
-        if len(first) >= _TELL_DRIFT:
-            drift = drift_of([c.score for c in first], [latest[c.number] for c in first])
+        tells = len(first) >= _TELL_DRIFT
+        measured_twice = [c.score for c in first], [latest[c.number] for c in first]
+        # What was confirmed without it, as by an earlier version, is not to be compared with what is adjusted.
+        if tells and self.calm is None and not any(c.score.confirmed for c in self.candidates() if c.measurement):
+            self._ledger.keep_calm(calm_of(*measured_twice))
+        calmed = {number: self.calmed(measured) for number, measured in latest.items()}
+        if tells:
+            drift = drift_of([self.calmed(c.score) for c in first], [calmed[c.number] for c in first])
         else:
             drift = max((c.score.latency_drift for c in self.candidates() if c.measurement is not None), default=0.0)
         found = []
         for candidate in known:
-            found.append(self._ledger.confirm(candidate, latest[candidate.number].drifting(drift)))
+            found.append(self._ledger.confirm(candidate, calmed[candidate.number].drifting(drift)))
             self._candidates[candidate.number] = found[-1]
         self._forget_fronts()
         return found
+
+    @property
+    def calm(self) -> Calm | None:
+        """What is known of the machine's slow times; None before latencies were taken twice."""
+        return self._ledger.calm
+
+    def calmed(self, measured: Measurement) -> Measurement:
+        """Return a measurement, as it was taken on this study's machine, adjusted as those of the front are."""
+        return measured if self.calm is None else self.calm.adjust(measured)
 
     def add(self, plan: CompressionPlan, measured: Measurement, *, origin: str) -> Candidate:
         """Record a candidate that was not asked for, such as a recovered point."""

@@ -81,6 +81,7 @@ class Latency:
             "latency_ratio_high": self.ratio_high,
             "latency_waited": self.waited,
             "latency_drift": 0.0,
+            "latency_adjusted": 1.0,
         }
 
 
@@ -152,6 +153,15 @@ class Pair:
     def of(cls, candidate: Block, reference: Block, other_side: Block | None = None) -> Pair:
         waited = max(candidate.waited, reference.waited)
         return cls(candidate.seconds, reference.seconds, waited, 0.0 if other_side is None else other_side.typical)
+
+    def plain(self) -> list[Any]:
+        """Return self as plain data."""
+        return [self.candidate.tolist(), self.reference.tolist(), self.waited, self.other_side]
+
+    @classmethod
+    def from_plain(cls, found: Sequence[Any]) -> Pair:
+        candidate, reference, waited, other_side = found
+        return cls(np.array(candidate), np.array(reference), waited, other_side)
 
     @cached_property
     def beside(self) -> float:

@@ -68,6 +68,12 @@ def shop(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return workshop
 
 
+@pytest.fixture
+def here(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have rounds taken in this process, where they can be watched."""
+    monkeypatch.setattr(shop, "apart", lambda _: shop.stand)
+
+
 @pytest.fixture(scope="module")
 def measured(shop: Workshop) -> Measurement:
     return shop.evaluate(PLAN)
@@ -255,6 +261,7 @@ def test_a_confirmed_latency_changes_nothing_else(shop: Workshop, measured: Meas
     assert found.latency_ms != measured.latency_ms
 
 
+@pytest.mark.usefixtures("here")
 def test_confirmed_latencies_come_from_several_loads(
     shop: Workshop, measured: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +280,7 @@ def test_confirmed_latencies_come_from_several_loads(
     assert loaded[3:] == ["quiet", "reference", point, point, "reference"], "one after the other, between rounds"
 
 
+@pytest.mark.usefixtures("here")
 def test_artefacts_that_fill_the_memory_are_confirmed_in_parts(
     shop: Workshop, measured: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +295,7 @@ def test_artefacts_that_fill_the_memory_are_confirmed_in_parts(
         assert all(f"points {part}" in line for part, line in zip(parts, said[::2], strict=True))
 
 
-@pytest.mark.usefixtures("disturbed")
+@pytest.mark.usefixtures("disturbed", "here")
 @pytest.mark.parametrize("slow", [0, 3, 100])
 def test_rounds_that_were_disturbed_are_timed_once_more(
     shop: Workshop, measured: Measurement, monkeypatch: pytest.MonkeyPatch, slow: int
@@ -316,7 +324,7 @@ def test_rounds_that_were_disturbed_are_timed_once_more(
         assert found.latency_ratio == pytest.approx(expected), "of the half that was least"
 
 
-@pytest.mark.usefixtures("disturbed")
+@pytest.mark.usefixtures("disturbed", "here")
 def test_points_that_were_not_disturbed_are_done(
     shop: Workshop, measured: Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from helpers_records import make_measurement
 
 from autocompress import exported as exported_folder
-from autocompress import timing
+from autocompress import machine, timing
 from autocompress.config import TargetConfig
 from autocompress.decisions import Quantize
 from autocompress.errors import ConfigError, ExportError
@@ -120,6 +120,23 @@ def test_a_folder_is_held_against_what_it_says(runtime: Runtime, exported: Path)
     assert found["stored_latency_ratio"] == 0.5
     assert found["difference"] == pytest.approx(2 / 3 - 1)
     assert found["latency_ratio_in_search"] == 0.4
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_slow_time_is_adjusted_for_on_the_machine_that_it_is_known_of(
+    runtime: Runtime, exported: Path, here: bool
+) -> None:
+    plain = exported_folder.measure(exported, pairs=8)
+    assert plain["latency_adjusted"] == 1.0, "an export of before knows nothing of it"
+    known = {"reference_ms": plain["reference_ms"] / 1.1, "spared": 0.5}
+    fingerprint = machine.fingerprint() if here else {"id": "another"}
+    search = dataclasses.replace(make_measurement(), fingerprint=fingerprint)
+    change(exported, calm=known, search=dataclasses.asdict(search))
+    found = exported_folder.measure(exported, pairs=8)
+    factor = 1.1 ** (0.5 * (1 - plain["latency_ratio"])) if here else 1.0
+    assert found["latency_adjusted"] == pytest.approx(factor)
+    assert found["latency_ratio"] == pytest.approx(factor * plain["latency_ratio"])
+    assert found["latency_ms"] == plain["latency_ms"]
 
 
 @pytest.mark.parametrize("pairs", [3, 10_001])

@@ -469,6 +469,8 @@ def test_the_artefact_that_was_scored_is_the_one_that_ships(exported: Path, sear
     assert about["agreement_with_scored_candidate"] == 1
     assert about["latency_ratio_in_search"] == point.score.latency_ratio
     assert about["search"]["latency_drift"] == point.score.latency_drift
+    calm = api.open_study(searched).calm
+    assert about["calm"] == (None if calm is None else dataclasses.asdict(calm))
     for name in ("accuracy", "loss", "rows", "predictions", "size_bytes"):
         assert about["search"][name] == getattr(point.score, name)
 

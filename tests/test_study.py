@@ -591,6 +591,45 @@ def test_latencies_taken_twice_tell_how_far_they_drift(drive: Callable[..., Stud
     assert later.score.latency_drift == drift
 
 
+def slowed(measured: Measurement, slower: float) -> Measurement:
+    """Return what is seen of an artefact while the reference is so many times slower; a very small one would not be."""
+    factor = slower ** (1 - measured.latency_ratio)
+    ends = {name: getattr(measured, name) / factor for name in ("latency_ratio_low", "latency_ratio_high")}
+    ratio, reference_ms = measured.latency_ratio / factor, measured.reference_ms * slower
+    return dataclasses.replace(measured, latency_ratio=ratio, reference_ms=reference_ms, **ends, confirmed=True)
+
+
+def test_latencies_taken_twice_tell_what_slow_times_do_to_ratios(drive: Callable[..., Study], folder: Path) -> None:
+    study = drive()
+    told = evaluate(study)
+    assert study.calm is None
+    assert study.calmed(told[0].score) == told[0].score, "nothing is known yet"
+    factors = (1.0, 1.05, 1.1, 1.15, 1.2)
+    found = study.confirm({c.number: slowed(c.score, f) for c, f in zip(told[1:], factors, strict=True)})
+    calm = study.calm
+    assert calm is not None
+    assert calm.spared > 0.9
+    for candidate, factor, first in zip(found, factors, told[1:], strict=True):
+        assert candidate.score.latency_ratio == calm.adjust(slowed(first.score, factor)).latency_ratio
+        assert candidate.score.latency_ratio == pytest.approx(first.score.latency_ratio, rel=0.02)
+    # What was found holds for what is taken later, and elsewhere.
+    [later] = study.confirm({told[0].number: slowed(told[0].score, 1.1)})
+    assert later.score.latency_ratio == study.calmed(slowed(told[0].score, 1.1)).latency_ratio
+    study.close()
+    again = drive()
+    assert again.calm == calm
+    assert again.candidate(told[0].number) == later
+
+
+def test_a_front_that_was_confirmed_as_it_was_taken_stays_comparable(drive: Callable[..., Study]) -> None:
+    study = drive()
+    told = evaluate(study)
+    study.confirm({told[0].number: slowed(told[0].score, 1.0)})
+    found = study.confirm({c.number: slowed(c.score, 1.1) for c in told[1:]})
+    assert study.calm is None
+    assert {c.score.latency_adjusted for c in found} == {1.0}
+
+
 def test_a_confirmed_number_that_cannot_stand_is_refused(drive: Callable[..., Study], folder: Path) -> None:
     study = drive()
     chosen = evaluate(study)[0]

@@ -39,6 +39,7 @@ COLUMNS = [
     "latency_ratio_high",
     "latency_waited",
     "latency_drift",
+    "latency_adjusted",
     "peak_memory_bytes",
     "seconds",
     "feasible",

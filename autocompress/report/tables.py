@@ -44,6 +44,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Candidate], Any]]] = {
     "latency_ratio_high": ("float64", _score("latency_ratio_high")),
     "latency_waited": ("float64", _score("latency_waited")),
     "latency_drift": ("float64", _score("latency_drift")),
+    "latency_adjusted": ("float64", _score("latency_adjusted")),
     "peak_memory_bytes": ("Int64", _score("peak_memory_bytes")),
     "seconds": ("float64", _score("seconds")),
     "feasible": ("boolean", lambda c: None if c.measurement is None else c.feasible),
