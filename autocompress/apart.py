@@ -2,18 +2,23 @@
 
 One that has searched for a while has memory in pieces, and the small models that are loaded into it run some percent
 slower than in the programs that they are made for, while the large reference does not.
+
+The two processes take turns: each line that the fresh one writes is answered by one, and until then it waits, so that
+nothing is done beside what is timed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -24,6 +29,9 @@ from autocompress.runtimes import Artifact, get_runtime
 from autocompress.stand import Moments, Stand
 from autocompress.timing import Pair
 
+_END_S = 5.0
+"""Time that a process has to say why it ends."""
+
 
 class Apart:
     """A stand in a process of its own, which each call begins anew.
@@ -32,16 +40,24 @@ class Apart:
         target: what artefacts are built for.
         reference: the folder of the uncompressed model's artefact.
         inputs: of the target's shape.
-        patience_s: seconds after which a call has failed.
+        patience_s: seconds after which a call has failed in which nothing was said.
+        pace_ms: what the reference took at another time on this machine, where that is known.
     """
 
     def __init__(
-        self, target: TargetConfig, reference: Path, inputs: Mapping[str, np.ndarray], *, patience_s: float
+        self,
+        target: TargetConfig,
+        reference: Path,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        patience_s: float,
+        pace_ms: float | None = None,
     ) -> None:
         self._target = target
         self._reference = reference
         self._inputs = inputs
         self._patience_s = patience_s
+        self._pace_ms = pace_ms
 
     def rounds(
         self,
@@ -54,7 +70,7 @@ class Apart:
         """Time artefacts as `Stand.rounds` does.
 
         Raises:
-            MeasurementError: if the process fails, or does not end in time.
+            MeasurementError: if the process fails, or says nothing for too long.
         """
         with tempfile.TemporaryDirectory(prefix="autocompress-apart-") as scratch:
             np.savez(Path(scratch) / "inputs.npz", **self._inputs)  # type: ignore[arg-type]
@@ -64,80 +80,131 @@ class Apart:
                 "inputs": f"{scratch}/inputs.npz",
                 "artefacts": [str(artifact.folder.absolute()) for artifact in artefacts],
                 "count": count,
+                "pace_ms": self._pace_ms,
             }
             command, environment = fresh.python("-m", "autocompress.apart")
             with (Path(scratch) / "stderr").open("w+", encoding="utf-8", errors="replace") as said:
                 process = subprocess.Popen(  # noqa: S603
-                    command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+                    command,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=said,
+                    text=True,
+                    start_new_session=True,  # a terminal's interrupt is this one's matter
                 )
-                with process:
-                    patience = threading.Timer(self._patience_s, process.kill)
-                    patience.daemon = True
-                    patience.start()
-                    try:
-                        found = _followed(process, job, quiet, progress)
-                    finally:
-                        patience.cancel()
-                        process.kill()
+                patience = _Patience(process, self._patience_s)
+                try:
+                    found = _followed(process, patience, job, quiet, progress)
+                    if found is None:  # it may be about to say why
+                        with suppress(subprocess.TimeoutExpired):
+                            process.wait(_END_S)
+                finally:
+                    patience.end()
+                    process.kill()
+                    with suppress(BrokenPipeError):
+                        process.communicate()
                 if found is None:
                     said.seek(0)
-                    last = said.read().strip().splitlines()[-1:] or [f"nothing after {self._patience_s:.0f} s"]
-                    raise MeasurementError(f"latency: a fresh process could not time the front ({last[0]})")
+                    lines = said.read().strip().splitlines()
+                    ended = lines[-1] if lines else f"exit status {process.returncode}"
+                    reason = f"nothing for {self._patience_s:g} s" if patience.lost else ended
+                    raise MeasurementError(f"latency: a fresh process could not time the front ({reason})")
         return found
+
+
+class _Patience:
+    """Kills a process that says nothing for so many seconds."""
+
+    def __init__(self, process: subprocess.Popen[str], seconds: float) -> None:
+        self._process = process
+        self._seconds = seconds
+        self._timer: threading.Timer | None = None
+        self.lost = False
+
+    def begin(self) -> None:
+        self.end()
+        self._timer = threading.Timer(self._seconds, self._lose)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _lose(self) -> None:
+        self.lost = True
+        self._process.kill()
 
 
 def _followed(
     process: subprocess.Popen[str],
+    patience: _Patience,
     job: dict[str, Any],
     quiet: Callable[[], None] | None,
     progress: Callable[[str], None] | None,
 ) -> list[Moments] | None:
-    """Hand a process its job and return what comes of it; None if it ended before."""
-    assert process.stdin is not None
+    """Hand a process its job, answer what it says, and return what comes of it; None if it ended before."""
     assert process.stdout is not None
-    try:
-        process.stdin.write(f"{json.dumps(job)}\n")
-        process.stdin.flush()
-        if quiet is not None:
-            quiet()  # it loads meanwhile
-        process.stdin.close()
-    except BrokenPipeError:
-        return None
-    for line in process.stdout:
-        message = json.loads(line)
+    answer: Any = job
+    while True:
+        patience.begin()
+        if not _written(process, answer):
+            return None
+        try:
+            message = json.loads(process.stdout.readline())
+        except ValueError:  # it ended, perhaps within a line
+            return None
+        patience.end()
         if "moments" in message:
             return [[[Pair.from_plain(pair) for pair in moment] for moment in each] for each in message["moments"]]
-        if progress is not None:
+        if "said" not in message and quiet is not None:
+            quiet()
+        elif "said" in message and progress is not None:
             progress(message["said"])
-    return None
+        answer = None
 
 
-def _main(stdin: TextIO, stdout: TextIO) -> None:
-    job = json.loads(stdin.readline())
+def _written(process: subprocess.Popen[str], answer: Any) -> bool:
+    assert process.stdin is not None
+    try:
+        process.stdin.write(f"{json.dumps(answer)}\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return False
+    return True
+
+
+def _main(read: IO[str], write: IO[str]) -> None:
+    def tell(message: dict[str, Any]) -> None:
+        write.write(f"{json.dumps(message)}\n")
+        write.flush()
+
+    def asked(message: dict[str, Any]) -> None:
+        tell(message)
+        if not read.readline():
+            sys.exit("who asked for it is gone")
+
+    job = json.loads(read.readline())
     target = TargetConfig(**job["target"])
     with np.load(job["inputs"]) as stored:
         inputs = dict(stored)
     stand = Stand(get_runtime(target.runtime), target, Path(job["reference"]), inputs)
-
-    def quiet() -> None:
-        stdin.read()  # its end is open until nothing else runs
-
-    def tell(message: dict[str, Any]) -> None:
-        stdout.write(f"{json.dumps(message)}\n")
-        stdout.flush()
-
+    if job["pace_ms"] is not None:
+        stand.pace.note(job["pace_ms"] / 1e3)
     found = stand.rounds(
         [Artifact.open(Path(folder)) for folder in job["artefacts"]],
         job["count"],
-        quiet=quiet,
-        progress=lambda line: tell({"said": line}),
+        quiet=lambda: asked({}),
+        progress=lambda line: asked({"said": line}),
     )
     tell({"moments": [[[pair.plain() for pair in moment] for moment in each] for each in found]})
 
 
 if __name__ == "__main__":
-    # What the runtime writes there by itself is nobody's message.
-    sys.stdout, messages = sys.stderr, sys.stdout
-    # OpenVINO would report its use; it takes a stub where the telemetry package cannot be imported.
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-    _main(sys.stdin, messages)
+    # What a runtime writes there by itself is nobody's message.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as messages:
+        os.dup2(2, 1)
+        # OpenVINO would report its use; it takes a stub where the telemetry package cannot be imported.
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+        _main(sys.stdin, messages)

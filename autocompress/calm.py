@@ -45,7 +45,7 @@ class Calm:
     def adjust(self, measured: Measurement) -> Measurement:
         """Return a measurement, as it was taken, with the latency ratio that it has where the reference keeps its pace.
 
-        The median and the 90th percentile stay as they were seen.
+        The median and the 90th percentile stay as they were seen. On another clock the ratio does, too.
         """
         slower = measured.reference_ms / self.reference_ms
         if not 1 / _OTHER_CLOCK <= slower <= _OTHER_CLOCK:
@@ -61,22 +61,28 @@ class Calm:
 
 
 def calm_of(before: Sequence[Measurement], after: Sequence[Measurement]) -> Calm:
-    """Return what latencies that were taken at two times tell of the machine.
+    """Return what latencies that were taken at two times, each perhaps in its own way, tell of the machine.
 
     Args:
         before: at one time.
         after: of the same artefacts at another one.
     """
     first, latest = (np.log([[m.latency_ratio, m.reference_ms] for m in taken]) for taken in (before, after))
-    (ratio, reference), kind = (first - latest).T, 1 - np.exp(latest[:, 0])
-    # What all differ by alike is the way in which they were taken.
-    moved, slowed = ratio - ratio.mean(), -kind * reference
-    slowed = slowed - slowed.mean()
+    # What large or small models all differ by is the way in which they were taken. What is left is by how much slower
+    # the reference was for each.
+    (ratio, reference), small = (first - latest).T, np.maximum(0.0, 1 - np.exp(latest[:, 0]))
+    alike = np.stack([np.ones_like(small), small], axis=1)
+    moved, slowed = (_beyond(alike, values) for values in (ratio, -small * reference))
     power = float(slowed @ slowed)
     alone = float(slowed @ moved) / power if power > 0 else _SPARED
-    noise = float(np.square(moved - alone * slowed).sum()) / max(1, len(moved) - 2)
+    noise = float(np.square(moved - alone * slowed).sum()) / max(1, len(moved) - 3)
     # Bayes, with a normal prior: few points, or such that the machine treated alike, leave what is supposed.
     weight = noise / _SURE**2
     spared = (power * alone + weight * _SPARED) / (power + weight) if power + weight > 0 else _SPARED
     pace = np.quantile([m.reference_ms for m in (*before, *after)], _FAST)
     return Calm(float(pace), min(1.0, max(0.0, spared)))
+
+
+def _beyond(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return what ``known`` (``points x effects``) leaves of ``values``, by least squares."""
+    return np.asarray(values - known @ np.linalg.lstsq(known, values, rcond=None)[0])

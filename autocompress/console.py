@@ -202,10 +202,12 @@ def words_of_measured(found: Mapping[str, Any]) -> str:
     stored = found["stored_latency_ratio"]
     where = "" if found["same_machine"] else ", which is of another machine"
     verdict = "within" if low <= stored <= high else "beyond"
+    moved = found["latency_adjusted"] - 1
+    adjusted = f" It is adjusted by {100 * moved:+.1f} % to the reference's pace in the search." if moved else ""
     return (
         f"{1 / now:.2f}x as fast as the reference, {1 / high:.2f} to {1 / low:.2f} with 95 % confidence; the export "
-        f"stored {1 / stored:.2f}x{where}: {verdict} this interval. Ratios are of lower quartiles of runs in turn, "
-        "milliseconds are medians, so that they do not divide to the same."
+        f"stored {1 / stored:.2f}x{where}: {verdict} this interval.{adjusted} Ratios are of lower quartiles of runs in "
+        "turn, milliseconds are medians, so that they do not divide to the same."
     )
 
 

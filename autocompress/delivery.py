@@ -214,6 +214,7 @@ def _export(
         # Another runtime's artefact is another candidate: it is built from the same plan, and scored before it ships.
         progress(f"building and scoring the plan with {runtime}")
         workshop = Workshop(other, scratch / "artefacts", progress)
+        workshop.follows = get_runtime(run.target.runtime)
         workshop.build(CompressionPlan(), workshop.reference_folder)
         measured = workshop.evaluate(candidate.plan)
         artifact = Artifact.open(workshop.artefacts / candidate.plan.plan_id)
@@ -238,21 +239,23 @@ def _export(
     logits = workshop.logits(Artifact.open(aside), "test")
     test = scoring.accuracy(logits, workshop.splits["test"])
     test_drop = scoring.drop(logits, workshop.reference_logits_on_test, workshop.splits["test"])
-    confirmed, pairs, as_in_search = measured, workshop.run.search.latency_pairs, None
+    confirmed, pairs = measured, workshop.run.search.latency_pairs
+    known = calm if runtime == run.target.runtime else None
     if not workshop.run.search.device:  # what was measured on a device is not what this machine measures
         pairs = CONFIRMING_PAIRS
         latest = dataclasses.replace(measured, **timed.fields(), confirmed=True, fingerprint=workshop.fingerprint)
         confirmed = latest.check()
         if measured.fingerprint.get("id") == workshop.fingerprint["id"]:  # here latencies drift as they were seen to
-            as_in_search = calm if runtime == run.target.runtime else None
-            calmed = confirmed if as_in_search is None else as_in_search.adjust(confirmed)
+            calmed = confirmed if known is None else known.adjust(confirmed)
             confirmed = calmed.drifting(measured.latency_drift)
+        else:
+            known = None
     agreement = float((expected.argmax(1) == kept_logits(scored.folder).argmax(1)).mean())
     about = {
         "search": dataclasses.asdict(confirmed),
         "latency_ratio_in_search": measured.latency_ratio,
         "latency_pairs": pairs,
-        "calm": None if as_in_search is None else dataclasses.asdict(as_in_search),
+        "calm": None if known is None else dataclasses.asdict(known),
     }
     _describe(aside, candidate, workshop, runtime, confirmed, test, test_drop, agreement, about)
     return Export(aside, confirmed, test, test_drop, agreement, measured.latency_ratio)
@@ -382,7 +385,7 @@ def _reload(folder: Path, workshop: Workshop, scratch: Path, score: Measurement)
         "pairs": CONFIRMING_PAIRS,
         "reference_ms": score.reference_ms if score.fingerprint.get("id") == workshop.fingerprint["id"] else None,
     }
-    runs = len(workshop.splits["search"]) + 2 * timing.ANEW * CONFIRMING_PAIRS * timing.MOST_RUNS
+    runs = len(workshop.splits["search"]) + timing.ANEW * CONFIRMING_PAIRS * timing.RUNS_OF_A_PAIR
     patience = _patience(workshop.run, score, runs)
     _elsewhere("autocompress.reload", str(folder), str(scratch), json.dumps(about), seconds=patience)
     timed = timing.Latency(**json.loads((scratch / "latency.json").read_text(encoding="utf-8")))

@@ -26,7 +26,7 @@ from autocompress.config import RunConfig
 from autocompress.decisions import Decision, DropBlocks, Recover, Student, TrimVocabulary
 from autocompress.errors import AutocompressError, StudyError
 from autocompress.model import EncoderModel
-from autocompress.pieces import Piece, code_version
+from autocompress.pieces import Factor, Piece, code_version
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.products import Sizes
@@ -64,6 +64,8 @@ class Workshop(Bases):
         self.runtime: Runtime = get_runtime(run.target.runtime)
         self.device: Device | None = None
         """Where latency and memory are measured, if not here."""
+        self.follows: Runtime | None = None
+        """Another runtime that scored what is built, and whose rounding is followed as far as this one can."""
         self._templates: dict[tuple[str, tuple[int, ...]], Template] = {}
         self._parts: dict[str, list[list[Batch]]] = {}
 
@@ -204,10 +206,10 @@ class Workshop(Bases):
         inputs = self.inputs(Artifact.open(self.reference_folder))
         return Stand(self.runtime, self.run.target, self.reference_folder, inputs)
 
-    def apart(self, patience_s: float) -> Apart:
-        """Return what times artefacts on this machine in a fresh process, within so many seconds."""
+    def apart(self, patience_s: float, pace_ms: float | None) -> Apart:
+        """Return what times artefacts on this machine in a fresh process; see there."""
         inputs = self.inputs(Artifact.open(self.reference_folder))
-        return Apart(self.run.target, self.reference_folder, inputs, patience_s=patience_s)
+        return Apart(self.run.target, self.reference_folder, inputs, patience_s=patience_s, pace_ms=pace_ms)
 
     def inputs(self, artifact: Artifact) -> dict[str, np.ndarray]:
         return timing.inputs_of(artifact.inputs, self.run.target, self.vocabulary, self.run.seed)
@@ -246,6 +248,9 @@ class Workshop(Bases):
         """Build the plan's artefact in ``folder``: whole, or not at all."""
         self.check(plan)
         template, pieces = self.stitched(plan)
+        if self.follows is not None:
+            products = (site for site in pieces if site != "embeddings")
+            pieces |= {site: self._rounded_alike(pieces[site], self.follows) for site in products}
         aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         aside.mkdir(parents=True)
         try:
@@ -256,6 +261,17 @@ class Workshop(Bases):
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return Artifact.open(folder)
+
+    def _rounded_alike(self, piece: Piece, other: Runtime) -> Piece:
+        """Return the same matrices, of which no more columns are rounded together than ``other`` does."""
+
+        def rounded(factor: Factor) -> Factor:
+            columns = other.rounded_together(factor.weight)
+            if not 0 < columns < self.runtime.rounded_together(factor.weight):
+                return factor
+            return dataclasses.replace(factor, weight=factor.weight.regrouped(columns))
+
+        return tuple(tuple(rounded(factor) for factor in layer) for layer in piece)
 
     def score(self, artifact: Artifact, *, front: Rivals = (), stages: dict[str, float] | None = None) -> Measurement:
         """Measure a built artefact: its bytes, its latency paired with the reference, accuracy through it.
@@ -420,8 +436,9 @@ class Workshop(Bases):
             return []
         artefacts = [Artifact.open(self.artefacts / plan.plan_id) for plan, _ in points]
         longest = max(max(measured.latency_ms, measured.reference_ms) for _, measured in points) / 1e3
-        runs = len(points) * 2 * timing.ANEW * pairs * 2 * timing.MOST_RUNS
-        stand = self.device or self.apart(fresh.patience_s(runs, longest))
+        here = [m.reference_ms for _, m in points if m.fingerprint.get("id") == self.timed_on["id"]]
+        patience_s = fresh.patience_s(len(points) * timing.RUNS_OF_A_PAIR, longest)
+        stand = self.device or self.apart(patience_s, min(here, default=None))
         times = stand.rounds(artefacts, pairs, quiet=quiet, progress=progress)
         found = []
         for (_, measured), parts in zip(points, times, strict=True):

@@ -36,13 +36,13 @@ class Ledger:
 
     def __init__(self, study: optuna.Study, run: RunConfig, folder: Path, reference: Callable[[], Measurement]) -> None:
         self._study, self._run, self._folder, self._reference = study, run, folder, reference
-        self.calm: Calm | None = None
-        """What is known of the machine's slow times."""
+        calm = study.user_attrs.get(_CALM)
+        self.calm = None if calm is None else Calm(**calm)
+        """What is known of the machine's slow times; None before anything is."""
 
     def candidates(self) -> dict[int, Candidate]:
         """Return all evaluated candidates by number; interrupted and repeated trials are none."""
         attributes = self._study.user_attrs
-        self.calm = Calm(**attributes[_CALM]) if _CALM in attributes else None
         confirmed = {number: attributes[f"{_CONFIRMED}{number}"] for number in confirmed_in(attributes)}
         found = (self._read(trial, confirmed) for trial in self._study.get_trials(deepcopy=False))
         return {candidate.number: candidate for candidate in found if candidate is not None}
@@ -125,7 +125,9 @@ class Ledger:
             measured = Measurement(**attrs["measurement"])
             latest = confirmed.get(trial.number, {})
             # Of a damaged journal, trials may have come to other numbers.
-            if (latest.get("predictions"), latest.get("size_bytes")) == (measured.predictions, measured.size_bytes):
+            own = (latest.get("predictions"), latest.get("size_bytes")) == (measured.predictions, measured.size_bytes)
+            # What it was adjusted for may be lost there, too; then it is timed anew.
+            if own and (self.calm is not None or latest.get("latency_adjusted", 1.0) == 1.0):
                 measured = Measurement(**latest)
         failure = attrs["stopped"]["reason"] if "stopped" in attrs else attrs.get("failure")
         origin = attrs.get("origin", "sampler")

@@ -95,8 +95,9 @@ def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> No
             "size": "bytes of the artefact's model files",
             "latency": f"{run.search.latency_pairs} pairs of blocks of runs, of candidate and reference in turn, each "
             f"block of runs under {1e3 * timing.SHORT_S:g} ms after as many that are not timed, at moments between "
-            f"the rows ({run.search.confirm_pairs} in rounds over all points for points of the front, in a fresh "
-            f"process, loaded anew in between), inputs of {run.target.batch_size} x {run.target.tokens} tokens, "
+            f"the rows ({run.search.confirm_pairs} in rounds over all points for points of the front, "
+            f"{'' if run.search.device else 'in a fresh process, '}loaded anew in between), inputs of "
+            f"{run.target.batch_size} x {run.target.tokens} tokens, "
             + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")
             + f", pairs with a reference slower than {timing.SLOWED:g} times its fastest taken anew and left out"
             + ", lower quartile of the candidate's runs over that of the reference's with its 95 % bootstrap interval "

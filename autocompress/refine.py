@@ -128,6 +128,8 @@ def _confirm(
     """
     pairs, front = study.run.search.confirm_pairs, study.front().points
     waiting = [c for c in front if not c.score.confirmed]
+    if waiting and study.calm is None:  # others may have been timed in another way, by an earlier version
+        waiting = list(front)
     if waiting:
         waiting += study.contenders(study.candidates())[: len(front)]
     if pairs and waiting:

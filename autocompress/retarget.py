@@ -144,7 +144,7 @@ def _timed(copied: Sequence[Candidate], study: Study, workshop: Workshop, *, by_
     for candidate, measured in zip(usable, _anew(points, workshop), strict=True):
         memory = workshop.memory(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
         here = dataclasses.replace(measured, peak_memory_bytes=memory, fingerprint=workshop.fingerprint)
-        made[candidate.number] = study.add(candidate.plan, here, origin="retarget")
+        made[candidate.number] = study.add(candidate.plan, study.calmed(here), origin="retarget")
     return made
 
 

@@ -331,10 +331,8 @@ class Study:
         known = [self._candidates[number] for number in latest]
         first = [c for c in known if not c.score.confirmed]
         tells = len(first) >= _TELL_DRIFT
-        measured_twice = [c.score for c in first], [latest[c.number] for c in first]
-        # What was confirmed without it, as by an earlier version, is not to be compared with what is adjusted.
-        if tells and self.calm is None and not any(c.score.confirmed for c in self.candidates() if c.measurement):
-            self._ledger.keep_calm(calm_of(*measured_twice))
+        if tells and self.calm is None:
+            self._keep_calm(calm_of([c.score for c in first], [latest[c.number] for c in first]))
         calmed = {number: self.calmed(measured) for number, measured in latest.items()}
         if tells:
             drift = drift_of([self.calmed(c.score) for c in first], [calmed[c.number] for c in first])
@@ -346,6 +344,13 @@ class Study:
             self._candidates[candidate.number] = found[-1]
         self._forget_fronts()
         return found
+
+    def _keep_calm(self, calm: Calm) -> None:
+        """Know from now on what the machine's slow times do to ratios, and adjust what was confirmed before for it."""
+        self._ledger.keep_calm(calm)
+        for candidate in self.candidates():
+            if candidate.measurement is not None and candidate.score.confirmed:
+                self._candidates[candidate.number] = self._ledger.confirm(candidate, calm.adjust(candidate.score))
 
     @property
     def calm(self) -> Calm | None:

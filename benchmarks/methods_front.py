@@ -20,7 +20,7 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from autocompress import api, machine, scoring
 from autocompress.config import RunConfig
 from autocompress.evaluate import Workshop, kept_logits
 from autocompress.front import Front
-from autocompress.records import Candidate
+from autocompress.records import Candidate, Measurement
 
 FILES = {True: "methods-front", False: "methods-front-avx2"}
 """Where figures go, by whether the CPU has VNNI instructions."""
@@ -104,6 +104,7 @@ class Measured:
         front: what it found.
         candidates: all that it tried.
         shop: its run, with built candidates.
+        calmed: adjusts a measurement as those of the front are.
     """
 
     figures: Figures
@@ -111,6 +112,7 @@ class Measured:
     front: Front
     candidates: Sequence[Candidate]
     shop: Workshop
+    calmed: Callable[[Measurement], Measurement]
 
     def __post_init__(self) -> None:
         self.reference = test_hits(self.shop, self.shop.reference_folder)
@@ -128,7 +130,7 @@ class Measured:
             return candidate
         pairs = self.shop.run.search.confirm_pairs
         [measured] = self.shop.confirmed([(candidate.plan, candidate.score)], pairs=pairs)
-        return replace(candidate, measurement=measured)
+        return replace(candidate, measurement=self.calmed(measured))
 
     def write(self, name: str, candidate: Candidate, prefer: str, share: float, target: float) -> None:
         """Write a point's gain, with its ``target``, and what it retains on test rows, with the ``share`` aimed at."""
@@ -172,7 +174,8 @@ def measure(figures: Figures, data: str, search: str, place: Path, settings: Seq
         bound = MINUTES if search == SEARCHES[0] else math.inf
         said = f"<= {bound:g}" if search == SEARCHES[0] else "reported"
         figures.add(f"{name}: the whole search", minutes, "minutes", said, minutes <= bound)
-    measured = Measured(figures, name, study.front(), study.candidates(), Workshop(run, out / "artefacts"))
+    shop = Workshop(run, out / "artefacts")
+    measured = Measured(figures, name, study.front(), study.candidates(), shop, study.calmed)
     wanted = [("latency", share, target) for share, target in FASTEST[search]]
     wanted += [("size", share, target) for share, target in SMALLEST]
     for prefer, share, target in wanted:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import select
+import sys
 import threading
 from pathlib import Path
 
@@ -9,8 +14,8 @@ import numpy as np
 import pytest
 from helpers_artefacts import INPUTS, TARGET, built
 
-from autocompress import timing
-from autocompress.apart import Apart
+from autocompress import fresh, timing
+from autocompress.apart import Apart, _main
 from autocompress.errors import MeasurementError
 from autocompress.fresh import LEAST_PATIENCE_S
 from autocompress.runtimes import Artifact
@@ -41,20 +46,41 @@ def test_pairs_of_all_come_back_and_what_is_said_meanwhile(reference: Artifact) 
     ]
 
 
-def test_nothing_is_timed_before_nothing_else_runs(reference: Artifact) -> None:
+def test_quiet_is_asked_for_before_anything_is_timed(reference: Artifact) -> None:
     order: list[str] = []
-    loaded = threading.Event()
-
-    def quiet() -> None:
-        assert not loaded.wait(3), "a round began"
-        order.append("quiet")
-
-    def progress(line: str) -> None:
-        loaded.set()
-        order.append(line.split(", ")[-1])
-
-    apart(reference).rounds([reference], 1, quiet=quiet, progress=progress)
+    apart(reference).rounds(
+        [reference], 1, quiet=lambda: order.append("quiet"), progress=lambda line: order.append(line.split(", ")[-1])
+    )
     assert order[:2] == ["quiet", "round 1 of 1"]
+
+
+def test_the_fresh_process_waits_for_each_answer(
+    reference: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "inputs.npz", **INPUTS)
+    job = {
+        "target": TARGET.model_dump(),
+        "reference": str(reference.folder),
+        "inputs": str(tmp_path / "inputs.npz"),
+        "artefacts": [str(reference.folder)],
+        "count": 1,
+        "pace_ms": None,
+    }
+    monkeypatch.setattr(timing, "SLOWED", math.inf)  # so that there is one round
+    (job_end, our_end), (their_end, message_end) = os.pipe(), os.pipe()
+    with os.fdopen(our_end, "w") as write, os.fdopen(their_end) as read:
+        child = threading.Thread(target=_main, args=(os.fdopen(job_end), os.fdopen(message_end, "w")), daemon=True)
+        child.start()
+        for answer, expected in ((job, {}), (None, {"said": "confirming latencies: points 1 to 1, round 1 of 1"})):
+            write.write(f"{json.dumps(answer)}\n")
+            write.flush()
+            assert json.loads(read.readline()) == expected
+            assert not select.select([read], [], [], 0.5)[0], "it waits"
+        write.write("null\n")
+        write.flush()
+        assert list(json.loads(read.readline())) == ["moments"]
+        child.join(10)
+        assert not child.is_alive()
 
 
 def test_a_process_that_fails_says_why(reference: Artifact, tmp_path: Path) -> None:
@@ -63,12 +89,30 @@ def test_a_process_that_fails_says_why(reference: Artifact, tmp_path: Path) -> N
         there.rounds([reference], 1)
 
 
-def test_a_process_that_does_not_end_is_killed(reference: Artifact) -> None:
-    with pytest.raises(MeasurementError, match="nothing after 0 s"):
+def test_a_process_that_says_nothing_is_killed(reference: Artifact) -> None:
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    before = children.read_text(encoding="utf-8")
+    with pytest.raises(MeasurementError, match=r"nothing for 0\.05 s"):
         apart(reference, patience_s=0.05).rounds([reference], 1)
-    own = f"/proc/self/task/{threading.get_native_id()}/children"
-    left = [Path(f"/proc/{child}/cmdline") for child in Path(own).read_text(encoding="utf-8").split()]
-    assert not [file for file in left if b"autocompress.apart" in file.read_bytes()]
+    assert children.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize("message", ["", '{"moments": [[[[0.1'])
+def test_a_process_that_ends_within_a_message_says_why(
+    reference: Artifact, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = f"import sys; sys.stdin.readline(); sys.stdout.write({message!r}); sys.exit('no memory')"
+    monkeypatch.setattr(fresh, "python", lambda *_: ([sys.executable, "-c", program], dict(os.environ)))
+    with pytest.raises(MeasurementError, match=r"could not time the front \(no memory\)"):
+        apart(reference).rounds([reference], 1)
+
+
+def test_what_asks_for_quiet_may_fail(reference: Artifact) -> None:
+    def quiet() -> None:
+        raise BrokenPipeError("a worker's")
+
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        apart(reference).rounds([reference], 1, quiet=quiet)
 
 
 def test_pairs_travel_as_they_are() -> None:

@@ -86,6 +86,17 @@ class TestFinding:
     def test_what_all_differ_by_alike_is_no_part_of_it(self) -> None:
         rng = np.random.default_rng(1)
         assert calm_of(*twice(rng, 60, spared=0.3, noise=0.01, offset=0.05)).spared == pytest.approx(0.3, abs=0.15)
+        # Such as a process in which small models run slower, at a time at which the reference did.
+        before, after = twice(rng, 60, spared=0.3, noise=0.01)
+        slowed = [
+            dataclasses.replace(
+                m,
+                latency_ratio=m.latency_ratio * math.exp(0.05 * (1 - m.latency_ratio)),
+                reference_ms=1.05 * m.reference_ms,
+            )
+            for m in before
+        ]
+        assert calm_of(slowed, after).spared == pytest.approx(0.3, abs=0.15)
 
     def test_what_tells_little_leaves_what_is_supposed(self) -> None:
         for seed in range(5):

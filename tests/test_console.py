@@ -87,7 +87,10 @@ def test_plans_stand_beside_a_front_or_below_it(
 @pytest.mark.parametrize(("stored", "verdict"), [(0.505, "within"), (0.42, "beyond")])
 def test_a_measurement_is_held_against_the_stored_one(stored: float, verdict: str) -> None:
     ratios = {"latency_ratio": 0.5, "latency_ratio_low": 0.49, "latency_ratio_high": 0.51}
-    said = console.words_of_measured({**ratios, "stored_latency_ratio": stored, "same_machine": verdict == "within"})
+    said = console.words_of_measured(
+        {**ratios, "stored_latency_ratio": stored, "same_machine": verdict == "within", "latency_adjusted": 1.02}
+    )
+    assert "adjusted by +2.0 % to the reference's pace" in said
     assert said.startswith("2.00x as fast as the reference, 1.96 to 2.04 with 95 % confidence")
     assert f"stored {1 / stored:.2f}x" in said
     assert f"{verdict} this interval" in said

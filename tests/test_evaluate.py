@@ -33,7 +33,7 @@ from autocompress.errors import MeasurementError, PlanError, RuntimeBuildError
 from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Measurement, Stopped
-from autocompress.runtimes import Artifact
+from autocompress.runtimes import Artifact, get_runtime
 from autocompress.runtimes.onnxruntime import ONNXRuntime
 
 pytestmark = pytest.mark.slow
@@ -71,7 +71,7 @@ def shop(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.fixture
 def here(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have rounds taken in this process, where they can be watched."""
-    monkeypatch.setattr(shop, "apart", lambda _: shop.stand)
+    monkeypatch.setattr(shop, "apart", lambda *_: shop.stand)
 
 
 @pytest.fixture(scope="module")
@@ -566,3 +566,36 @@ def test_a_model_that_the_runtimes_files_cannot_hold_is_refused_before_it_is_tra
         api.validate(run)
     with pytest.raises(RuntimeBuildError, match=said):
         Workshop(run, tmp_path).loaded(bert_folder)
+
+
+def test_what_another_runtime_rounds_together_is_followed(
+    tiny_run: Callable[..., RunConfig], bert_headed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rounds what it multiplies by 4 bits in groups of 16 columns, the other in those that share a step: of 32."""
+    onnx = pytest.importorskip("onnx")
+    plan = CompressionPlan(
+        (
+            ("block.0.ffn", Quantize(weight_bits=4, group_size=32)),
+            ("embeddings", Quantize(weight_bits=4, group_size=32)),
+        )
+    )
+    run = tiny_run([f"model.id={json.dumps(str(bert_headed_folder))}", "target.runtime=onnxruntime"])
+    other = get_runtime("openvino")
+    monkeypatch.setattr(other, "rounded_together", lambda weight: 16 if weight.bits == 4 else 0)
+    logits, together = [], []
+    for follows in (None, other):
+        workshop = Workshop(run, tmp_path / str(follows is None))
+        workshop.follows = follows
+        artifact = workshop.build(plan, workshop.artefacts / "point")
+        nodes = onnx.load(artifact.folder / "model.onnx").graph.node
+        blocks = {
+            kind: [a.i for n in nodes if n.op_type == kind for a in n.attribute if a.name == "block_size"]
+            for kind in ("MatMulNBits", "GatherBlockQuantized")
+        }
+        assert set(blocks["GatherBlockQuantized"]) == {32}, "nothing is multiplied there"
+        together.append(set(blocks["MatMulNBits"]))
+        logits.append(workshop.logits(artifact, "search"))
+    assert together == [{32}, {16}]
+    assert 0 < np.abs(logits[0] - logits[1]).max() < 0.1 * np.abs(logits[0]).max(), (
+        "the same numbers, rounded otherwise"
+    )

@@ -243,6 +243,15 @@ class TestPacked:
         found = Packed(4, values, units, multiples).restored()
         assert found.tolist() == [[-4, -3.5, -3, -2.5, 4, 3, 2, 1], [0, 2, 4, 6, 24, 30, 36, 42]]
 
+    def test_smaller_groups_with_the_same_steps_are_the_same_matrix(self) -> None:
+        weight = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+        found = per_group(weight, narrow(4, group_size=32))
+        smaller = found.regrouped(16)
+        assert smaller.values.shape == (8, 4, 16)
+        assert np.array_equal(smaller.restored(), found.restored())
+        with pytest.raises(AssertionError, match="groups of 32 do not fall into such of 24"):
+            found.regrouped(24)
+
 
 def test_a_group_has_a_scale_of_its_own() -> None:
     weight = np.concatenate([np.full((1, 16), 0.001), np.full((1, 16), 100.0)], axis=1).astype(np.float32)

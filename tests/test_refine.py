@@ -36,6 +36,7 @@ class Paper:
         self.known = {c.number: c for c in candidates}
         self.rounds: list[list[int]] = []
         self.rebuilt: list[int] = []
+        self.calm = object()
         self.run = SimpleNamespace(search=SimpleNamespace(confirm_pairs=6, keep_artefacts="front"))
         for candidate in candidates:
             (folder / candidate.plan.plan_id).mkdir()
@@ -110,6 +111,20 @@ def test_a_latency_that_does_not_hold_lets_others_on_the_front_and_is_told_once(
     _confirm(paper, paper, None, lambda _: None, stages.append)
     assert len(paper.rounds) == 2, "nothing is left to be timed"
     assert stages == ["timing the front anew"]
+
+
+@pytest.mark.parametrize("calm", [None, object()])
+def test_where_a_new_point_joins_a_front_that_was_timed_in_another_way_all_of_it_is_timed(
+    tmp_path: Path, calm: object
+) -> None:
+    old, new = timed(0, 0.9, 0.5, 0.49), timed(1, 0.8, 0.3, 0.29)
+    old = dataclasses.replace(old, measurement=dataclasses.replace(old.score, confirmed=True))
+    paper: Any = Paper(tmp_path, [old, new], {0: 0.5, 1: 0.3})
+    paper.calm = calm
+    _confirm(paper, paper, None, lambda _: None, lambda _: None)
+    assert [sorted(numbers) for numbers in paper.rounds] == [[0, 1] if calm is None else [1]]
+    _confirm(paper, paper, None, lambda _: None, lambda _: None)
+    assert len(paper.rounds) == 1, "where there is nothing new, nothing is timed"
 
 
 @pytest.mark.parametrize("epochs", [1.0, 0.0])

@@ -25,7 +25,8 @@ from processes import descendants
 from test_cli import Done
 from test_study import CSV_COLUMNS, plan_ids, rows, states
 
-from autocompress import api, delivery, model, task
+from autocompress import api, delivery, model, task, timing
+from autocompress.calm import Calm
 from autocompress.config import RunConfig, TargetConfig
 from autocompress.errors import AutocompressError, ExportError
 from autocompress.evaluate import Workshop
@@ -33,6 +34,7 @@ from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.scoring import logits_of
+from autocompress.study import Study
 
 pytestmark = pytest.mark.slow
 
@@ -450,6 +452,32 @@ def test_what_an_export_loses_is_held_against_the_same_held_out_rows(exported: P
     data = task.load(run.data, labels=tuple(about["labels"])).fingerprint
     kept = np.load(searched / "artefacts" / "reference" / f"test-logits-{data}.npy")
     assert np.array_equal(kept.argmax(axis=1), theirs.argmax(axis=1))
+
+
+def test_an_export_is_adjusted_as_the_front_that_it_is_of(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(searched, copy := tmp_path / "copy")
+    found = api.open_study(copy)
+    pace_ms = found.reference.reference_ms
+    study = Study(copy, found.run, writable=True)
+    study._keep_calm(Calm(pace_ms, spared=0.5))
+    study.close()
+    reload = delivery._reload
+
+    def slow(*given: Any) -> tuple[np.ndarray, timing.Latency]:
+        logits, timed = reload(*given)
+        of_half = {"ratio": 0.5, "ratio_low": 0.45, "ratio_high": 0.55}
+        return logits, dataclasses.replace(timed, reference_ms=1.1 * pace_ms, **of_half)
+
+    monkeypatch.setattr(delivery, "_reload", slow)
+    exported = api.export(picked(copy), tmp_path / "out")["openvino"].measurement
+    assert exported.latency_adjusted == pytest.approx(1.1 ** (0.5 * 0.5))
+    assert exported.latency_ratio == pytest.approx(0.5 * exported.latency_adjusted)
+    about = json.loads((tmp_path / "out" / "measurement.json").read_text(encoding="utf-8"))
+    assert about["calm"] == {"reference_ms": pace_ms, "spared": 0.5}
+    again = api.measure(tmp_path / "out", pairs=8)
+    assert again["stored_latency_ratio"] == exported.latency_ratio
 
 
 def test_what_a_candidate_loses_is_held_against_the_reference(searched: Path) -> None:

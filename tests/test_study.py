@@ -621,13 +621,34 @@ def test_latencies_taken_twice_tell_what_slow_times_do_to_ratios(drive: Callable
     assert again.candidate(told[0].number) == later
 
 
-def test_a_front_that_was_confirmed_as_it_was_taken_stays_comparable(drive: Callable[..., Study]) -> None:
+def test_what_was_confirmed_before_slow_times_were_known_is_adjusted_like_the_others(
+    drive: Callable[..., Study], folder: Path
+) -> None:
     study = drive()
     told = evaluate(study)
-    study.confirm({told[0].number: slowed(told[0].score, 1.0)})
-    found = study.confirm({c.number: slowed(c.score, 1.1) for c in told[1:]})
-    assert study.calm is None
-    assert {c.score.latency_adjusted for c in found} == {1.0}
+    [alone] = study.confirm({told[0].number: slowed(told[0].score, 1.1)})
+    assert alone.score.latency_adjusted == 1.0
+    study.confirm(
+        {c.number: slowed(c.score, factor) for c, factor in zip(told[1:], (1, 1.05, 1.1, 1.15, 1.2), strict=True)}
+    )
+    assert study.calm is not None
+    adjusted = study.candidate(told[0].number)
+    assert adjusted.score == study.calm.adjust(alone.score) != alone.score
+    study.close()
+    assert drive().candidate(told[0].number) == adjusted
+
+
+def test_a_latency_whose_adjustment_was_lost_is_not_taken_for_confirmed(drive: Callable[..., Study]) -> None:
+    study = drive()
+    told = evaluate(study)
+    found = study.confirm(
+        {c.number: slowed(c.score, factor) for c, factor in zip(told, (1, 1, 1.05, 1.1, 1.15, 1.2), strict=True)}
+    )
+    assert any(c.score.latency_adjusted != 1.0 for c in found)
+    study._study.set_user_attr("calm", None)
+    study.close()
+    for before, candidate in zip(found, drive().candidates(), strict=True):
+        assert candidate.score.confirmed == (before.score.latency_adjusted == 1.0)
 
 
 def test_a_confirmed_number_that_cannot_stand_is_refused(drive: Callable[..., Study], folder: Path) -> None:

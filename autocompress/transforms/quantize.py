@@ -83,6 +83,14 @@ class Packed:
         """What is added to values below 8 bits where they are stored from 0 on."""
         return int(2 ** (self.bits - 1))
 
+    def regrouped(self, columns: int) -> Packed:
+        """Return the same matrix, without multiples, with steps for groups of fewer ``columns``."""
+        assert self.scales is not None and self.multiples is None
+        rows, _, group = self.values.shape
+        assert group % columns == 0, f"groups of {group} do not fall into such of {columns}"
+        scales = np.repeat(self.scales, group // columns, axis=1)
+        return Packed(self.bits, self.values.reshape(rows, -1, columns), scales)
+
     def tensors(self) -> dict[str, np.ndarray]:
         """Return its numbers by name, to be written to a file."""
         parts = {f"values.{self.bits}": self.values, "scales": self.scales, "multiples": self.multiples}
