@@ -4,7 +4,8 @@ What else runs on a machine, often on the same core in another one's name, slows
 not everything alike: a small compressed model spends its time elsewhere than its large reference does, and the ratio
 of the two moves although they are timed in turn. How much of the reference's slowness a candidate is spared is told by
 latencies of a front, each of which is taken twice. With that the reference's speed corrects the ratio, as a control
-variate (Lavenberg and Welch 1981, "A Perspective on the Use of Control Variables", equation 2).
+variate (Lavenberg and Welch 1981, "A Perspective on the Use of Control Variables to Increase the Efficiency of Monte
+Carlo Simulations").
 """
 
 from __future__ import annotations

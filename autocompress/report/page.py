@@ -214,12 +214,12 @@ def _remarks(notes: Sequence[str]) -> str:
 
 
 def _drifting(front: Front) -> str:
-    """Say what the intervals of latencies include, if it was found."""
+    """Say what the intervals of latencies include, and what their ratios are adjusted for, if it was found."""
     drift = max((point.score.latency_drift for point in front.points), default=0.0)
-    said = f"; on the front it includes a drift of {100 * drift:.1f} % (standard deviation) between two times" * (
-        drift > 0
-    )
     moved = max((abs(point.score.latency_adjusted - 1) for point in front.points), default=0.0)
+    said = ""
+    if drift:
+        said += f"; on the front it includes a drift of {100 * drift:.1f} % (standard deviation) between two times"
     if moved:
         said += f", and ratios are adjusted to the reference's pace, by {100 * moved:.1f} % at most"
     return said
