@@ -10,9 +10,9 @@ FEWEST = 12
 """Measured candidates from which on fits are used."""
 _BELIEVED = 0.03
 """Relative residual up to which a measured latency counts in full: what disturbs a run often makes it much longer."""
-_ONCE, _CONFIRMED = 0.045, 0.036
-"""Relative standard deviations of latencies that were measured in a search and timed anew, from one process to another:
-those of 4 and of 6 rounds of 1 pair in ``results/benchmarks/latency-estimators.json``."""
+_ONCE, _CONFIRMED = 0.022, 0.014
+"""Relative standard deviations of latencies that were measured in a search and timed anew: what explains how far both
+are from careful ones in ``results/benchmarks/search-cost.json``, where these are as far off as those of a front."""
 _ROUNDS, _MORE_ROUNDS = 12, 2
 """Times that a fit is weighted anew, from nothing and from an earlier fit to most of the same."""
 _CHANGES_OF_SETS = 3
@@ -21,7 +21,7 @@ _EFFECTS = (0.03, 0.06, 0.12, 0.25)
 """Relative standard deviations of effects, of which, and of none, the likeliest is taken."""
 _MOST = 0.75
 """No effect is taken to be larger: a part that takes no time would make its plans look better than all others."""
-_FARTHEST = 3.0
+_FARTHEST = 6.0
 """Standard deviations from a fit at which a measurement counts as no farther away."""
 _NORMAL = 1.4826
 """A normal distribution's standard deviation over the median of what its values are away."""
