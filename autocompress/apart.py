@@ -151,9 +151,8 @@ def _followed(
         patience.begin()
         if not _written(process, answer):
             return None
-        try:
-            message = json.loads(process.stdout.readline())
-        except ValueError:  # it ended, perhaps within a line
+        message = _read(process.stdout)
+        if message is None:
             return None
         patience.end()
         if "moments" in message:
@@ -163,6 +162,16 @@ def _followed(
         elif "said" in message and progress is not None:
             progress(message["said"])
         answer = None
+
+
+def _read(lines: IO[str]) -> dict[str, Any] | None:
+    """Return the next message; None if the process ended, perhaps within one."""
+    for line in iter(lines.readline, ""):
+        with suppress(ValueError):  # what a library says while it is loaded is nobody's message
+            message = json.loads(line)
+            if isinstance(message, dict):
+                return message
+    return None
 
 
 def _written(process: subprocess.Popen[str], answer: Any) -> bool:

@@ -44,19 +44,20 @@ class Calm:
     spared: float
 
     def adjust(self, measured: Measurement) -> Measurement:
-        """Return a measurement, as it was taken, with the latency ratio that it has where the reference keeps its pace.
+        """Return a measurement with the latency ratio that it has where the reference keeps its pace.
 
-        The median and the 90th percentile stay as they were seen. On another clock the ratio does, too.
+        The median and the 90th percentile stay as they were seen. On another clock the ratio does, too. What it was
+        adjusted by before is taken back first.
         """
-        slower = measured.reference_ms / self.reference_ms
-        if not 1 / _OTHER_CLOCK <= slower <= _OTHER_CLOCK:
-            return measured
-        factor = slower ** (self.spared * max(0.0, 1 - measured.latency_ratio))
+        slower, seen = measured.reference_ms / self.reference_ms, measured.latency_ratio / measured.latency_adjusted
+        same = 1 / _OTHER_CLOCK <= slower <= _OTHER_CLOCK
+        factor = slower ** (self.spared * max(0.0, 1 - seen)) if same else 1.0
+        anew = factor / measured.latency_adjusted
         return dataclasses.replace(
             measured,
-            latency_ratio=factor * measured.latency_ratio,
-            latency_ratio_low=factor * measured.latency_ratio_low,
-            latency_ratio_high=factor * measured.latency_ratio_high,
+            latency_ratio=anew * measured.latency_ratio,
+            latency_ratio_low=anew * measured.latency_ratio_low,
+            latency_ratio_high=anew * measured.latency_ratio_high,
             latency_adjusted=factor,
         )
 
@@ -68,7 +69,12 @@ def calm_of(before: Sequence[Measurement], after: Sequence[Measurement]) -> Calm
         before: at one time.
         after: of the same artefacts at another one.
     """
+    pace = float(np.quantile([m.reference_ms for m in (*before, *after)], _FAST))
     first, latest = (np.log([[m.latency_ratio, m.reference_ms] for m in taken]) for taken in (before, after))
+    same_clock = np.abs(first - latest)[:, 1] <= np.log(_OTHER_CLOCK)
+    if not same_clock.any():
+        return Calm(pace, _SPARED)
+    first, latest = first[same_clock], latest[same_clock]
     # What large or small models all differ by is the way in which they were taken. What is left is by how much slower
     # the reference was for each.
     (ratio, reference), small = (first - latest).T, np.maximum(0.0, 1 - np.exp(latest[:, 0]))
@@ -80,8 +86,7 @@ def calm_of(before: Sequence[Measurement], after: Sequence[Measurement]) -> Calm
     # Bayes, with a normal prior: few points, or such that the machine treated alike, leave what is supposed.
     weight = noise / _SURE**2
     spared = (power * alone + weight * _SPARED) / (power + weight) if power + weight > 0 else _SPARED
-    pace = np.quantile([m.reference_ms for m in (*before, *after)], _FAST)
-    return Calm(float(pace), min(1.0, max(0.0, spared)))
+    return Calm(pace, min(1.0, max(0.0, spared)))
 
 
 def _beyond(known: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -106,7 +106,7 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 workers = workers or stack.enter_context(_workers(workshop, cluster, exchange))
                 with clock("candidates"):
                     _evaluate(study, workshop, workers, trackers, progress, watch, exchange)
-            # Workers end while what is to be timed is loaded, unless that is elsewhere, where they are needed to go.
+            # Workers end once what is to be timed is loaded, unless that is elsewhere, where they are needed to go.
             quiet = workers.stop if workers is not None and workshop.device is None else None
             refine(study, workshop, clock, quiet=quiet, progress=progress, stage=stage)
             if workers is not None:

@@ -436,7 +436,8 @@ class Workshop(Bases):
             return []
         artefacts = [Artifact.open(self.artefacts / plan.plan_id) for plan, _ in points]
         longest = max(max(measured.latency_ms, measured.reference_ms) for _, measured in points) / 1e3
-        here = [m.reference_ms for _, m in points if m.fingerprint.get("id") == self.timed_on["id"]]
+        kind = self.timed_on["id"], self.run.target.model_dump()
+        here = [m.reference_ms for _, m in points if (m.fingerprint.get("id"), m.fingerprint.get("target")) == kind]
         patience_s = fresh.patience_s(len(points) * timing.RUNS_OF_A_PAIR, longest)
         stand = self.device or self.apart(patience_s, min(here, default=None))
         times = stand.rounds(artefacts, pairs, quiet=quiet, progress=progress)

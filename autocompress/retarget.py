@@ -158,9 +158,9 @@ def _confirmed(made: Mapping[int, Candidate], study: Study, workshop: Workshop) 
                 there = (workshop.artefacts / candidate.plan.plan_id).is_dir()
                 score = candidate.score if there else workshop.evaluate(candidate.plan)
                 points[candidate.number] = (candidate.plan, score)
-    anew = study.confirm(dict(zip(points, _anew(list(points.values()), workshop), strict=True)))
-    by_number = {candidate.number: candidate for candidate in anew}
-    return {number: by_number.get(candidate.number, candidate) for number, candidate in made.items()}
+    study.confirm(dict(zip(points, _anew(list(points.values()), workshop), strict=True)))
+    # What that tells of the machine may have moved the others, too.
+    return {number: study.candidate(candidate.number) for number, candidate in made.items()}
 
 
 def _anew(points: Sequence[tuple[CompressionPlan, Measurement]], workshop: Workshop) -> list[Measurement]:

@@ -328,6 +328,12 @@ class Study:
         """
         for measured in latest.values():
             measured.check()
+        with self._records.batch():  # what is known of the machine, and all that is adjusted for it
+            found = self._confirmed(latest)
+        self._forget_fronts()
+        return found
+
+    def _confirmed(self, latest: Mapping[int, Measurement]) -> list[Candidate]:
         known = [self._candidates[number] for number in latest]
         first = [c for c in known if not c.score.confirmed]
         tells = len(first) >= _TELL_DRIFT
@@ -342,7 +348,6 @@ class Study:
         for candidate in known:
             found.append(self._ledger.confirm(candidate, calmed[candidate.number].drifting(drift)))
             self._candidates[candidate.number] = found[-1]
-        self._forget_fronts()
         return found
 
     def _keep_calm(self, calm: Calm) -> None:

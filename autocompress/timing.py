@@ -29,7 +29,7 @@ MOST_RUNS, _FEWEST_RUNS = 10, 2
 SHORT_S = 0.008
 """Below this, runs need others before them that are not timed."""
 RUNS_OF_A_PAIR = 2 * 2 * MOST_RUNS
-"""At most: of the candidate and the reference, and as many that are not timed."""
+"""Of the candidate and the reference at one thread, and as many that are not timed."""
 _BLOCK_S = _FEWEST_RUNS * SHORT_S
 """Time after which a block has enough runs."""
 _ATTEMPTS = 5

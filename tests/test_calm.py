@@ -71,6 +71,15 @@ class TestAdjusting:
         for ratio in (1.0, 1.4):
             assert CALM.adjust(taken(ratio, 1.1, spared=0.0)).latency_ratio == ratio
 
+    def test_what_was_adjusted_before_is_not_adjusted_twice(self) -> None:
+        seen = taken(0.3, 1.1, spared=0.6)
+        once = CALM.adjust(seen)
+        assert CALM.adjust(once).latency_ratio == pytest.approx(once.latency_ratio)
+        other = Calm(0.98 * PACE_MS, spared=0.2)
+        again, expected = other.adjust(once), other.adjust(seen)
+        for name in ("latency_ratio", "latency_ratio_low", "latency_ratio_high", "latency_adjusted"):
+            assert getattr(again, name) == pytest.approx(getattr(expected, name))
+
     @pytest.mark.parametrize("slower", [0.7, 1.4])
     def test_another_clock_slows_all_alike(self, slower: float) -> None:
         seen = taken(0.3, slower, spared=0.0)
@@ -97,6 +106,13 @@ class TestFinding:
             for m in before
         ]
         assert calm_of(slowed, after).spared == pytest.approx(0.3, abs=0.15)
+
+    def test_another_clock_tells_nothing(self) -> None:
+        before, after = twice(np.random.default_rng(4), 40, spared=0.8, noise=0.01)
+        slow = [dataclasses.replace(m, reference_ms=1.8 * m.reference_ms) for m in before[:10]]
+        assert calm_of([*slow, *before[10:]], after).spared == calm_of(before[10:], after[10:]).spared
+        everything = [dataclasses.replace(m, reference_ms=2.0 * m.reference_ms) for m in before]
+        assert calm_of(everything, after).spared == 0.5
 
     def test_what_tells_little_leaves_what_is_supposed(self) -> None:
         for seed in range(5):

@@ -249,7 +249,8 @@ def test_a_confirmed_latency_changes_nothing_else(shop: Workshop, measured: Meas
     shop.evaluate(PLAN)
     said: list[str] = []
     found, again = shop.confirmed([(PLAN, measured), (PLAN, measured)], pairs=12, progress=said.append)
-    assert len(said) == 12, "as many rounds over all points"
+    rounds = [line for line in said if "once more" not in line]
+    assert len(rounds) == 12, "as many rounds over all points"
     assert found.confirmed
     assert again.confirmed
     latencies = {f.name for f in dataclasses.fields(Measurement) if "latency" in f.name or f.name == "reference_ms"}
