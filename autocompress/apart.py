@@ -1,7 +1,7 @@
 """Rounds of timing in a fresh process.
 
-One that has searched for a while has memory in pieces, and the small models that are loaded into it run some percent
-slower than in the programs that they are made for, while the large reference does not.
+One that has searched for a while has memory in pieces, and the small models that are loaded into it run slower than in
+the programs that they are made for, while the large reference does not.
 
 The two processes take turns: each line that the fresh one writes is answered by one, and until then it waits, so that
 nothing is done beside what is timed.

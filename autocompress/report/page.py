@@ -205,7 +205,7 @@ its 95 % Wilson interval. The points were chosen by these rows, so confirm a pic
 Divergence is the mean Kullback-Leibler divergence from the uncompressed model's class probabilities on these rows.
 Size is the bytes of the artefact's model files, 1 MB = 1,000,000 bytes. Milliseconds are the median time of one call.
 The ratio of candidate to reference is that of the lower quartiles of their runs, taken in turn, with its 95 %
-bootstrap interval{_drifting(front)}; it is not the quotient of the milliseconds, which disturbed runs move more.</p>"""
+bootstrap interval{_ratios(front)}; it is not the quotient of the milliseconds, which disturbed runs move more.</p>"""
 
 
 def _remarks(notes: Sequence[str]) -> str:
@@ -213,7 +213,7 @@ def _remarks(notes: Sequence[str]) -> str:
     return f"<h2>Notes</h2><ul>{said}</ul>" if said else ""
 
 
-def _drifting(front: Front) -> str:
+def _ratios(front: Front) -> str:
     """Say what the intervals of latencies include, and what their ratios are adjusted for, if it was found."""
     drift = max((point.score.latency_drift for point in front.points), default=0.0)
     moved = max((abs(point.score.latency_adjusted - 1) for point in front.points), default=0.0)
