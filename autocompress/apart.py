@@ -40,34 +40,32 @@ class Apart:
         target: what artefacts are built for.
         reference: the folder of the uncompressed model's artefact.
         inputs: of the target's shape.
-        patience_s: seconds after which a call has failed in which nothing was said.
-        pace_ms: what the reference took at another time on this machine, where that is known.
     """
 
-    def __init__(
-        self,
-        target: TargetConfig,
-        reference: Path,
-        inputs: Mapping[str, np.ndarray],
-        *,
-        patience_s: float,
-        pace_ms: float | None = None,
-    ) -> None:
+    def __init__(self, target: TargetConfig, reference: Path, inputs: Mapping[str, np.ndarray]) -> None:
         self._target = target
         self._reference = reference
         self._inputs = inputs
-        self._patience_s = patience_s
-        self._pace_ms = pace_ms
 
     def rounds(
         self,
         artefacts: Sequence[Artifact],
         count: int,
         *,
+        patience_s: float,
+        pace_ms: float | None = None,
         quiet: Callable[[], None] | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> list[Moments]:
         """Time artefacts as `Stand.rounds` does.
+
+        Args:
+            artefacts: of the target.
+            count: rounds.
+            patience_s: seconds after which the call has failed if nothing was said in them.
+            pace_ms: what the reference took at another time on this machine, where that is known.
+            quiet: called before anything is timed; returns when nothing else runs.
+            progress: told each round.
 
         Raises:
             MeasurementError: if the process fails, or says nothing for too long.
@@ -80,7 +78,7 @@ class Apart:
                 "inputs": f"{scratch}/inputs.npz",
                 "artefacts": [str(artifact.folder.absolute()) for artifact in artefacts],
                 "count": count,
-                "pace_ms": self._pace_ms,
+                "pace_ms": pace_ms,
             }
             command, environment = fresh.python("-m", "autocompress.apart")
             with (Path(scratch) / "stderr").open("w+", encoding="utf-8", errors="replace") as said:
@@ -93,7 +91,7 @@ class Apart:
                     text=True,
                     start_new_session=True,  # a terminal's interrupt is this one's matter
                 )
-                patience = _Patience(process, self._patience_s)
+                patience = _Patience(process, patience_s)
                 try:
                     found = _followed(process, patience, job, quiet, progress)
                     if found is None:  # it may be about to say why
@@ -108,7 +106,7 @@ class Apart:
                     said.seek(0)
                     lines = said.read().strip().splitlines()
                     ended = lines[-1] if lines else f"exit status {process.returncode}"
-                    reason = f"nothing for {self._patience_s:g} s" if patience.lost else ended
+                    reason = f"nothing for {patience_s:g} s" if patience.lost else ended
                     raise MeasurementError(f"latency: a fresh process could not time the front ({reason})")
         return found
 

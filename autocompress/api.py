@@ -26,6 +26,7 @@ from autocompress.live import HOST, Live, server_of
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate
 from autocompress.reference import restore_reference
+from autocompress.refine import confirm
 from autocompress.results import write_results
 from autocompress.retarget import Moved
 from autocompress.retarget import retarget as _retarget
@@ -190,6 +191,9 @@ def recover(
 ) -> Candidate:
     """Distil a candidate's structure from the teacher, build and measure it again, and add it to its study.
 
+    Its latency is taken as those of the front are, and with it of those points of the front that were not timed so yet,
+    as where the search did not come to its end.
+
     Args:
         candidate: a point of a study.
         epochs: passes over the training rows or ``auto``, by default the run file's ``recovery.epochs``.
@@ -217,21 +221,34 @@ def recover(
     plan = workshop.recovering(candidate.plan)
     with ExitStack() as stack:
         study = stack.enter_context(closing(Study(folder, run, writable=True)))
-        study.require_data(workshop.task.fingerprint)
-        study.require_model(workshop.teacher.base)
+        study.identity.require_data(workshop.task.fingerprint)
+        study.identity.require_model(workshop.teacher.base)
         if (known := study.measured(plan)) is not None:  # a score stays with the artefact that it was taken from
             return known
         if run.search.device:
             nobody = Workers(run, workshop.artefacts, progress, cluster=cluster, most=0)
-            workshop.time_on(stack.enter_context(nobody).on_device)
-        study.require_machine(workshop.timed_on["id"])
+            workshop.gauge.use(stack.enter_context(nobody).on_device)
+        study.identity.require_machine(workshop.gauge.machine["id"])
         restore_reference(workshop, progress)
         recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
-        if pairs := run.search.confirm_pairs:  # it is compared with points that were timed at several moments
-            [measured] = workshop.confirmed([(plan, recovered.score)], pairs=pairs, progress=progress)
-            [recovered] = study.confirm({recovered.number: measured})
+        if run.search.confirm_pairs:
+            recovered = _confirmed(recovered, study, workshop, progress)
         write_results(study)
     return recovered
+
+
+def _confirmed(recovered: Candidate, study: Study, workshop: Workshop, progress: Progress) -> Candidate:
+    """Time a recovered candidate anew, and with it what is left on the front that was not: they are to be compared."""
+
+    def waiting() -> list[Candidate]:
+        unsure = (c for c in study.front().points if not c.score.confirmed and c.number != recovered.number)
+        return [c for c in unsure if (workshop.artefacts / c.plan.plan_id).is_dir()]
+
+    candidates = [recovered, *waiting()]
+    while candidates:  # a latency that does not hold lets others on the front
+        confirm(study, workshop, candidates, progress=progress)
+        candidates = waiting()
+    return study.candidate(recovered.number)
 
 
 def export(

@@ -262,7 +262,7 @@ class _Site:
         crew = self._crew
         if not crew.device:
             return []
-        from autocompress.stand import Outpost
+        from autocompress.outpost import Outpost
 
         target = json.loads(crew.run)["target"]
         # No cores: a node that offers workers none is left to the outpost, also when it comes back.

@@ -109,15 +109,15 @@ def export(
         raise ExportError(f"export: trial {candidate.number} {ended} ({candidate.failure}); pick another")
     require_place(out, force=force)
     with closing(Study(candidate.folder, run)) as study:
-        if study.outdated is not None:
-            raise ExportError(f"export: {candidate.folder}: {study.outdated}")
+        if study.identity.outdated is not None:
+            raise ExportError(f"export: {candidate.folder}: {study.identity.outdated}")
         calm, workshop = study.calm, Workshop(run, candidate.folder / "artefacts", progress)
-        study.require_data(workshop.task.fingerprint)
+        study.identity.require_data(workshop.task.fingerprint)
         if format_of(run) in formats:  # whose artefact ships as it is
             require_same_sums(candidate.plan, candidate.score.fingerprint, f"export: trial {candidate.number}")
         kept = (workshop.artefacts / candidate.plan.plan_id).is_dir() and workshop.reference_folder.is_dir()
         if not kept or {*formats} != {format_of(run)}:  # something is made of the model
-            study.require_model(workshop.teacher.base)
+            study.identity.require_model(workshop.teacher.base)
         for name in set(FORMATS) & {*formats} - {format_of(run)}:
             get_runtime(FORMATS[name]).require_size(workshop.teacher.parameters())
     if "torch" in formats:
@@ -243,9 +243,9 @@ def _export(
     known = calm if runtime == run.target.runtime else None
     if not workshop.run.search.device:  # what was measured on a device is not what this machine measures
         pairs = CONFIRMING_PAIRS
-        latest = dataclasses.replace(measured, **timed.fields(), confirmed=True, fingerprint=workshop.fingerprint)
-        confirmed = latest.check()
-        if measured.fingerprint.get("id") == workshop.fingerprint["id"]:  # here latencies drift as they were seen to
+        taken = {**timed.fields(), "confirmed": True, "fingerprint": workshop.gauge.fingerprint}
+        confirmed = dataclasses.replace(measured, **taken).check()
+        if _scored_here(measured, workshop):  # latencies drift as they were seen to
             calmed = confirmed if known is None else known.adjust(confirmed)
             confirmed = calmed.drifting(measured.latency_drift)
         else:
@@ -261,9 +261,13 @@ def _export(
     return Export(aside, confirmed, test, test_drop, agreement, measured.latency_ratio)
 
 
+def _scored_here(score: Measurement, workshop: Workshop) -> bool:
+    return bool(score.fingerprint.get("id") == workshop.gauge.fingerprint["id"])
+
+
 def _why_not(candidate: Candidate, score: Measurement, workshop: Workshop) -> str:
     """Say why a copy predicts otherwise than its artefact did."""
-    if score.fingerprint.get("id") == workshop.fingerprint["id"]:
+    if _scored_here(score, workshop):
         return "the artefact no longer matches"
     assert candidate.folder is not None, "it has an artefact"
     move = f"autocompress retarget {quoted(candidate.folder)} -o NEW scores the front here"
@@ -304,7 +308,7 @@ def _export_unpacked(
     test = scoring.accuracy(on_test, workshop.splits["test"])
     test_drop = scoring.drop(on_test, workshop.reference_logits_on_test, workshop.splits["test"])
     drop = scoring.drop(found, workshop.reference_logits, workshop.splits["search"])
-    found_here = {**own.fields(), **drop.fields(), "fingerprint": workshop.fingerprint}
+    found_here = {**own.fields(), **drop.fields(), "fingerprint": workshop.gauge.fingerprint}
     measured = dataclasses.replace(candidate.score, **found_here, divergence=None, size_bytes=size)
     about = {
         "scored_with": run.target.runtime,
@@ -383,7 +387,7 @@ def _reload(folder: Path, workshop: Workshop, scratch: Path, score: Measurement)
         "target": workshop.run.target.model_dump(),
         "vocabulary": workshop.vocabulary,
         "pairs": CONFIRMING_PAIRS,
-        "reference_ms": score.reference_ms if score.fingerprint.get("id") == workshop.fingerprint["id"] else None,
+        "reference_ms": score.reference_ms if _scored_here(score, workshop) else None,
     }
     runs = len(workshop.splits["search"]) + timing.ANEW * CONFIRMING_PAIRS * timing.RUNS_OF_A_PAIR
     patience = _patience(workshop.run, score, runs)

@@ -107,7 +107,7 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                 with clock("candidates"):
                     _evaluate(study, workshop, workers, trackers, progress, watch, exchange)
             # Workers end once what is to be timed is loaded, unless that is elsewhere, where they are needed to go.
-            quiet = workers.stop if workers is not None and workshop.device is None else None
+            quiet = workers.stop if workers is not None and workshop.gauge.device is None else None
             refine(study, workshop, clock, quiet=quiet, progress=progress, stage=stage)
             if workers is not None:
                 workers.stop()  # a baseline has a Ray of its own
@@ -134,7 +134,7 @@ def open_for_writing(run: RunConfig, folder: Path, workshop: Workshop, progress:
     key = reference_key(workshop)
     identity = identity_of(run, model=key["model"], data=key["data"], space=workshop.space)
     # Latencies of two machines are not to be mixed in one study.
-    identity["machine"] = workshop.timed_on["id"]
+    identity["machine"] = workshop.gauge.machine["id"]
     settings: dict[str, Any] = {"identity": identity, "space": workshop.space, "predictor": workshop.predictor}
     study = Study(folder, run, **settings, writable=True, is_held=True)
     try:  # only now, when it is known that the study is of this model
@@ -160,7 +160,7 @@ def _workers(workshop: Workshop, cluster: Cluster | None, exchange: Depot | None
     where = None if exchange is None else exchange.url
     workers = Workers(run, workshop.artefacts, workshop.progress, cluster=cluster, exchange=where)
     if run.search.device:
-        workshop.time_on(workers.on_device)
+        workshop.gauge.use(workers.on_device)
     return workers
 
 

@@ -10,30 +10,29 @@ import dataclasses
 import shutil
 import tempfile
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from autocompress import fresh, machine, recovery, scoring, slot, timing
+from autocompress import machine, recovery, scoring, slot
 from autocompress.anatomy import ModelShape, before_drop
-from autocompress.apart import Apart
 from autocompress.bases import RANGE_ROWS, Bases
 from autocompress.config import RunConfig
 from autocompress.decisions import Decision, DropBlocks, Recover, Student, TrimVocabulary
-from autocompress.errors import AutocompressError, StudyError
+from autocompress.errors import AutocompressError
+from autocompress.gauge import Gauge
 from autocompress.model import EncoderModel
 from autocompress.pieces import Factor, Piece, code_version
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.products import Sizes
-from autocompress.records import QUALITIES, Drop, Measurement, Stopped
+from autocompress.records import QUALITIES, Candidate, Drop, Measurement, Stopped
 from autocompress.rows import LOGITS_FILE, read_logits
 from autocompress.runtimes import Artifact, Runtime, Template, get_runtime
-from autocompress.stand import Call, Device, Stand
 from autocompress.stopwatch import Stopwatch
 from autocompress.task import Batch
 from autocompress.trained import Progress, silent, torch_threads
@@ -62,8 +61,9 @@ class Workshop(Bases):
         super().__init__(run, progress, threads=threads)
         self.artefacts = artefacts
         self.runtime: Runtime = get_runtime(run.target.runtime)
-        self.device: Device | None = None
-        """Where latency and memory are measured, if not here."""
+        # Weakly, so that who is done with a workshop is done with its models, too.
+        own = weakref.proxy(self)
+        self.gauge = Gauge(run, self.runtime, self.reference_folder, lambda: own.vocabulary)
         self.follows: Runtime | None = None
         """Another runtime that scored what is built, and whose rounding is followed as far as this one can."""
         self._templates: dict[tuple[str, tuple[int, ...]], Template] = {}
@@ -200,20 +200,6 @@ class Workshop(Bases):
     def reference_folder(self) -> Path:
         return self.artefacts / "reference"
 
-    @cached_property
-    def stand(self) -> Stand:
-        """Where artefacts are timed on this machine."""
-        inputs = self.inputs(Artifact.open(self.reference_folder))
-        return Stand(self.runtime, self.run.target, self.reference_folder, inputs)
-
-    def apart(self, patience_s: float, pace_ms: float | None) -> Apart:
-        """Return what times artefacts on this machine in a fresh process; see there."""
-        inputs = self.inputs(Artifact.open(self.reference_folder))
-        return Apart(self.run.target, self.reference_folder, inputs, patience_s=patience_s, pace_ms=pace_ms)
-
-    def inputs(self, artifact: Artifact) -> dict[str, np.ndarray]:
-        return timing.inputs_of(artifact.inputs, self.run.target, self.vocabulary, self.run.seed)
-
     @property
     def majority(self) -> float:
         """Accuracy of always guessing the search rows' most frequent class."""
@@ -229,7 +215,7 @@ class Workshop(Bases):
     def reference_logits(self) -> np.ndarray:
         file = self.reference_folder / LOGITS_FILE
         if not file.exists():
-            found = scoring.logits_of(self.stand.reference, self.splits["search"], self.batches("search"))
+            found = scoring.logits_of(self.gauge.stand.reference, self.splits["search"], self.batches("search"))
             _save_aside(file, found)  # other workers may read it at any moment
         return kept_logits(self.reference_folder)
 
@@ -238,7 +224,7 @@ class Workshop(Bases):
         """What the uncompressed model makes of the held-out rows; kept beside it, for the next export of these data."""
         file = self.reference_folder / f"test-logits-{self.task.fingerprint}.npy"
         if not file.exists():
-            found = scoring.logits_of(self.stand.reference, self.splits["test"], self.batches("test"))
+            found = scoring.logits_of(self.gauge.stand.reference, self.splits["test"], self.batches("test"))
             with suppress(OSError):  # one exports from a folder that one may not write to, too
                 _save_aside(file, found)
             return found
@@ -285,13 +271,13 @@ class Workshop(Bases):
             CannotReachFront: if the accuracy pass was ended.
         """
         watch = Stopwatch(stages, waited=slot.waited)
-        self._require_device()
+        self.gauge.require()
         with watch("load"):
-            session = self.stand.load(artifact)
+            session = self.gauge.stand.load(artifact)
         memory = None
-        if self._wants_memory:
+        if self.gauge.measures_memory:
             with watch("memory"):
-                memory = self.memory(artifact)
+                memory = self.gauge.memory(artifact)
         trial = Trial(self, session, artifact, memory)
         try:
             trial.run(front, watch)
@@ -318,26 +304,8 @@ class Workshop(Bases):
             peak_memory_bytes=memory,
             seconds=sum(watch.seconds.values()),
             stages=watch.seconds,
-            fingerprint=self.fingerprint,
+            fingerprint=self.gauge.fingerprint,
         ).check()
-
-    def time_on(self, call: Call) -> None:
-        """Measure latency and memory on the device that ``call`` reaches."""
-        self.device = Device(call, self.reference_folder, self.inputs)
-
-    def _require_device(self) -> None:
-        """Refuse to time here what is to be timed on a device."""
-        if self.device is None and (wanted := self.run.search.device):
-            offered = ", ".join(f"{name}: {amount:g}" for name, amount in wanted.items())
-            raise StudyError(f"search.device: latency is measured on a node with {offered}; give its --address")
-
-    def memory(self, artifact: Artifact) -> int | None:
-        """Return the bytes that running an artefact adds to a fresh process; None where the run does not ask."""
-        return (self.device or self.stand).memory(artifact) if self._wants_memory else None
-
-    @property
-    def _wants_memory(self) -> bool:
-        return "peak_memory" in self.run.objectives or self.run.constraints.max_memory_mb is not None
 
     def bound(self, known: Mapping[str, float], front: Rivals) -> scoring.Bound | None:
         """Return what an artefact's quality has to reach, or None where its other objectives alone bring it there.
@@ -355,17 +323,6 @@ class Workshop(Bases):
         rivals = [point[quality] for point in front if all(point[p] <= value for p, value in others)]
         return scoring.Bound(told[quality], min(rivals)) if rivals else None
 
-    @property
-    def timed_on(self) -> dict[str, Any]:
-        """The machine that latency is measured on, and its versions."""
-        return machine.fingerprint() if self.device is None else self.device.fingerprint
-
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """Machine, versions, target and runtime options, as stored with every number."""
-        settings = {k: str(v) for k, v in self.runtime.settings(self.run.target).items()}
-        return {**self.timed_on, "target": self.run.target.model_dump(), "runtime_options": settings}
-
     def open(self) -> None:
         """Load what needs neither artefact nor bank; the driver may be at work on both."""
         self.parts("search")
@@ -373,7 +330,7 @@ class Workshop(Bases):
 
     def ready(self) -> None:
         """Load what is left of what every candidate needs, so that the first one is not charged for it."""
-        _ = self.stand.reference
+        _ = self.gauge.stand.reference
         # The first build of a process imports the converter and its like.
         with torch_threads(self.run.target.threads), tempfile.TemporaryDirectory() as scratch:
             self.build(CompressionPlan(), Path(scratch) / "first")
@@ -409,6 +366,11 @@ class Workshop(Bases):
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
 
+    def kept(self, candidate: Candidate) -> Measurement:
+        """Return the score of a candidate, which is built and scored again where its artefact is gone."""
+        there = (self.artefacts / candidate.plan.plan_id).is_dir()
+        return candidate.score if there else self.evaluate(candidate.plan)
+
     def confirmed(
         self,
         points: Sequence[tuple[CompressionPlan, Measurement]],
@@ -417,35 +379,9 @@ class Workshop(Bases):
         quiet: Callable[[], None] | None = None,
         progress: Progress = silent,
     ) -> list[Measurement]:
-        """Return ``points`` with their latencies taken anew in a fresh process, in rounds over all and several loads.
-
-        A machine is slower for seconds at a time, and models of different sizes suffer differently: what is timed at
-        several moments, seconds apart, is not at the mercy of one.
-
-        Args:
-            points: plans with what was measured of them; their artefacts are there.
-            pairs: rounds over all of them.
-            quiet: called before anything is timed; returns when nothing else runs.
-            progress: told each round.
-
-        Raises:
-            MeasurementError: if the fresh process fails.
-        """
-        self._require_device()
-        if not points:
-            return []
-        artefacts = [Artifact.open(self.artefacts / plan.plan_id) for plan, _ in points]
-        longest = max(max(measured.latency_ms, measured.reference_ms) for _, measured in points) / 1e3
-        kind = self.timed_on["id"], self.run.target.model_dump()
-        here = [m.reference_ms for _, m in points if (m.fingerprint.get("id"), m.fingerprint.get("target")) == kind]
-        patience_s = fresh.patience_s(len(points) * timing.RUNS_OF_A_PAIR, longest)
-        stand = self.device or self.apart(patience_s, min(here, default=None))
-        times = stand.rounds(artefacts, pairs, quiet=quiet, progress=progress)
-        found = []
-        for (_, measured), parts in zip(points, times, strict=True):
-            timed = timing.summarize(parts, seed=self.run.seed)
-            found.append(dataclasses.replace(measured, **timed.fields(), confirmed=True).check())
-        return found
+        """Return ``points``, whose artefacts are there, with their latencies taken anew; see `Gauge.confirmed`."""
+        artefacts = [(Artifact.open(self.artefacts / plan.plan_id), measured) for plan, measured in points]
+        return self.gauge.confirmed(artefacts, pairs=pairs, quiet=quiet, progress=progress)
 
 
 def _save_aside(file: Path, logits: np.ndarray) -> None:

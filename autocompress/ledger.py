@@ -122,13 +122,13 @@ class Ledger:
             return None
         measured = None
         if trial.state == TrialState.COMPLETE:
-            measured = Measurement(**attrs["measurement"])
+            measured = Measurement.from_plain(attrs["measurement"])
             latest = confirmed.get(trial.number, {})
             # Of a damaged journal, trials may have come to other numbers.
             own = (latest.get("predictions"), latest.get("size_bytes")) == (measured.predictions, measured.size_bytes)
             # What it was adjusted for may be lost there, too; then it is timed anew.
             if own and (self.calm is not None or latest.get("latency_adjusted", 1.0) == 1.0):
-                measured = Measurement(**latest)
+                measured = Measurement.from_plain(latest)
         failure = attrs["stopped"]["reason"] if "stopped" in attrs else attrs.get("failure")
         origin = attrs.get("origin", "sampler")
         return Candidate(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +72,7 @@ class Measurement:
         predictions: SHA-256 of the predicted classes, in row order.
         peak_memory_bytes: what loading and running it adds to a fresh process's memory, where that is asked for.
         stages: seconds by stage (build, load, latency, accuracy, ...).
-        confirmed: whether the latency was taken anew over several loads, with nothing else running.
+        confirmed: whether the latency was taken anew, in a fresh process over several loads, with nothing else running.
         seconds: time spent to build and score.
         fingerprint: machine and runtime that gave the numbers.
     """
@@ -162,7 +162,15 @@ class Measurement:
 
     @classmethod
     def from_json(cls, text: str) -> Measurement:
-        return cls(**json.loads(text))
+        return cls.from_plain(json.loads(text))
+
+    @classmethod
+    def from_plain(cls, stored: Mapping[str, Any]) -> Measurement:
+        """Return what is stored as the values of the fields, of which older records have fewer."""
+        # Before latencies were adjusted they were confirmed in the process that had searched, in which small models
+        # are slower: that is not what it means now.
+        older = {} if "latency_adjusted" in stored else {"confirmed": False}
+        return cls(**{**stored, **older})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,9 +86,9 @@ def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> No
         "reference": dataclasses.asdict(measured),
         **_about(workshop),
         "cut_rows": cut,
-        "machine": workshop.timed_on,
+        "machine": workshop.gauge.machine,
         "target": run.target.model_dump(),
-        "runtime_options": workshop.fingerprint["runtime_options"],
+        "runtime_options": workshop.gauge.fingerprint["runtime_options"],
         "protocol": {
             "accuracy": f"through the artefact, {measured.rows} search rows, real lengths up to "
             f"{run.data.max_tokens} tokens, 95 % Wilson interval",
@@ -96,7 +96,7 @@ def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> No
             "latency": f"{run.search.latency_pairs} pairs of blocks of runs, of candidate and reference in turn, each "
             f"block of runs under {1e3 * timing.SHORT_S:g} ms after as many that are not timed, at moments between "
             f"the rows ({run.search.confirm_pairs} in rounds over all points for points of the front, "
-            f"{'' if run.search.device else 'in a fresh process, '}loaded anew in between), inputs of "
+            "in a fresh process, loaded anew in between), inputs of "
             f"{run.target.batch_size} x {run.target.tokens} tokens, "
             + ("process CPU time" if run.target.threads == 1 else "wall clock in an exclusive slot")
             + f", pairs with a reference slower than {timing.SLOWED:g} times its fastest taken anew and left out"

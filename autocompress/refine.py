@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autocompress.decisions import RECONSTRUCTED, Recover
@@ -14,7 +14,7 @@ from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.stopwatch import Stopwatch
 from autocompress.study import Study
-from autocompress.trained import Progress
+from autocompress.trained import Progress, silent
 
 
 def refine(
@@ -119,6 +119,20 @@ def _recover(study: Study, workshop: Workshop, progress: Progress, stage: Progre
             progress(f"trial {candidate.number} cannot be recovered: {error}")
 
 
+def confirm(
+    study: Study,
+    workshop: Workshop,
+    candidates: Sequence[Candidate],
+    *,
+    quiet: Callable[[], None] | None = None,
+    progress: Progress = silent,
+) -> list[Candidate]:
+    """Time candidates of a study anew, as its run file says, and record that; returns them as they are then."""
+    points = [(candidate.plan, workshop.kept(candidate)) for candidate in candidates]
+    latest = workshop.confirmed(points, pairs=study.run.search.confirm_pairs, quiet=quiet, progress=progress)
+    return study.confirm({c.number: measured for c, measured in zip(candidates, latest, strict=True)})
+
+
 def _confirm(
     study: Study, workshop: Workshop, quiet: Callable[[], None] | None, progress: Progress, stage: Progress
 ) -> None:
@@ -126,23 +140,16 @@ def _confirm(
 
     With them those that may belong there, as far as there are no more of them.
     """
-    pairs, front = study.run.search.confirm_pairs, study.front().points
-    waiting = [c for c in front if not c.score.confirmed]
-    if waiting and study.calm is None:  # others may have been timed in another way, by an earlier version
-        waiting = list(front)
-    if waiting:
-        waiting += study.contenders(study.candidates())[: len(front)]
-    if pairs and waiting:
+
+    def waiting() -> list[Candidate]:
+        return [candidate for candidate in study.front().points if not candidate.score.confirmed]
+
+    if study.run.search.confirm_pairs and (candidates := waiting()):
         stage("timing the front anew")
-    while pairs and waiting:
-        points = []
-        for candidate in waiting:
-            # Its artefact is gone if a latency that did not hold had pushed it off the front.
-            there = (workshop.artefacts / candidate.plan.plan_id).is_dir()
-            points.append((candidate.plan, candidate.score if there else workshop.evaluate(candidate.plan)))
-        confirmed = workshop.confirmed(points, pairs=pairs, quiet=quiet, progress=progress)
-        study.confirm({c.number: measured for c, measured in zip(waiting, confirmed, strict=True)})
-        waiting = [c for c in study.front().points if not c.score.confirmed]
+        candidates += study.contenders(study.candidates())[: len(study.front())]
+        while candidates:
+            confirm(study, workshop, candidates, quiet=quiet, progress=progress)
+            candidates = waiting()
     if study.run.search.keep_artefacts == "front":
         kept = {c.plan.plan_id for c in study.front().points} | {"reference"}
         for folder in workshop.artefacts.iterdir():

@@ -82,10 +82,10 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
     with ExitStack() as stack:
         stack.enter_context(held(folder, needed=run.storage.study is None))
         workshop = Workshop(run, folder / "artefacts", progress)
-        old.require_data(workshop.task.fingerprint)
-        own = old.is_of_model(workshop.teacher.base)
+        old.identity.require_data(workshop.task.fingerprint)
+        own = old.identity.is_of_model(workshop.teacher.base)
         if not own and workshop.teacher_folder == workshop.source:
-            old.require_model(workshop.teacher.base)
+            old.identity.require_model(workshop.teacher.base)
         if not own:  # as on a machine that its search's bank was not brought to
             progress("the classifier was fine-tuned anew: all points are built from that, and compared with it")
         study = stack.enter_context(closing(open_for_writing(run, folder, workshop, progress)))
@@ -134,7 +134,7 @@ def _timed(copied: Sequence[Candidate], study: Study, workshop: Workshop, *, by_
     for candidate in copied:
         with _said(candidate, workshop.progress):
             score = candidate.score
-            if by_workers or score.fingerprint.get("id") != workshop.fingerprint["id"]:
+            if by_workers or score.fingerprint.get("id") != workshop.gauge.fingerprint["id"]:
                 workshop.progress(f"scoring trial {candidate.number} on this machine")
                 score = workshop.score(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
             scores[candidate.number] = score
@@ -142,8 +142,8 @@ def _timed(copied: Sequence[Candidate], study: Study, workshop: Workshop, *, by_
     points = [(c.plan, scores[c.number]) for c in usable]
     made = {}
     for candidate, measured in zip(usable, _anew(points, workshop), strict=True):
-        memory = workshop.memory(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
-        here = dataclasses.replace(measured, peak_memory_bytes=memory, fingerprint=workshop.fingerprint)
+        memory = workshop.gauge.memory(Artifact.open(workshop.artefacts / candidate.plan.plan_id))
+        here = dataclasses.replace(measured, peak_memory_bytes=memory, fingerprint=workshop.gauge.fingerprint)
         made[candidate.number] = study.add(candidate.plan, study.calmed(here), origin="retarget")
     return made
 
@@ -154,10 +154,7 @@ def _confirmed(made: Mapping[int, Candidate], study: Study, workshop: Workshop) 
     for candidate in made.values():
         if not candidate.score.confirmed:
             with _said(candidate, workshop.progress):
-                # A search that went on in this folder may have let its artefact go.
-                there = (workshop.artefacts / candidate.plan.plan_id).is_dir()
-                score = candidate.score if there else workshop.evaluate(candidate.plan)
-                points[candidate.number] = (candidate.plan, score)
+                points[candidate.number] = (candidate.plan, workshop.kept(candidate))
     study.confirm(dict(zip(points, _anew(list(points.values()), workshop), strict=True)))
     # What that tells of the machine may have moved the others, too.
     return {number: study.candidate(candidate.number) for number, candidate in made.items()}
@@ -178,7 +175,7 @@ def _runs_as_it_is(candidate: Candidate, old: Study, run: RunConfig) -> bool:
     here, there = machine.fingerprint(), candidate.score.fingerprint
     same = run.target.runtime == old.run.target.runtime and run.target.precision == old.run.target.precision
     # Another version may compute otherwise, of the runtime or of what is made for it.
-    same = same and old.outdated is None
+    same = same and old.identity.outdated is None
     same = same and here["versions"].get(run.target.runtime) == there["versions"].get(run.target.runtime)
     overflows = machine.adds_in_16_bits(here) != machine.adds_in_16_bits(there)
     return same and not (candidate.plan.integer_arithmetic and overflows)

@@ -1,44 +1,30 @@
-"""Where artefacts are timed against the uncompressed model: on this machine, or on another that Ray reaches.
-
-A search that shall run on a device measures latency and memory there, and accuracy wherever there are workers: the
-files of an artefact travel, and numbers come back.
-"""
+"""The uncompressed model, loaded, and what is timed against it."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from autocompress import machine, slot, timing
 from autocompress.config import TargetConfig
 from autocompress.memory import peak_memory_bytes
-from autocompress.runtimes import Artifact, Runtime, Session, get_runtime
-from autocompress.runtimes.base import ARTIFACT_FILE
+from autocompress.runtimes import Artifact, Runtime, Session
 
 Moments = list[list[timing.Pair]]
 """Pairs of blocks that were taken at different moments."""
 Taken = tuple[Moments, bool]
 """Those of them that count, and whether any was not disturbed."""
-Files = dict[str, bytes]
-"""An artefact's files by name, its description among them."""
-Call = Callable[..., Callable[[], Any]]
 
 _TO_A_REFERENCE = 4
 """Artefacts whose blocks of runs are held against the same block of the reference in a round."""
 _AT_ONCE_BYTES = 1_000_000_000
 """Artefacts that are loaded together."""
-_SENT_BYTES = 200_000_000
-"""Artefacts that are sent together: devices have little memory."""
-_APART_S = 1.0
+APART_S = 1.0
 """Seconds between what was disturbed and its being timed anew."""
 _ROUNDS_A_LOAD = 5
 """Rounds after which they are loaded anew: how fast a model is depends a little on where its memory came to lie."""
@@ -66,6 +52,11 @@ class Stand:
     @cached_property
     def reference(self) -> Session:
         return self.load(Artifact.open(self._reference))
+
+    def close(self) -> None:
+        """Let go of the reference, which is loaded again when it is next needed."""
+        if (session := self.__dict__.pop("reference", None)) is not None:
+            session.close()
 
     def load(self, artifact: Artifact) -> Session:
         with slot.working():
@@ -122,7 +113,7 @@ class Stand:
                 if not left:
                     break
                 if turn >= count:  # what disturbs lasts for a while
-                    time.sleep(max(0.0, began + _APART_S - time.monotonic()))
+                    time.sleep(max(0.0, began + APART_S - time.monotonic()))
                 began = time.monotonic()
                 # A part of them before each round, so that rounds lie apart.
                 due = [place for place in (0, *left) if turn == 0 or (turn - 1 - place) % _ROUNDS_A_LOAD == 0]
@@ -166,142 +157,3 @@ def together(artefacts: Sequence[Artifact], most_bytes: int) -> Iterator[range]:
         size_bytes += artifact.size_bytes
     if artefacts:
         yield range(first, len(artefacts))
-
-
-class Outpost:
-    """A stand on the machine that latency is measured on, which has of the search what it is sent.
-
-    Args:
-        target: as plain data.
-    """
-
-    def __init__(self, target: dict[str, Any]) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="autocompress-stand-")
-        self._target = TargetConfig(**target)
-        self._stand: Stand | None = None
-
-    def fingerprint(self) -> dict[str, Any]:
-        return machine.fingerprint()
-
-    def equip(self, reference: Files, inputs: Mapping[str, np.ndarray]) -> None:
-        """Time against this model on these inputs from now on; begun anew, an outpost has none.
-
-        Several workers may find that at once; what comes after the first is the same.
-        """
-        if self._stand is not None:
-            return
-        runtime = get_runtime(self._target.runtime)
-        self._stand = Stand(runtime, self._target, self._written(reference).folder, inputs)
-
-    def moments(self, files: Files, counts: Sequence[int]) -> Taken | None:
-        """Time an artefact, as many pairs at each moment as are said; None without a reference to time it against."""
-        if self._stand is None:
-            return None
-        with self._unpacked([files]) as [artifact]:
-            session = self._stand.load(artifact)
-            try:
-                found, pace = Moments(), self._stand.pace
-                for count in counts:
-                    if count:
-                        found.append(self._stand.pairs(session, artifact, count, before=sum(map(len, found))))
-                while count := min(max(counts), pace.missing(found, sum(counts), sum(counts))):
-                    time.sleep(_APART_S)
-                    found.append(self._stand.pairs(session, artifact, count, before=pace.quiet(found)))
-                return pace.undisturbed(found), pace.quiet(found) > 0
-            finally:
-                session.close()
-
-    def rounds(self, artefacts: Sequence[Files], count: int) -> list[Moments] | None:
-        """Time artefacts as `Stand.rounds` does; None without a reference."""
-        if self._stand is None:
-            return None
-        with self._unpacked(artefacts) as found:
-            return self._stand.rounds(found, count)
-
-    def memory(self, files: Files) -> int | None:
-        """Return the bytes that running an artefact adds to a fresh process."""
-        if self._stand is None:
-            return None
-        with self._unpacked([files]) as [artifact]:
-            return self._stand.memory(artifact)
-
-    @contextmanager
-    def _unpacked(self, artefacts: Sequence[Files]) -> Iterator[list[Artifact]]:
-        found: list[Artifact] = []
-        try:
-            for files in artefacts:
-                found.append(self._written(files))
-            yield found
-        finally:
-            for artifact in found:
-                shutil.rmtree(artifact.folder, ignore_errors=True)
-
-    def _written(self, files: Files) -> Artifact:
-        folder = Path(tempfile.mkdtemp(dir=self._scratch.name))
-        for name, content in files.items():
-            (folder / Path(name).name).write_bytes(content)
-        return Artifact.open(folder)
-
-
-class Device:
-    """An outpost as the driver and the workers see it.
-
-    Args:
-        call: begins a method of it; returns what waits for the result.
-        reference: the folder of the uncompressed model's artefact; it may be made later than this.
-        inputs: of the target's shape, for an artefact.
-    """
-
-    def __init__(self, call: Call, reference: Path, inputs: Callable[[Artifact], Mapping[str, np.ndarray]]) -> None:
-        self._call = call
-        self._reference = reference
-        self._inputs = inputs
-
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """The machine and the versions there."""
-        found: dict[str, Any] = self._call("fingerprint")()
-        return found
-
-    def moments(self, artifact: Artifact, counts: Sequence[int]) -> Callable[[], Taken]:
-        """Begin to time an artefact; returns what waits for the pairs of each moment."""
-        return self._begin("moments", files_of(artifact), list(counts))
-
-    def memory(self, artifact: Artifact) -> int:
-        """Return the bytes that running an artefact there adds to a fresh process."""
-        found: int = self._begin("memory", files_of(artifact))()
-        return found
-
-    def rounds(
-        self,
-        artefacts: Sequence[Artifact],
-        count: int,
-        *,
-        quiet: Callable[[], None] | None = None,
-        progress: Callable[[str], None] | None = None,
-    ) -> list[Moments]:
-        """Time artefacts there as `Stand.rounds` does; nothing has to be quiet here."""
-        found: list[Moments] = []
-        for some in together(artefacts, _SENT_BYTES):
-            if progress is not None:
-                progress(f"confirming latencies: points {some[0] + 1} to {some[-1] + 1} on the device")
-            found += self._begin("rounds", [files_of(artefacts[n]) for n in some], count)()
-        return found
-
-    def _begin(self, method: str, *values: Any) -> Callable[[], Any]:
-        begun = self._call(method, *values)
-
-        def wait() -> Any:
-            found = begun()
-            if found is None:
-                reference = Artifact.open(self._reference)
-                self._call("equip", files_of(reference), self._inputs(reference))()
-                found = self._call(method, *values)()
-            return found
-
-        return wait
-
-
-def files_of(artifact: Artifact) -> Files:
-    """Return what an artefact is elsewhere."""
-    return {name: (artifact.folder / name).read_bytes() for name in (ARTIFACT_FILE, *artifact.files)}

@@ -21,22 +21,20 @@ from optuna.trial import TrialState
 from autocompress.binding import BoundSpace
 from autocompress.calm import Calm, calm_of
 from autocompress.config import RunConfig
-from autocompress.errors import ConfigError, MeasurementError, StudyError, quoted
+from autocompress.errors import ConfigError, MeasurementError, StudyError
 from autocompress.front import Front
 from autocompress.garbage import without_collection
-from autocompress.identity import difference
+from autocompress.identity import STUDY_SCHEMA, Identity
 from autocompress.journal import held
 from autocompress.ledger import Ledger
 from autocompress.pareto import Unbeaten, contenders, costs
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.proposals import Proposals
-from autocompress.records import LATENCY_PROTOCOL, OBJECTIVES, QUALITIES, Candidate, Measurement, Stopped, drift_of
-from autocompress.runtimes import get_runtime
+from autocompress.records import OBJECTIVES, QUALITIES, Candidate, Measurement, Stopped, drift_of
 from autocompress.samplers import make_sampler
 from autocompress.storage import open_records
 
-STUDY_SCHEMA = 1
 _ASKS = 8
 """Proposals of the sampler that may repeat a known plan before a random new one is taken."""
 _TELL_DRIFT = 5
@@ -77,7 +75,6 @@ class Study:
         self.predictor = predictor
         self.ask_seconds: list[float] = []
         self._reference: Measurement | None = None
-        self._identity: Mapping[str, Any] | None = None
         self.run = run
         self.space = space
         self.repaired: Path | None = None
@@ -136,70 +133,20 @@ class Study:
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(list(self.told))
         study = optuna.load_study(storage=storage, study_name=name)
-        stored = self._identity = study.user_attrs.get("identity")
+        stored = study.user_attrs.get("identity")
+        self.identity = Identity(stored, self.run, self.folder)
+        self.identity.require_known(where)
         if writable and stored is None:
             study.set_user_attr("identity", {"schema": STUDY_SCHEMA, **(identity or {})})
-        elif stored is not None and stored.get("schema") != STUDY_SCHEMA:
-            raise StudyError(f"{where}: schema must be {STUDY_SCHEMA}, got {stored.get('schema')!r}")
-        elif writable and stored is not None and stored.get("latency") != LATENCY_PROTOCOL:
-            raise StudyError(
-                f"{where}: is of a version that took latencies otherwise, which are not mixed with new ones; it can be "
-                f"read and exported from, and autocompress retarget {quoted(self.folder)} -o NEW measures its front "
-                "anew"
-            )
-        elif writable and self.outdated is not None:
-            raise StudyError(f"{where}: {self.outdated}")
-        elif identity is not None and stored is not None and (changes := difference(stored, identity)):
-            elsewhere = stored.get("machine") != identity.get("machine")
-            move = f"; autocompress retarget {quoted(self.folder)} -o NEW measures its front here"
-            hint = move if elsewhere else ""
-            raise StudyError(f"{where}: this study was made with other settings ({changes}); use another --out{hint}")
+        elif writable:
+            self.identity.require_current(where)
+        if identity is not None:
+            self.identity.require_same(where, identity)
         if writable:
             # A continued study must not draw the same numbers again.
             seed = (self.seed + len(study.get_trials(deepcopy=False))) % 2**32
             study.sampler = make_sampler(self.run.search.sampler, seed=seed)
         return study
-
-    def require_data(self, fingerprint: str) -> None:
-        """Raise `StudyError` unless rows of this fingerprint are those that the study was scored on."""
-        stored = str((self._identity or {}).get("data", fingerprint))
-        if stored.partition(",")[0] != fingerprint:
-            raise StudyError(
-                f"data: {self.run.data.called}: holds other rows than those that {self.folder} was scored on; bring "
-                "these back, or search anew"
-            )
-
-    def is_of_model(self, base: str) -> bool:
-        """Return whether a model of this content key is the one that the study compresses."""
-        return str((self._identity or {}).get("model", base)) == base
-
-    def require_model(self, base: str) -> None:
-        """Raise `StudyError` unless `is_of_model`."""
-        if not self.is_of_model(base):
-            raise StudyError(
-                f"model: {self.run.model.id}: is not the one that {self.folder} compresses; bring that back (a "
-                "classifier that a search has fine-tuned lies in its bank), or search anew"
-            )
-
-    def require_machine(self, machine: str) -> None:
-        """Raise `StudyError` unless the study's latencies were measured on a machine of this id."""
-        if str((self._identity or {}).get("machine", machine)) != machine:
-            raise StudyError(
-                f"{self.folder}: its latencies are of another machine, and are not mixed with this one's; autocompress "
-                f"retarget {quoted(self.folder)} -o NEW measures its front here"
-            )
-
-    @property
-    def outdated(self) -> str | None:
-        """Why what is built now is not comparable with what was scored, or None; see `Runtime.arithmetic`."""
-        runtime, stored = self.run.target.runtime, self._identity or {}
-        of_it = stored.get("target", {}).get("runtime") == runtime
-        if not of_it or stored.get("arithmetic", "") == get_runtime(runtime).arithmetic:
-            return None
-        return (
-            f"is of a version that computed otherwise with {runtime}, so that nothing is added to it or exported from "
-            f"it; it can be read, and autocompress retarget {quoted(self.folder)} -o NEW scores its front anew"
-        )
 
     def _reconcile(self) -> int:
         """Fail the trials that a killed driver left running and enqueue their parameters again."""
@@ -408,7 +355,7 @@ class Study:
         """The score of the uncompressed model, from ``environment.json``."""
         if self._reference is None:
             try:
-                self._reference = Measurement(**self.environment["reference"])
+                self._reference = Measurement.from_plain(self.environment["reference"])
             except (KeyError, TypeError) as error:
                 raise StudyError(f"{self.folder / 'environment.json'}: cannot be read ({error})") from None
         return self._reference

@@ -60,7 +60,7 @@ class Trial:
             self._elsewhere, self._coming = self._coming(), None
         if self._elsewhere is not None:
             return self._elsewhere
-        pace = self._workshop.stand.pace
+        pace = self._workshop.gauge.stand.pace
         return pace.undisturbed(self._times), pace.quiet(self._times) > 0
 
     def run(self, front: Rivals, watch: Stopwatch) -> None:
@@ -71,7 +71,7 @@ class Trial:
         """
         parts = self._workshop.parts("search")
         first, *later = counts = _spread(self._workshop.run.search.latency_pairs, len(parts) + 1)
-        if (device := self._workshop.device) is not None:
+        if (device := self._workshop.gauge.device) is not None:
             self._coming = device.moments(self._artifact, counts)
             first, later = 0, [0] * len(parts)
         with watch("latency"):
@@ -88,9 +88,9 @@ class Trial:
 
     def _time(self, pairs: int) -> None:
         """Time so many pairs, and those anew that were disturbed at another moment."""
-        if self._workshop.device is not None:
+        if self._workshop.gauge.device is not None:
             return
-        stand, self._due = self._workshop.stand, self._due + pairs
+        stand, self._due = self._workshop.gauge.stand, self._due + pairs
         count = stand.pace.missing(self._times, self._due, self._workshop.run.search.latency_pairs)
         if count:
             # Who goes first alternates over those that count.

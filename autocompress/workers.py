@@ -185,7 +185,7 @@ class Worker(tune.Trainable):
             self._run.with_files(bank_of(self._run).borrowed), self._artefacts, threads=self._run.target.threads
         )
         if self._outposts:
-            workshop.time_on(self._call)
+            workshop.gauge.use(self._call)
         workshop.open()
         return workshop
 

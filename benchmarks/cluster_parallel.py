@@ -70,7 +70,7 @@ def timed(workshop: Workshop, neighbour: subprocess.Popen[str]) -> Iterator[np.n
                 with slot.timing():  # it holds no turn when it is stopped
                     os.kill(neighbour.pid, order)
                 time.sleep(SETTLE_S)
-                found.append(timing.runs_of(workshop.stand.pairs(session, artifact, PAIRS)).reshape(2, -1))
+                found.append(timing.runs_of(workshop.gauge.stand.pairs(session, artifact, PAIRS)).reshape(2, -1))
         os.kill(neighbour.pid, signal.SIGCONT)
         yield np.stack(found).reshape(ROUNDS, 3, 2, -1).transpose(1, 2, 0, 3)
 
@@ -120,7 +120,7 @@ def main() -> None:
         for folder in (ours, theirs):
             one = shop(folder)
             one.score(one.build(CompressionPlan(), one.reference_folder))
-        workshop.stand.pairs(workshop.stand.reference, Artifact.open(workshop.reference_folder), 1)
+        workshop.gauge.stand.pairs(workshop.gauge.stand.reference, Artifact.open(workshop.reference_folder), 1)
         for plan in plans(workshop):  # what the bank lacks is made before anything is timed
             workshop.prepare(plan)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -105,12 +105,12 @@ def time_all(folder: Path, out: Path) -> None:
     """Write the runs of one process, ``artefacts x model x rounds x pairs x (before, timed) x runs`` in seconds."""
     workshop = shop(folder)
     artefacts = [Artifact.open(workshop.artefacts / plan.plan_id) for plan in chosen(workshop)]
-    sessions = [workshop.stand.load(artifact) for artifact in artefacts]
-    reference, clock = workshop.stand.reference, timing.clock_of(workshop.run.target)
+    sessions = [workshop.gauge.stand.load(artifact) for artifact in artefacts]
+    reference, clock = workshop.gauge.stand.reference, timing.clock_of(workshop.run.target)
     runs = np.full((len(sessions), 2, ROUNDS, PAIRS, 2, timing.MOST_RUNS), np.nan)
     for number in range(ROUNDS):
         for n, (session, artifact) in enumerate(zip(sessions, artefacts, strict=True)):
-            inputs = workshop.inputs(artifact)
+            inputs = workshop.gauge.inputs(artifact)
             for pair in range(PAIRS):
                 for model, loaded in ((CANDIDATE, session), (REFERENCE, reference)):
                     for row in (BEFORE, TIMED):

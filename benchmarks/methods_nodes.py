@@ -72,7 +72,7 @@ def times(shop: Workshop, artifact: Artifact) -> dict[str, float]:
     """Return the milliseconds of a run by kind of node: the median over runs."""
     settings = {**shop.runtime.settings(shop.run.target), "PERF_COUNT": True}
     compiled = ov.Core().compile_model(artifact.folder / "model.xml", "CPU", settings)
-    request, inputs = compiled.create_infer_request(), shop.inputs(artifact)
+    request, inputs = compiled.create_infer_request(), shop.gauge.inputs(artifact)
     found: list[Counter[str]] = []
     for _ in range(RUNS):
         request.infer(inputs)

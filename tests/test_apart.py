@@ -10,6 +10,7 @@ import select
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from autocompress.apart import Apart, _main, _read
 from autocompress.errors import MeasurementError
 from autocompress.fresh import LEAST_PATIENCE_S
 from autocompress.runtimes import Artifact
+from autocompress.stand import Moments
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +29,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return built("openvino", tmp_path_factory.mktemp("apart") / "reference")
 
 
-def apart(reference: Artifact, patience_s: float = LEAST_PATIENCE_S) -> Apart:
-    return Apart(TARGET, reference.folder, INPUTS, patience_s=patience_s)
+def rounds(reference: Artifact, count: int = 1, *, patience_s: float = LEAST_PATIENCE_S, **told: Any) -> list[Moments]:
+    """Time a model against itself, twice in each round."""
+    return Apart(TARGET, reference.folder, INPUTS).rounds([reference] * 2, count, patience_s=patience_s, **told)
 
 
 def test_pairs_of_all_come_back_and_what_is_said_meanwhile(reference: Artifact) -> None:
     said: list[str] = []
-    found = apart(reference).rounds([reference, reference], 3, progress=said.append)
+    found = rounds(reference, 3, progress=said.append)
     assert len(found) == 2
     for moments in found:
         pairs = [pair for moment in moments for pair in moment]
@@ -49,9 +52,7 @@ def test_pairs_of_all_come_back_and_what_is_said_meanwhile(reference: Artifact) 
 
 def test_quiet_is_asked_for_before_anything_is_timed(reference: Artifact) -> None:
     order: list[str] = []
-    apart(reference).rounds(
-        [reference], 1, quiet=lambda: order.append("quiet"), progress=lambda line: order.append(line.split(", ")[-1])
-    )
+    rounds(reference, quiet=lambda: order.append("quiet"), progress=lambda line: order.append(line.split(", ")[-1]))
     assert order[:2] == ["quiet", "round 1 of 1"]
 
 
@@ -85,16 +86,16 @@ def test_the_fresh_process_waits_for_each_answer(
 
 
 def test_a_process_that_fails_says_why(reference: Artifact, tmp_path: Path) -> None:
-    there = Apart(TARGET, tmp_path / "nothing", INPUTS, patience_s=LEAST_PATIENCE_S)
+    there = Apart(TARGET, tmp_path / "nothing", INPUTS)
     with pytest.raises(MeasurementError, match=r"could not time the front \(.*nothing"):
-        there.rounds([reference], 1)
+        there.rounds([reference], 1, patience_s=LEAST_PATIENCE_S)
 
 
 def test_a_process_that_says_nothing_is_killed(reference: Artifact) -> None:
     children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
     before = set(children.read_text(encoding="utf-8").split())
     with pytest.raises(MeasurementError, match=r"nothing for 0\.05 s"):
-        apart(reference, patience_s=0.05).rounds([reference], 1)
+        rounds(reference, patience_s=0.05)
     assert not set(children.read_text(encoding="utf-8").split()) - before
 
 
@@ -105,7 +106,7 @@ def test_a_process_that_ends_within_a_message_says_why(
     program = f"import sys; sys.stdin.readline(); sys.stdout.write({message!r}); sys.exit('no memory')"
     monkeypatch.setattr(fresh, "python", lambda *_: ([sys.executable, "-c", program], dict(os.environ)))
     with pytest.raises(MeasurementError, match=r"could not time the front \(no memory\)"):
-        apart(reference).rounds([reference], 1)
+        rounds(reference)
 
 
 def test_what_a_library_says_is_no_message() -> None:
@@ -119,7 +120,7 @@ def test_what_asks_for_quiet_may_fail(reference: Artifact) -> None:
         raise BrokenPipeError("a worker's")
 
     with pytest.raises(BrokenPipeError, match="a worker's"):
-        apart(reference).rounds([reference], 1, quiet=quiet)
+        rounds(reference, quiet=quiet)
 
 
 def test_pairs_travel_as_they_are() -> None:

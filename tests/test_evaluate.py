@@ -31,6 +31,7 @@ from autocompress.decisions import (
 )
 from autocompress.errors import MeasurementError, PlanError, RuntimeBuildError
 from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
+from autocompress.gauge import Gauge
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Measurement, Stopped
 from autocompress.runtimes import Artifact, get_runtime
@@ -58,7 +59,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def disturbed(monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
     """Have what is slow count as disturbed, and be timed anew at once."""
     monkeypatch.setattr(timing, "SLOWED", 1.12)
-    monkeypatch.setattr(stand, "_APART_S", 0.0)
+    monkeypatch.setattr(stand, "APART_S", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +70,17 @@ def shop(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 @pytest.fixture
-def here(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have rounds taken in this process, where they can be watched."""
-    monkeypatch.setattr(shop, "apart", lambda *_: shop.stand)
+
+    class Here:
+        def __init__(self, gauge: Gauge) -> None:
+            self._stand = gauge.stand
+
+        def rounds(self, artefacts: Any, count: int, *, patience_s: float, pace_ms: float, **told: Any) -> Any:
+            return self._stand.rounds(artefacts, count, **told)
+
+    monkeypatch.setattr(Gauge, "apart", property(Here))
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +219,9 @@ def test_nobody_is_given_up_for_a_latency_that_was_disturbed(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, reference: float, stops: bool
 ) -> None:
     own = with_guide(shop)
-    own.stand.pace.note(1.0)
+    own.gauge.stand.pace.note(1.0)
     pair = timing.Pair(np.full(4, 0.5 * reference), np.full(2, reference))
-    monkeypatch.setattr(own.stand, "pairs", lambda *_, **__: [pair])
+    monkeypatch.setattr(own.gauge.stand, "pairs", lambda *_, **__: [pair])
     # Perfect, smaller, and faster by more than single pairs differ.
     found = own.attempt(HARMFUL, [[-1.0, 1.0, 0.35]])
     assert isinstance(found, Stopped) == stops
@@ -312,7 +321,7 @@ def test_rounds_that_were_disturbed_are_timed_once_more(
 
     shop.evaluate(PLAN)
     monkeypatch.setattr(timing, "block", block)
-    monkeypatch.setattr(shop.stand, "pace", timing.Pace())
+    monkeypatch.setattr(shop.gauge.stand, "pace", timing.Pace())
     said: list[str] = []
     [found] = shop.confirmed([(PLAN, measured)], pairs=4, progress=said.append)
     assert len(said) == next(blocks) / 3 == min(8, 4 + slow)
@@ -338,7 +347,7 @@ def test_points_that_were_not_disturbed_are_done(
 
     shop.evaluate(PLAN)
     monkeypatch.setattr(timing, "block", block)
-    monkeypatch.setattr(shop.stand, "pace", timing.Pace())
+    monkeypatch.setattr(shop.gauge.stand, "pace", timing.Pace())
     said: list[str] = []
     found = shop.confirmed([(PLAN, measured)] * 7, pairs=2, progress=said.append)
     assert len(numbers) == 2 * (6 + 5) + 5
@@ -352,7 +361,7 @@ def test_pairs_that_were_disturbed_are_taken_at_the_next_moment(
 ) -> None:
     run = RunConfig.from_mapping(shop.run.model_dump(mode="json", by_alias=True), overrides=["search.latency_pairs=4"])
     own = Workshop(run, shop.artefacts)
-    own.stand.pace.note(1.0)
+    own.gauge.stand.pace.note(1.0)
     asked: list[tuple[int, int]] = []
 
     def pairs(session: object, artifact: object, count: int, *, before: int) -> list[timing.Pair]:
@@ -360,7 +369,7 @@ def test_pairs_that_were_disturbed_are_taken_at_the_next_moment(
         slow = len(asked) <= 2
         return [timing.Pair(np.full(4, 0.9 if slow else 0.5), np.full(2, 1.3 if slow else 1.0))] * count
 
-    monkeypatch.setattr(own.stand, "pairs", pairs)
+    monkeypatch.setattr(own.gauge.stand, "pairs", pairs)
     found = own.evaluate(PLAN)
     assert asked == [(1, 0), (2, 0), (3, 0), (1, 3)], "until four of them were not disturbed"
     assert found.latency_ratio == 0.5

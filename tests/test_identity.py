@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import bind
 from autocompress.config import RunConfig
-from autocompress.identity import difference, identity_of
+from autocompress.errors import StudyError
+from autocompress.identity import Identity, difference, identity_of
 from autocompress.records import LATENCY_PROTOCOL
 from autocompress.space import SearchSpace
 
@@ -122,3 +126,41 @@ def test_what_does_not_stand_in_plans_belongs_to_the_study(option: dict[str, obj
     said = difference(identity(), identity(recovery=option))
     assert said is not None
     assert said.startswith("recovery: ")
+
+
+class TestIdentity:
+    FOUND: ClassVar = {"model": "m", "data": "fingerprint, 64 tokens", "machine": "ours"}
+
+    def of(self, stored: dict[str, object] | None) -> Identity:
+        return Identity(stored, RunConfig.from_mapping({}), Path("out"))
+
+    def test_other_rows_are_refused(self) -> None:
+        self.of(self.FOUND).require_data("fingerprint")
+        with pytest.raises(StudyError, match=r"^data: demo/movies: holds other rows than those that out was scored on"):
+            self.of(self.FOUND).require_data("another")
+
+    def test_another_model_or_machine_is_refused(self) -> None:
+        known = self.of(self.FOUND)
+        known.require_model("m")
+        known.require_machine("ours")
+        assert known.is_of_model("m")
+        assert not known.is_of_model("another")
+        with pytest.raises(StudyError, match=r"^model: demo/minilm: is not the one that out compresses"):
+            known.require_model("another")
+        with pytest.raises(StudyError, match=r"are of another machine.* retarget out -o NEW measures its front here"):
+            known.require_machine("another")
+
+    def test_a_study_that_does_not_say_what_it_is_of_is_taken_as_it_is(self) -> None:
+        unknown = self.of(None)
+        unknown.require_known("out")
+        unknown.require_current("out")
+        unknown.require_same("out", self.FOUND)
+        unknown.require_data("fingerprint")
+        unknown.require_model("m")
+        unknown.require_machine("ours")
+
+    def test_where_a_study_has_moved_a_way_on_is_named(self) -> None:
+        with pytest.raises(StudyError, match=r"machine: ours became theirs\); use another --out; .+ out -o NEW"):
+            self.of(self.FOUND).require_same("out", {**self.FOUND, "machine": "theirs"})
+        with pytest.raises(StudyError, match=r"\(model: m became n\); use another --out$"):
+            self.of(self.FOUND).require_same("out", {**self.FOUND, "model": "n"})

@@ -109,6 +109,13 @@ def test_a_record_of_version_0_1_has_no_new_fields() -> None:
     assert Measurement.from_json(json.dumps(kept)) == make_measurement()
 
 
+def test_what_was_confirmed_before_latencies_were_adjusted_is_not_what_is_confirmed_now() -> None:
+    stored = json.loads(dataclasses.replace(make_measurement(), confirmed=True).to_json())
+    assert Measurement.from_plain(stored).confirmed
+    del stored["latency_adjusted"]
+    assert Measurement.from_plain(stored) == make_measurement()
+
+
 def test_a_failed_candidate_has_a_reason_in_place_of_a_score() -> None:
     failed = make_candidate(7, state="FAIL", failure="logits: not finite")
     with pytest.raises(MeasurementError, match=r"^trial 7: has no measurement \(logits: not finite\)$"):

@@ -29,8 +29,7 @@ class Paper:
         self.teacher = SimpleNamespace(base=model, shape=SHAPE)
         self.majority = MAJORITY
         self.splits = {"search": SimpleNamespace(cut=0)}
-        self.timed_on = machine.fingerprint()
-        self.fingerprint = {"runtime_options": {"threads": 1}}
+        self.gauge = SimpleNamespace(machine=machine.fingerprint(), fingerprint={"runtime_options": {"threads": 1}})
         self.measured = 0
 
     def build(self, plan: Any, folder: Path) -> Path:

@@ -36,7 +36,6 @@ class Paper:
         self.known = {c.number: c for c in candidates}
         self.rounds: list[list[int]] = []
         self.rebuilt: list[int] = []
-        self.calm = object()
         self.run = SimpleNamespace(search=SimpleNamespace(confirm_pairs=6, keep_artefacts="front"))
         for candidate in candidates:
             (folder / candidate.plan.plan_id).mkdir()
@@ -54,15 +53,16 @@ class Paper:
     def contenders(self, among: Sequence[Candidate]) -> list[Candidate]:
         return contenders(self.front().points, among, ALL)
 
-    def confirm(self, latest: Mapping[int, Measurement]) -> None:
+    def confirm(self, latest: Mapping[int, Measurement]) -> list[Candidate]:
         for number, measured in latest.items():
             self.known[number] = dataclasses.replace(self.known[number], measurement=measured)
+        return [self.known[number] for number in latest]
 
-    def evaluate(self, plan: CompressionPlan) -> Measurement:
-        candidate = self.of_plan(plan.plan_id)
-        assert candidate is not None
-        self.rebuilt.append(candidate.number)
-        (self.artefacts / plan.plan_id).mkdir()
+    def kept(self, candidate: Candidate) -> Measurement:
+        folder = self.artefacts / candidate.plan.plan_id
+        if not folder.is_dir():
+            self.rebuilt.append(candidate.number)
+            folder.mkdir()
         return candidate.score
 
     def confirmed(self, points: Sequence[tuple[CompressionPlan, Measurement]], **_: Any) -> list[Measurement]:
@@ -113,16 +113,13 @@ def test_a_latency_that_does_not_hold_lets_others_on_the_front_and_is_told_once(
     assert stages == ["timing the front anew"]
 
 
-@pytest.mark.parametrize("calm", [None, object()])
-def test_where_a_new_point_joins_a_front_that_was_timed_in_another_way_all_of_it_is_timed(
-    tmp_path: Path, calm: object
-) -> None:
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_a_new_point_has_those_timed_anew_that_were_not(tmp_path: Path, confirmed: bool) -> None:
     old, new = timed(0, 0.9, 0.5, 0.49), timed(1, 0.8, 0.3, 0.29)
-    old = dataclasses.replace(old, measurement=dataclasses.replace(old.score, confirmed=True))
+    old = dataclasses.replace(old, measurement=dataclasses.replace(old.score, confirmed=confirmed))
     paper: Any = Paper(tmp_path, [old, new], {0: 0.5, 1: 0.3})
-    paper.calm = calm
     _confirm(paper, paper, None, lambda _: None, lambda _: None)
-    assert [sorted(numbers) for numbers in paper.rounds] == [[0, 1] if calm is None else [1]]
+    assert [sorted(numbers) for numbers in paper.rounds] == [[1] if confirmed else [0, 1]]
     _confirm(paper, paper, None, lambda _: None, lambda _: None)
     assert len(paper.rounds) == 1, "where there is nothing new, nothing is timed"
 

@@ -16,6 +16,7 @@ from autocompress.config import RunConfig
 from autocompress.driver import drive
 from autocompress.errors import ConfigError, StudyError
 from autocompress.evaluate import Workshop
+from autocompress.gauge import Gauge
 from autocompress.records import Candidate
 from autocompress.retarget import Moved, _runs_as_it_is
 from autocompress.runtimes import Artifact, get_runtime
@@ -136,7 +137,7 @@ def test_what_depends_on_the_target_is_not_copied(first: Path, monkeypatch: pyte
 
 
 def test_memory_is_measured_anew(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Workshop, "memory", lambda *_: 123_000_000)
+    monkeypatch.setattr(Gauge, "memory", lambda *_: 123_000_000)
     study, moved = api.retarget(first, tmp_path / "out", overrides=["target.tokens=8"], ranks=1)
     assert moved
     assert {c.score.peak_memory_bytes for c in study.candidates()} == {123_000_000}
@@ -175,7 +176,7 @@ def test_where_the_classifier_was_fine_tuned_anew_all_is_built_from_it(
     study, _ = api.retarget(first, tmp_path / "out", overrides=["target.tokens=8"], ranks=1, progress=lines.append)
     assert "the classifier was fine-tuned anew: all points are built from that, and compared with it" in lines
     assert sum(line.startswith("building and scoring trial ") for line in lines) == len(by_plan(study)) > 0
-    assert study.is_of_model("fine-tuned anew")
+    assert study.identity.is_of_model("fine-tuned anew")
 
 
 def test_words() -> None:

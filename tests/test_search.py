@@ -29,7 +29,7 @@ from autocompress import api, delivery, model, task, timing
 from autocompress.calm import Calm
 from autocompress.config import RunConfig, TargetConfig
 from autocompress.errors import AutocompressError, ExportError
-from autocompress.evaluate import Workshop
+from autocompress.gauge import Gauge
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
 from autocompress.runtimes import Artifact, get_runtime
@@ -573,6 +573,24 @@ def test_an_artefact_that_no_longer_matches_its_score_is_not_shipped(
     assert not (copy / "out").exists()
 
 
+def test_what_an_earlier_version_timed_in_another_way_is_timed_as_what_is_recovered(
+    copy: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    journal = copy / "study.journal"
+    assert all(c.score.confirmed for c in api.open_study(copy).front().points)
+    journal.write_text(re.sub(r'"latency_adjusted": ?[\d.]+, ?', "", journal.read_text(encoding="utf-8")))
+    before = api.open_study(copy).front().points
+    assert not any(c.score.confirmed for c in before)
+    recovered = api.recover(before[-1], epochs=0.1)
+    assert recovered.score.confirmed
+    study = api.open_study(copy)
+    assert recovered == study.candidate(recovered.number)
+    after = study.front().points
+    assert all(c.score.confirmed for c in after)
+    assert {c.number for c in before} & {c.number for c in after}
+
+
 @pytest.mark.parametrize("now", ["another arithmetic", "another row"])
 def test_what_would_not_be_what_was_scored_is_refused_before_any_work(
     copy: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, now: str
@@ -609,7 +627,7 @@ def test_a_study_gets_no_points_of_another_model_or_machine(
         assert not (copy / "out").exists()
         assert api.export(point, copy / "kept")["openvino"].agreement == 1.0, "nothing is made of the model"
     else:
-        monkeypatch.setattr(Workshop, "timed_on", {"id": "another"})
+        monkeypatch.setattr(Gauge, "machine", {"id": "another"})
         said = r"latencies are of another machine.* retarget .+ -o NEW measures its front here"
     with pytest.raises(AutocompressError, match=said):
         api.recover(point, epochs=0.1)

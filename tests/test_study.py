@@ -950,7 +950,7 @@ def test_another_model_data_or_machine_is_refused(
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ("study.LATENCY_PROTOCOL", r"took latencies otherwise.* retarget .* -o NEW measures its front anew"),
+        ("identity.LATENCY_PROTOCOL", r"took latencies otherwise.* retarget .* -o NEW measures its front anew"),
         (
             "runtimes.openvino.OpenVINORuntime.arithmetic",
             r"computed otherwise with openvino.* retarget .* -o NEW scores its front anew",
@@ -977,16 +977,9 @@ def test_a_study_says_whether_what_is_built_now_compares(
     drive: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = drive()
-    assert study.outdated is None
+    assert study.identity.outdated is None
     monkeypatch.setattr("autocompress.runtimes.openvino.OpenVINORuntime.arithmetic", "of another version")
-    assert "nothing is added to it or exported from it" in str(study.outdated)
-
-
-def test_other_rows_than_those_of_the_study_are_refused(drive: Callable[..., Study]) -> None:
-    study = drive(data="fingerprint, 64 tokens")
-    study.require_data("fingerprint")
-    with pytest.raises(StudyError, match=r"^data: demo/movies: holds other rows than those that .+ was scored on"):
-        study.require_data("another")
+    assert "nothing is added to it or exported from it" in str(study.identity.outdated)
 
 
 @pytest.mark.parametrize("database", [False, True])
@@ -1000,16 +993,6 @@ def test_a_file_system_without_locks_is_no_other_search(
     refused = pytest.raises(StudyError, match=r"has no locks \(No locks available\).* database \(storage\.study\)")
     with nullcontext() if database else refused, held(tmp_path / "results", needed=not database):
         assert (tmp_path / "results").is_dir()
-
-
-def test_another_model_or_machine_than_that_of_the_study_is_refused(drive: Callable[..., Study]) -> None:
-    study = drive(machine="ours")
-    study.require_model("m")
-    study.require_machine("ours")
-    with pytest.raises(StudyError, match=r"^model: demo/minilm: is not the one that .+ compresses"):
-        study.require_model("another")
-    with pytest.raises(StudyError, match=r"are of another machine.* retarget .+ -o NEW measures its front here"):
-        study.require_machine("another")
 
 
 @pytest.mark.parametrize(

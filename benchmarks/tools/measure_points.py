@@ -75,7 +75,7 @@ class Bench:
         self.workshop = Workshop(RunConfig.from_mapping(settings), scratch / runtime)
         self.workshop.build(CompressionPlan(), self.workshop.reference_folder)
         self.reference = Artifact.open(self.workshop.reference_folder)
-        self.inputs = self.workshop.inputs(self.reference)
+        self.inputs = self.workshop.gauge.inputs(self.reference)
         self.pace = timing.Pace(run.target.threads)
 
     def score(self, artifact: Artifact, pairs: int) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Bench:
         scored = scoring.accuracy(scoring.logits_of(session, rows, batches), rows)
         pairs_taken = timing.paired_times(
             session,
-            workshop.stand.reference,
+            workshop.gauge.stand.reference,
             self.inputs,
             pairs=pairs,
             clock=timing.clock_of(workshop.run.target),
