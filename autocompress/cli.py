@@ -229,7 +229,7 @@ def search(
     if not as_json:
         typer.echo(f"report: {study.folder / 'report.html'}")
         if len(study.front()):
-            typer.echo(f"next: autocompress export {quoted(study.folder)} --pick knee -o OUT")
+            typer.echo(f"next: autocompress export {quoted(study.folder)} --prefer knee -o OUT")
 
 
 def _cluster(address: str | None, insecure: bool) -> Cluster | None:
@@ -241,7 +241,7 @@ def _cluster(address: str | None, insecure: bool) -> Cluster | None:
 @app.command()
 def status(
     folder: Folder,
-    serve: Annotated[bool, typer.Option("--serve", help="Show the report in a browser, and let it follow.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the report here, and let it follow.")] = False,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the page; 0 takes a free one.")] = 8770,
     as_json: Json = False,
 ) -> None:
@@ -272,7 +272,7 @@ def report(folder: Folder, as_json: Json = False) -> None:
 def retarget(
     folder: Folder,
     out: Annotated[Path, typer.Option("-o", "--out", help="Results folder of the new study.")],
-    ranks: Annotated[int, typer.Option("--ranks", min=1, help="1 for the front, 2 for what comes next, too.")] = 2,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="1 is the front, 2 adds what only it beats.")] = 2,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:

@@ -32,7 +32,7 @@ Data = Annotated[
 ]
 Space = Annotated[str | None, typer.Option("--space", help="A shipped search space or a YAML file.")]
 Target = Annotated[str | None, typer.Option("--target", help="Runtime: openvino or onnxruntime.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: search.trials=60. Repeatable.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the run file: KEY=VALUE. Repeatable.")]
 Folder = Annotated[Path, typer.Argument(help="The results folder of a search.")]
 Address = Annotated[
     str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import resources
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEMO_DATA = ("demo/movies", "demo/tweets")
-_HELD_OUT = ("test", "validation", "eval", "dev")
+_HELD_OUT = ("test", "validation", "valid", "val", "eval", "dev")
 """What a split is called whose rows are held out, or what its name begins with, as validation_matched does."""
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 """Of files that are read, which may be compressed."""
@@ -29,8 +30,8 @@ def is_file(source: str) -> bool:
 
 
 def is_held_out(split: str) -> bool:
-    """Return whether rows of a split of this name are held out."""
-    return split.lower().partition("_")[0] in _HELD_OUT
+    """Return whether rows of a split of this name are held out, such as ``val``, ``Test`` or ``validation_matched``."""
+    return re.split(r"[^a-z]", split.lower(), maxsplit=1)[0] in _HELD_OUT
 
 
 def _suffix(path: Path) -> str:

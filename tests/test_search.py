@@ -90,7 +90,7 @@ def searched(workplace: Path) -> Path:
     assert "[  6/6] trial " in done.err
     assert " 6 trials leave nothing to search for beyond them" in done.err
     assert "times smaller" in done.out
-    assert done.out.endswith("next: autocompress export results/tiny --pick knee -o OUT\n")
+    assert done.out.endswith("next: autocompress export results/tiny --prefer knee -o OUT\n")
     return workplace / "results" / "tiny"
 
 

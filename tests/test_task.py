@@ -25,10 +25,19 @@ class TestSplits:
         assert {name: len(rows) for name, rows in loaded.splits.items()} == {"train": 180, "search": 60, "test": 60}
         assert {row[0] for row in loaded.splits["test"]} == set(written["text"][written["split"] == "test"])
 
-    @pytest.mark.parametrize("name", ["test", "TEST", "validation", "dev", "eval"])
+    @pytest.mark.parametrize(
+        "name", ["test", "TEST", "validation", "Val", "valid", "dev", "eval", "validation_matched", "test2", "dev-1"]
+    )
     def test_names_of_a_test_split(self, tmp_path: Path, name: str) -> None:
         data = frame()
         data["split"] = ["train"] * 70 + [name] * 30
+        loaded = task.load(config(saved(tmp_path, data)))
+        assert {row[0] for row in loaded.splits["test"]} == set(data["text"][70:])
+
+    @pytest.mark.parametrize("name", ["training", "testimony", "values", "0", "unlabelled"])
+    def test_rows_of_other_names_are_trained_on(self, tmp_path: Path, name: str) -> None:
+        data = frame()
+        data["split"] = [name] * 70 + ["test"] * 30
         loaded = task.load(config(saved(tmp_path, data)))
         assert {row[0] for row in loaded.splits["test"]} == set(data["text"][70:])
 

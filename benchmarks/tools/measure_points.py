@@ -1,9 +1,10 @@
-"""Measure the points of other tools with our protocol, and write ``points.json``.
+"""Measure the points of other tools as our own candidates are, and write ``points.json``.
 
 Run it in the environment of autocompress: ``python benchmarks/tools/measure_points.py PREPARED OUT... --to FILE``. Each
-``OUT`` is a folder that one of the tools' scripts wrote. As for our own candidates, accuracy is taken on the search
-rows through the artefact, size is the bytes of the model's files, and latency is paired with the same runtime's
-artefact of the uncompressed model that our own search is compared with.
+``OUT`` is a folder that one of the tools' scripts wrote. A point is scored by the code that scores candidates of a
+search, and its latency confirmed by the code that confirms those of a front: the same rows through the artefact, the
+bytes of the model's files, pairs with the uncompressed model that our own search is compared with, in a fresh process,
+adjusted for slow times. Points on the front of their tool are run on the held-out test rows, too.
 """
 
 from __future__ import annotations
@@ -11,43 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from autocompress import machine, scoring, timing
+from autocompress import machine, scoring
+from autocompress.calm import calm_of
 from autocompress.config import RunConfig
 from autocompress.errors import AutocompressError
-from autocompress.evaluate import Workshop
+from autocompress.evaluate import Workshop, kept_logits
 from autocompress.pareto import nondominated
 from autocompress.plan import CompressionPlan
-from autocompress.runtimes import Artifact, Session
+from autocompress.records import Measurement, drift_of
+from autocompress.rows import LOGITS_FILE
+from autocompress.runtimes import Artifact
+from autocompress.task import Batch
 
-SCHEMA = 1
+SCHEMA = 2
 RUNTIMES = {"model.xml": "openvino", "model.onnx": "onnxruntime"}
 POINT_FILE = "point.json"
 FAILURES_FILE = "failures.json"
-_ALONGSIDE = (POINT_FILE, "artefact.json", "logits.npy")
-
-
-class Foreign(Session):
-    """An artefact of another tool, which may want segment ids that our tasks of single texts leave out."""
-
-    def __init__(self, inner: Session) -> None:
-        self._inner = inner
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return logits; segment ids are zeros unless they are given."""
-        if "token_type_ids" in inputs:
-            return self._inner.run(inputs)
-        return self._inner.run({**inputs, "token_type_ids": np.zeros_like(inputs["input_ids"])})
-
-    def close(self) -> None:
-        """Close what it is around."""
-        self._inner.close()
+_ALONGSIDE = (POINT_FILE, "artefact.json", LOGITS_FILE)
 
 
 def describe(folder: Path) -> Artifact:
@@ -66,53 +53,30 @@ def describe(folder: Path) -> Artifact:
     return artifact
 
 
-class Bench:
+class Bench(Workshop):
     """Scores artefacts of one runtime against its uncompressed artefact."""
 
     def __init__(self, run: RunConfig, runtime: str, scratch: Path) -> None:
         settings = run.model_dump(mode="json", by_alias=True)
         settings["target"]["runtime"] = runtime
-        self.workshop = Workshop(RunConfig.from_mapping(settings), scratch / runtime)
-        self.workshop.build(CompressionPlan(), self.workshop.reference_folder)
-        self.reference = Artifact.open(self.workshop.reference_folder)
-        self.inputs = self.workshop.gauge.inputs(self.reference)
-        self.pace = timing.Pace(run.target.threads)
+        super().__init__(RunConfig.from_mapping(settings), scratch / runtime)
+        self.score(self.build(CompressionPlan(), self.reference_folder))
 
-    def score(self, artifact: Artifact, pairs: int) -> dict[str, Any]:
-        """Return accuracy, size and paired latency of an artefact.
+    def parts(self, split: str) -> list[list[Batch]]:
+        """Return the rows as those of a search, but in batches of the target: logits of others may depend on them."""
+        one = self.run.target.batch_size
+        rows = self.splits[split]
+        parts = [[int(row) for batch in part for row in batch.rows] for part in super().parts(split)]
+        return [list(rows.in_order_of_length(one, among=part)) for part in parts]
 
-        Raises:
-            AutocompressError: if it cannot be loaded or its logits are not finite.
-        """
-        workshop, started = self.workshop, time.perf_counter()
-        session = Foreign(workshop.runtime.load(artifact, workshop.run.target))
-        rows = workshop.splits["search"]
-        # Logits of others may depend on the batch: they are scored in that of the target.
-        batches = rows.in_order_of_length(workshop.run.target.batch_size)
-        scored = scoring.accuracy(scoring.logits_of(session, rows, batches), rows)
-        pairs_taken = timing.paired_times(
-            session,
-            workshop.gauge.stand.reference,
-            self.inputs,
-            pairs=pairs,
-            clock=timing.clock_of(workshop.run.target),
-        )
-        for pair in pairs_taken:
-            self.pace.note(pair.beside)
-        timed = timing.summarize(self.pace.undisturbed([pairs_taken]), seed=workshop.run.seed)
-        return {
-            "accuracy": scored.value,
-            "accuracy_low": scored.low,
-            "accuracy_high": scored.high,
-            "rows": scored.rows,
-            "size_bytes": artifact.size_bytes,
-            "latency_ratio": timed.ratio,
-            "latency_ratio_low": timed.ratio_low,
-            "latency_ratio_high": timed.ratio_high,
-            "latency_ms": timed.p50_ms,
-            "reference_ms": timed.reference_ms,
-            "measuring_seconds": round(time.perf_counter() - started, 3),
-        }
+    def timed_anew(self, points: Sequence[tuple[Artifact, Measurement]]) -> list[Measurement]:
+        """Return scores with latencies as those of a front are; see `Study.confirm`."""
+        pairs, before = self.run.search.confirm_pairs, [measured for _, measured in points]
+        latest = self.gauge.confirmed(points, pairs=pairs, quiet=None, progress=print)
+        calm = calm_of(before, latest)
+        calmed = [calm.adjust(measured) for measured in latest]
+        drift = drift_of([calm.adjust(measured) for measured in before], calmed)
+        return [measured.drifting(drift) for measured in calmed]
 
 
 def mark_front(points: list[dict[str, Any]]) -> None:
@@ -126,41 +90,75 @@ def mark_front(points: list[dict[str, Any]]) -> None:
             point["on_front"] = bool(best)
 
 
-def measure(run: RunConfig, outs: list[Path], pairs: int) -> dict[str, Any]:
+def scores_of(artifact: Artifact, measured: Measurement) -> dict[str, Any]:
+    """Return what is told of a point, with the class that it predicts for each search row."""
+    return {
+        "accuracy": measured.accuracy,
+        "accuracy_low": measured.accuracy_low,
+        "accuracy_high": measured.accuracy_high,
+        "rows": measured.rows,
+        "size_bytes": measured.size_bytes,
+        "latency_ratio": measured.latency_ratio,
+        "latency_ratio_low": measured.latency_ratio_low,
+        "latency_ratio_high": measured.latency_ratio_high,
+        "latency_adjusted": measured.latency_adjusted,
+        "latency_ms": measured.latency_ms,
+        "reference_ms": measured.reference_ms,
+        "classes": kept_logits(artifact.folder).argmax(axis=1).tolist(),
+    }
+
+
+def measure(run: RunConfig, outs: list[Path]) -> dict[str, Any]:
     """Measure every point under ``outs`` in the order of their names; what cannot be measured is listed."""
     points: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
+    seconds: dict[str, float] = {}
     for out in outs:
-        if (out / FAILURES_FILE).is_file():
-            about = json.loads((out / FAILURES_FILE).read_text(encoding="utf-8"))
-            failures += [{"tool": about["tool"], **failure} for failure in about["failures"]]
+        about = json.loads((out / FAILURES_FILE).read_text(encoding="utf-8"))
+        failures += [{"tool": about["tool"], **failure} for failure in about["failures"]]
+        seconds[about["tool"]] = about["seconds"]
+    files = [file for out in outs for file in sorted(out.glob(f"*/{POINT_FILE}"))]
+    artefacts = [describe(file.parent) for file in files]
     with tempfile.TemporaryDirectory() as scratch:
-        benches: dict[str, Bench] = {}
-        for file in [file for out in outs for file in sorted(out.glob(f"*/{POINT_FILE}"))]:
-            about = json.loads(file.read_text(encoding="utf-8"))
-            artifact = describe(file.parent)
-            if artifact.runtime not in benches:
-                benches[artifact.runtime] = Bench(run, artifact.runtime, Path(scratch))
-            try:
-                scored = benches[artifact.runtime].score(artifact, pairs)
-            except (AutocompressError, RuntimeError, KeyError) as error:
-                reason = f"not measured: {type(error).__name__}: {error}"
-                failures.append({"tool": about["tool"], "name": about["name"], "reason": reason[:2000]})
-                print(f"{about['tool']} {about['name']}: {reason}", flush=True)
-                continue
-            points.append({**about, "runtime": artifact.runtime, **scored})
-            low, high = scored["latency_ratio_low"], scored["latency_ratio_high"]
-            print(
-                f"{about['tool']:12} {about['name']:44} {scored['accuracy']:.3f} {scored['size_bytes'] / 1e6:6.1f} MB  "
-                f"{scored['latency_ratio']:.3f} [{low:.3f}, {high:.3f}]",
-                flush=True,
-            )
-    mark_front(points)
+        for runtime in sorted({artifact.runtime for artifact in artefacts}):
+            bench = Bench(run, runtime, Path(scratch))
+            found: list[tuple[dict[str, Any], Artifact, Measurement]] = []
+            for file, artifact in zip(files, artefacts, strict=True):
+                if artifact.runtime != runtime:
+                    continue
+                about = json.loads(file.read_text(encoding="utf-8"))
+                try:
+                    measured = bench.score(artifact)
+                except (AutocompressError, RuntimeError, KeyError) as error:
+                    reason = f"not measured: {type(error).__name__}: {error}"
+                    failures.append({"tool": about["tool"], "name": about["name"], "reason": reason[:2000]})
+                    print(f"{about['tool']} {about['name']}: {reason}", flush=True)
+                    continue
+                found.append((about, artifact, measured))
+                print(
+                    f"{about['tool']:12} {about['name']:44} {measured.accuracy:.3f} {measured.size_bytes / 1e6:6.1f} MB"
+                    f"  {measured.latency_ratio:.3f}",
+                    flush=True,
+                )
+            anew = bench.timed_anew([(artifact, measured) for _, artifact, measured in found])
+            here = [
+                {**about, "runtime": runtime, **scores_of(artifact, measured)}
+                for (about, artifact, _), measured in zip(found, anew, strict=True)
+            ]
+            mark_front(here)
+            for point, (_, artifact, _) in zip(here, found, strict=True):
+                if point["on_front"]:
+                    test = scoring.accuracy(bench.logits(artifact, "test"), bench.splits["test"])
+                    point["test_accuracy"] = test.value
+            points += here
+            data, model = bench.task.fingerprint, bench.teacher.base
     return {
         "schema": SCHEMA,
         "machine": machine.fingerprint(),
         "target": run.target.model_dump(exclude={"runtime"}),
-        "pairs": pairs,
+        "data": data,
+        "model": model,
+        "seconds": seconds,
         "points": points,
         "failures": failures,
     }
@@ -171,10 +169,9 @@ def main() -> None:
     parser.add_argument("prepared", type=Path)
     parser.add_argument("outs", type=Path, nargs="+", metavar="OUT")
     parser.add_argument("--to", type=Path, required=True, help="file to write")
-    parser.add_argument("--pairs", type=int, default=None, help="of candidate and reference; by default the run's")
     options = parser.parse_args()
     run = RunConfig.from_file(options.prepared / "run.yaml")
-    found = measure(run, options.outs, options.pairs or run.search.latency_pairs)
+    found = measure(run, options.outs)
     options.to.parent.mkdir(parents=True, exist_ok=True)
     options.to.write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(f"{len(found['points'])} points, {len(found['failures'])} failures: {options.to}")

@@ -21,6 +21,8 @@ from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
 from points import CALIBRATION_ROWS, INPUTS, Points, Prepared, Rows, quiet
 
 GROUP_SIZE = 64
+OTHER_GROUPS = (32, 128, -1)
+"""The last is a step for each channel."""
 RATIOS = (1.0, 0.8, 0.6, 0.4, 0.2)
 MAX_DROPS = (0.01, 0.002)
 """Allowed loss of accuracy for quantisation with accuracy control; the first is NNCF's default."""
@@ -70,6 +72,8 @@ def quantizations(calibration: nncf.Dataset, search: Rows) -> Iterator[tuple[str
         return nncf.compress_weights(nncf.quantize(graph, calibration, **settings), **tables)
 
     yield "w8a8-tables4", small_tables, {**settings, "tables": 4}
+    fast = {**settings, "preset": nncf.QuantizationPreset.PERFORMANCE}
+    yield "w8a8-performance-tables4", lambda graph: small_tables(graph, fast), {**fast, "tables": 4}
     validation = [{**feed, "label": label} for feed, label in zip(search.feeds(), search.labels, strict=True)]
     for drop in MAX_DROPS:
         settings = {**base, "max_drop": drop}
@@ -101,6 +105,12 @@ def weight_settings() -> Iterator[tuple[str, dict[str, Any], bool]]:
             aware: dict[str, Any] = {"ratio": ratio, "group_size": GROUP_SIZE, "all_layers": everything}
             aware |= {"mode": modes.INT4_SYM, "awq": True, "scale_estimation": True}
             yield f"w4-sym-{ratio:g}{suffix}-awq-scales", aware, True
+        for group in OTHER_GROUPS:
+            base = {"ratio": 1.0, "group_size": group, "all_layers": everything}
+            yield f"w4-sym-group{group}{suffix}", {"mode": modes.INT4_SYM, **base}, False
+            yield f"w4-asym-group{group}{suffix}", {"mode": modes.INT4_ASYM, **base}, False
+    gptq = {"mode": modes.INT4_SYM, "ratio": 1.0, "group_size": GROUP_SIZE, "all_layers": True, "gptq": True}
+    yield "w4-sym-1-all-gptq", gptq, True
 
 
 def main() -> None:

@@ -168,6 +168,8 @@ def static_settings(*, fused: bool) -> Iterator[tuple[str, int, dict[str, Any]]]
     few = {"op_types_to_quantize": FUSED_KINDS if fused else PLAIN_KINDS}
     yield "static-products", CALIBRATION_ROWS, {**base, **few}
     yield "static-products-channels", CALIBRATION_ROWS, {**base, **few, "per_channel": True}
+    signed = {"activation_type": QuantType.QInt8, "extra_options": {"ActivationSymmetric": True}}
+    yield "static-products-channels-symmetric", CALIBRATION_ROWS, {**base, **few, "per_channel": True, **signed}
     yield (
         "static-products-channels-percentile",
         HISTOGRAM_ROWS,
@@ -224,7 +226,8 @@ def make_all(points: Points, prepared: Prepared) -> None:
                 quant_pre_process(base, ready, skip_symbolic_shape=True)
                 histograms = settings["calibrate_method"] != CalibrationMethod.MinMax
                 reader = _Reader(feeds[:rows], prepared.meta["max_tokens"] if histograms else None)
-                quantize_static(ready, to / _FILE, reader, extra_options=dict(UNKNOWN_IS_FLOAT), **settings)
+                more = {**UNKNOWN_IS_FLOAT, **settings.get("extra_options", {})}
+                quantize_static(ready, to / _FILE, reader, **{**settings, "extra_options": more})
                 ready.unlink()
 
             points.make(prefix + name, static, {**settings, "rows": rows})

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-CALIBRATION_ROWS = 300
+CALIBRATION_ROWS = 1024
+"""As many as the demo's run file gives our own search."""
 POINT_FILE = "point.json"
 FAILURES_FILE = "failures.json"
 INPUTS = ("input_ids", "attention_mask")
@@ -127,6 +128,7 @@ class Points:
             **more,
         }
         (self.out / name / POINT_FILE).write_text(json.dumps(about, indent=1, default=str), encoding="utf-8")
+        self._write_failures()
         print(f"{self.spent:7.1f} s  {self.tool}  {name}  ({seconds:.1f} s)", flush=True)
 
     def fail(self, name: str, reason: str) -> None:
@@ -136,7 +138,8 @@ class Points:
         print(f"{self.spent:7.1f} s  {self.tool}  {name}  FAILED: {reason.splitlines()[0]}", flush=True)
 
     def _write_failures(self) -> None:
-        text = json.dumps({"tool": self.tool, "versions": self.versions, "failures": self._failures}, indent=1)
+        about = {"tool": self.tool, "versions": self.versions, "seconds": self.spent, "failures": self._failures}
+        text = json.dumps(about, indent=1)
         (self.out / FAILURES_FILE).write_text(text, encoding="utf-8")
 
 
