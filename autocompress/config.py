@@ -69,8 +69,8 @@ class DataConfig(Section):
     label: str = Field("label", description="column of the class")
     split: str = Field(
         "split",
-        description="column whose values test, validation, valid, val, eval or dev, alone or before a sign that is no "
-        "letter, mark held-out rows, if there is one; all others are trained on",
+        description="column whose values mark held-out rows, if there is one: by one of the words test, testing, "
+        "validation, valid, val, eval, evaluation, dev, development, holdout and without train; others are trained on",
     )
     test_fraction: float = Field(0.2, gt=0, lt=1, description="held-out share when the data bring no test split")
     search_rows: int = Field(1000, ge=10, description="rows cut from the training rows to score candidates on")

@@ -23,7 +23,7 @@ from autocompress import fresh, hub, scoring, timing
 from autocompress.calm import Calm
 from autocompress.config import RunConfig
 from autocompress.errors import ExportError, RuntimeBuildError, first_line, quoted
-from autocompress.evaluate import Workshop, kept_logits
+from autocompress.evaluate import Workshop
 from autocompress.exported import CONFIRMING_PAIRS, FORMATS, MEASUREMENT_SCHEMA, UNPACKED, require_same_sums
 from autocompress.parcel import MEASUREMENT, put, require_place, seal
 from autocompress.plan import CompressionPlan
@@ -165,7 +165,7 @@ def _scored(candidate: Candidate, run: RunConfig, artefacts: Path, progress: Pro
         Workshop(run.timed_here(), artefacts, progress).build(CompressionPlan(), reference)
     try:
         shutil.copytree(kept, copy)
-        kept_logits(copy)
+        read_logits(copy)
         scored = Artifact.open(copy)
     except (OSError, ValueError, EOFError, RuntimeBuildError) as error:
         if (kept / LOGITS_FILE).exists():  # and was not taken meanwhile, by a search that goes on
@@ -224,7 +224,7 @@ def _export(
     (aside / "reference").mkdir()
     workshop.runtime.stand_in(Artifact.open(workshop.reference_folder), aside / "reference")
     progress("reloading in a fresh process")
-    expected = kept_logits(artifact.folder)
+    expected = read_logits(artifact.folder)
     try:
         reloaded, timed = _reload(aside, workshop, scratch, measured)
     except ExportError as error:
@@ -250,7 +250,7 @@ def _export(
             confirmed = calmed.drifting(measured.latency_drift)
         else:
             known = None
-    agreement = float((expected.argmax(1) == kept_logits(scored.folder).argmax(1)).mean())
+    agreement = float((expected.argmax(1) == read_logits(scored.folder).argmax(1)).mean())
     about = {
         "search": dataclasses.asdict(confirmed),
         "latency_ratio_in_search": measured.latency_ratio,
@@ -294,7 +294,7 @@ def _export_unpacked(
         size = program.write_program(model, inputs, _most_tokens(workshop), aside / program.PROGRAM)
         workshop.tokenizer.save_pretrained(aside / "tokenizer")
     progress("reloading in a fresh process")
-    expected = kept_logits(scored.folder)
+    expected = read_logits(scored.folder)
     found = _run_unpacked(aside, workshop, "search", candidate.score, runner)
     agreement = float((found.argmax(1) == expected.argmax(1)).mean())
     if agreement < LEAST_AGREEMENT:

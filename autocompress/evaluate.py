@@ -217,7 +217,7 @@ class Workshop(Bases):
         if not file.exists():
             found = scoring.logits_of(self.gauge.stand.reference, self.splits["search"], self.batches("search"))
             _save_aside(file, found)  # other workers may read it at any moment
-        return kept_logits(self.reference_folder)
+        return read_logits(self.reference_folder)
 
     @cached_property
     def reference_logits_on_test(self) -> np.ndarray:
@@ -387,8 +387,3 @@ class Workshop(Bases):
 def _save_aside(file: Path, logits: np.ndarray) -> None:
     np.save(aside := file.with_name(f".{uuid.uuid4().hex}.npy"), logits, allow_pickle=False)
     aside.rename(file)
-
-
-def kept_logits(folder: Path) -> np.ndarray:
-    """Return the logits that the artefact in ``folder`` was scored with, ``rows x classes``."""
-    return read_logits(folder)

@@ -56,6 +56,6 @@ def write_logits(folder: Path, batches: Iterable[Prepared], run: Callable[[dict[
 
 
 def read_logits(folder: Path) -> np.ndarray:
-    """Read what `write_logits` wrote."""
+    """Return the logits that lie in ``folder``, ``rows x classes``, such as an artefact was scored with."""
     found: np.ndarray = np.load(folder / LOGITS_FILE, allow_pickle=False)
     return found

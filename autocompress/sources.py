@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEMO_DATA = ("demo/movies", "demo/tweets")
-_HELD_OUT = ("test", "validation", "valid", "val", "eval", "dev")
-"""What a split is called whose rows are held out, or what its name begins with, as validation_matched does."""
+_HELD_OUT = {"test", "testing", "validation", "valid", "val", "eval", "evaluation", "dev", "development", "holdout"}
+"""A word of what a split is called whose rows are held out."""
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 """Of files that are read, which may be compressed."""
 
@@ -30,8 +31,9 @@ def is_file(source: str) -> bool:
 
 
 def is_held_out(split: str) -> bool:
-    """Return whether rows of a split of this name are held out, such as ``val``, ``Test`` or ``validation_matched``."""
-    return re.split(r"[^a-z]", split.lower(), maxsplit=1)[0] in _HELD_OUT
+    """Return whether rows of a split of this name are held out, such as ``val`` or ``validation_matched``."""
+    words = {word.lower() for word in _WORD.findall(split)}
+    return bool(words & _HELD_OUT) and "train" not in words
 
 
 def _suffix(path: Path) -> str:

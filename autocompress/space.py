@@ -78,7 +78,9 @@ class Axis(Section):
 
 
 class KeepAxis(Axis):
-    choices: tuple[Keep, ...] = Field(min_length=1)
+    choices: tuple[Keep, ...] = Field(
+        min_length=1, description="what is kept: fractions (1.0 is all) or counts (1 is one)"
+    )
 
 
 class BitsAxis(Axis):
@@ -88,7 +90,9 @@ class BitsAxis(Axis):
 
 
 class RankAxis(Axis):
-    choices: tuple[Rank, ...] = Field(min_length=1)
+    choices: tuple[Rank, ...] = Field(
+        min_length=1, description="full (no factors), fractions of the rank at which they store as much, or counts"
+    )
 
 
 class StudentSpec(Section):
@@ -120,12 +124,12 @@ def _all_differ(name: str, choices: Sequence[object]) -> None:
 
 class Rule(Section):
     match: str = Field(min_length=1, description="pattern over site names, such as block.*.ffn")
-    name: Name | None = None
-    heads: KeepAxis | None = None
-    neurons: KeepAxis | None = None
-    bits: BitsAxis | None = None
-    rank: RankAxis | None = None
-    vocabulary: KeepAxis | None = None
+    name: Name | None = Field(None, description="needed where two rules decide the same for one kind of site")
+    heads: KeepAxis | None = Field(None, description="of sites of attention")
+    neurons: KeepAxis | None = Field(None, description="of sites of an FFN")
+    bits: BitsAxis | None = Field(None, description="of any site")
+    rank: RankAxis | None = Field(None, description="of sites of attention and of an FFN")
+    vocabulary: KeepAxis | None = Field(None, description="of the embeddings: rows of the table of tokens")
 
     @model_validator(mode="before")
     @classmethod
@@ -148,14 +152,17 @@ class SearchSpace(Section):
     """The content of a search-space file."""
 
     schema_version: Literal[1] = Field(1, alias="schema")
-    name: Name
-    description: str = ""
-    students: dict[Name, StudentSpec] = Field(default_factory=dict)
-    drop_blocks: DropSpec | None = None
+    name: Name = Field(description="of the space")
+    description: str = Field("", description="for people")
+    students: dict[Name, StudentSpec] = Field(
+        default_factory=dict,
+        description="models that are distilled, by names of your own, and taken in the model's place",
+    )
+    drop_blocks: DropSpec | None = Field(None, description="whether plans leave out blocks")
     max_tokens: tuple[Length, ...] | None = Field(
         None, min_length=1, description="tokens that are read of a text: full, fractions of the target's, or counts"
     )
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[Rule, ...] = Field((), description="what is decided at which sites")
     reconstruct: tuple[bool, ...] | None = Field(
         None,
         min_length=1,

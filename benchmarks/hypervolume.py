@@ -6,8 +6,9 @@ accuracy, size and latency; the reference point is the majority-class rate with 
 Near its best corner that volume hardly grows any more: beside it stands one in which twice as small, or twice as fast,
 is worth the same everywhere.
 
-The ladder is what a search starts with, so that no search falls below its own. What comes after it is told by random
-search after the same ladder. Seeds are those of proposals: model, rows and students are the same for all.
+The ladder is what a search starts with, so that no search falls below its own. What comes after is told by random
+search after the same start: the ladder, and plans allocated from sensitivities. Seeds are those of proposals: model,
+rows and students are the same for all.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _RANDOM = ["search.sampler=random", "search.skip_behind=false"]
 SEARCHES = {
     "search": [],
     "random": [*_RANDOM, "search.seeds=false"],
-    "random after the ladder": _RANDOM,
+    "random after the same start": _RANDOM,
     "without students": [],
 }
-FEWER = {"random after the ladder": 3, "without students": 3}
+FEWER = {"random after the same start": 3, "without students": 3}
 """Seeds of those that no target names."""
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Student's t for a two-sided 95 % interval of a mean, by number of values."""
@@ -128,8 +129,8 @@ def conclude(figures: Figures, data: str, trials: int) -> None:
     add("the uniform ladder's hypervolume over random search's", [s["ladder"] / r["curve"][-1] for s, r in pairs])
     add("ideal point of its candidates, over the uniform ladder's", [s["ideal"] / s["ladder"] for s, _ in pairs])
     add("ideal point of its candidates, over random search's", [s["ideal"] / r["curve"][-1] for s, r in pairs])
-    if after := of("random after the ladder"):
-        name = "hypervolume over random search's after the same ladder"
+    if after := of("random after the same start"):
+        name = "hypervolume over random search's after the same start"
         add(name, [s["curve"][-1] / r["curve"][-1] for s, r in after])
     if alone := [found for _, found in of("without students")]:
         name = "in a space without students, hypervolume over its uniform ladder's"

@@ -30,9 +30,10 @@ from held_out import DATA, DRAWS, test_hits
 
 from autocompress import api, machine, scoring
 from autocompress.config import RunConfig
-from autocompress.evaluate import Workshop, kept_logits
+from autocompress.evaluate import Workshop
 from autocompress.front import Front
 from autocompress.records import Candidate, Measurement
+from autocompress.rows import read_logits
 
 FILES = {True: "methods-front", False: "methods-front-avx2"}
 """Where figures go, by whether the CPU has VNNI instructions."""
@@ -81,8 +82,8 @@ def gained_by_nearness(shop: Workshop, among: Sequence[Candidate]) -> tuple[floa
     Both are chosen by a half of the search rows and judged by the other one, many times; with the 95 % interval over
     how the rows are parted.
     """
-    full, labels = kept_logits(shop.reference_folder), np.array(shop.splits["search"].labels)
-    logits = [kept_logits(shop.artefacts / candidate.plan.plan_id) for candidate in among]
+    full, labels = read_logits(shop.reference_folder), np.array(shop.splits["search"].labels)
+    logits = [read_logits(shop.artefacts / candidate.plan.plan_id) for candidate in among]
     right = np.stack([each.argmax(axis=1) == labels for each in logits])
     apart = np.stack([scoring.divergences(each, full) for each in logits])
     rng, gained = np.random.default_rng(0), []

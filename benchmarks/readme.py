@@ -32,12 +32,13 @@ FIGURES = ROOT / "results" / "benchmarks"
 TOOLS = "search-against-tools"
 RUNTIMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 TOOL_NAMES = {"nncf": "NNCF", "onnxruntime": "ONNX Runtime's quantisation", "olive": "Olive, random search"}
-ALIKE = ("nothing trained", "quantised alone")
-"""Ours where it does no more than the tools were used for, or trains nothing."""
+ALIKE = "quantised alone"
+"""Ours where it does no more than the tools were used for."""
 SHOWN = (78, 89)
 """Accuracies that the picture of tools shows, in %."""
 COLOURS = {
     "autocompress": "#1f77b4",
+    f"autocompress, {ALIKE}": "#7fb3d5",
     "NNCF": "#e08a1e",
     "ONNX Runtime's quantisation": "#d1495b",
     "Olive, random search": "#7a5195",
@@ -99,7 +100,6 @@ SUMMARY = {
         for name in (
             f"{runtime}: our hypervolume over the best tool's",
             f"{runtime}: the same on the held-out test rows",
-            f"{runtime}, ours, nothing trained (encoder-post-training): hypervolume over the best tool's",
             f"{runtime}, ours, quantised alone (encoder-bits): hypervolume over the best tool's",
         )
     ),
@@ -169,7 +169,7 @@ def tools_picture(chromium: str) -> None:
             ]
             for tool in sorted({p["tool"] for p in points})
         }
-        groups["autocompress"] = more[f"{runtime}: our front, accuracy, bytes and ratio"]
+        groups |= fronts_of(more, runtime)
         for name, group in groups.items():
             figure.add_trace(
                 go.Scatter(
@@ -204,6 +204,14 @@ def tools_picture(chromium: str) -> None:
     shoot(figure, FIGURES / "against-tools.png", chromium)
 
 
+def fronts_of(more: Mapping[str, Any], runtime: str) -> dict[str, list[tuple[float, float, float]]]:
+    """Return our fronts that stand beside those of other tools, each as accuracy, bytes and ratio."""
+    return {
+        "autocompress": more[f"{runtime}: our front, accuracy, bytes and ratio"],
+        f"autocompress, {ALIKE}": more[f"{runtime}: our front, {ALIKE}"],
+    }
+
+
 def tools_table() -> str:
     """Return the fastest and the smallest model of every tool that lose at most a point of accuracy."""
     content = contents(TOOLS)
@@ -212,25 +220,29 @@ def tools_table() -> str:
     for runtime, name in RUNTIMES.items():
         points = [p for p in more["points"] if p["runtime"] == runtime]
         accuracy, size_bytes = more[f"{runtime}: uncompressed, accuracy and bytes"]
-        fronts = {"autocompress": more[f"{runtime}: our front, accuracy, bytes and ratio"]}
-        fronts |= {f"autocompress, {words}": more[f"{runtime}: our front, {words}"] for words in ALIKE}
         names = ("accuracy", "size_bytes", "latency_ratio")
+        fronts = fronts_of(more, runtime)
         groups = {name: [dict(zip(names, row, strict=True)) for row in front] for name, front in fronts.items()}
         groups |= {TOOL_NAMES[t]: [p for p in points if p["tool"] == t] for t in sorted({p["tool"] for p in points})}
         for tool, group in groups.items():
             close = [p for p in group if p["accuracy"] >= accuracy - CLOSE - 1e-9]
+            if not close:
+                lines.append(f"| {name}: {tool} | none | none |")
+                continue
             fastest, smallest = (min(close, key=lambda p: p[key]) for key in ("latency_ratio", "size_bytes"))
             cells = [
                 f"{1 / fastest['latency_ratio']:.1f}x faster, {_beside(fastest)}",
                 f"{size_bytes / smallest['size_bytes']:.1f}x smaller, {_beside(smallest)}",
             ]
             lines.append(f"| {name}: {tool} | {' | '.join(cells)} |")
-    ours = [row for runtime in RUNTIMES for row in more[f"{runtime}: our front, accuracy, bytes and ratio"]]
-    hidden = sum(100 * row[0] < SHOWN[0] for row in ours)
+    ours = [row[0] for runtime in RUNTIMES for front in fronts_of(more, runtime).values() for row in front]
+    theirs = [point["accuracy"] for point in more["points"]]
+    hidden, others = (sum(100 * accuracy < SHOWN[0] for accuracy in each) for each in (ours, theirs))
     said = (
         f"{measured_on(content)}. Accuracy is on the search rows, on which both sides chose; that of the uncompressed "
-        f"model is {accuracy:.1%}. Of our {len(ours)} points, {hidden} lie below the picture. Reproduce with "
-        f"`{content['command']}` ([as JSON](results/benchmarks/{TOOLS}.json))."
+        f"model is {accuracy:.1%}. Of our {len(ours)} points {hidden} lie below the picture, of the tools' "
+        f"{len(theirs)} points {others}. Reproduce with `{content['command']}` "
+        f"([as JSON](results/benchmarks/{TOOLS}.json))."
     )
     return "\n".join([said, "", *lines])
 
@@ -274,6 +286,11 @@ def contents(name: str) -> dict[str, Any]:
     return found
 
 
+def names_of(name: str) -> list[str]:
+    """Return what the figures of a benchmark are called."""
+    return [figure["name"] for figure in contents(name)["figures"]]
+
+
 def table(name: str, *, with_target: bool = False) -> str:
     """Return a benchmark's figures, or those that have a target, as Markdown, with how to reproduce them."""
     content = contents(name)
@@ -300,7 +317,9 @@ def grouped(benchmarks: Mapping[str, Sequence[str] | None], *, up: str) -> str:
             raise SystemExit(f"{name}.json: has no figure {', '.join(sorted(lost))}")
         cpu = content["fingerprint"]["cpu"]
         where = "" if cpu == first["fingerprint"]["cpu"] else f" on {cpu_words(cpu)}"
-        how = f"[as JSON]({up}results/benchmarks/{name}.json), of commit {content['commit'][:7]}"
+        shown = [figure for figure in content["figures"] if only is None or figure["name"] in only]
+        commits = dict.fromkeys(figure["commit"][:7] for figure in shown if figure.get("commit"))
+        how = f"[as JSON]({up}results/benchmarks/{name}.json), of {', '.join(commits) or content['commit'][:7]}"
         lines.append(f"| **`{content['command']}`**{where} ({how}) | | | | |")
         lines += rows(content, with_target=True, only=only)
     return "\n".join([f"{measured_on(first)}, where no other CPU is named.", "", *lines])
@@ -404,7 +423,7 @@ def tables() -> None:
         ROOT / "docs" / "results.md",
         {
             "figures": table(DEMO),
-            "search": grouped(dict.fromkeys(SEARCH), up="../"),
+            "search": grouped({**dict.fromkeys(SEARCH), TOOLS: names_of(TOOLS)}, up="../"),
             "shared": table(SHARED, with_target=True),
             "plans": table(PLANS),
             "people": grouped({name: None for name in PEOPLE if (FIGURES / f"{name}.json").exists()}, up="../"),

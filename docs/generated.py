@@ -1,4 +1,4 @@
-"""Pages that are made of the program when the documentation is built: commands, run file, committed runs."""
+"""Pages that are made of the program when the documentation is built: commands, keys of files, committed runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sphinx.application import Sphinx
 
 from autocompress.cli import app
 from autocompress.config import RunConfig
+from autocompress.space import BitsAxis, DropSpec, KeepAxis, RankAxis, Rule, SearchSpace, StudentSpec
 
 FOLDER = "generated"
 """Beside the pages; git does not keep it."""
@@ -58,9 +59,33 @@ def _cell(text: str) -> str:
 def run_file() -> str:
     """Return the page of the run file's keys."""
     said = "`autocompress init --demo` writes a commented one; `--set key=value` sets any of them."
-    lines = ["# Keys of the run file", "", said, "", "| key | default | meaning |", "|---|---|---|"]
-    for key, default, meaning in _rows(RunConfig):
-        lines.append(f"| `{key}` | {f'`{_cell(default)}`' if default else ''} | {_cell(meaning)} |")
+    return "\n".join(["# Keys of the run file", "", said, "", *_table(RunConfig), ""])
+
+
+def _table(section: type[BaseModel]) -> Iterator[str]:
+    yield "| key | default | meaning |"
+    yield "|---|---|---|"
+    for key, default, meaning in _rows(section):
+        yield f"| `{key}` | {f'`{_cell(default)}`' if default else ''} | {_cell(meaning)} |"
+
+
+def space_file() -> str:
+    """Return the page of the keys of a search-space file."""
+    said = (
+        "`autocompress ls spaces` names those that are shipped. [Your own](../your-own.md) tells how one is written, "
+        "[what a plan can decide](../options.md) what the choices do. A rule's key takes a list in place of `choices`."
+    )
+    lines = ["# Keys of a search space", "", said]
+    for title, section in (
+        ("The file", SearchSpace),
+        ("Each of `rules`", Rule),
+        ("`heads`, `neurons` and `vocabulary` of a rule", KeepAxis),
+        ("`rank` of a rule", RankAxis),
+        ("`bits` of a rule", BitsAxis),
+        ("Each of `students`", StudentSpec),
+        ("`drop_blocks`", DropSpec),
+    ):
+        lines += ["", f"## {title}", "", *_table(section)]
     return "\n".join([*lines, ""])
 
 
@@ -105,7 +130,8 @@ def write(app_: Sphinx) -> None:
     here = Path(app_.srcdir)
     folder = here / FOLDER
     folder.mkdir(exist_ok=True)
-    pages = {"run-file": run_file(), "commands": commands(), "gallery": gallery(here.parent / "results", folder)}
+    pages = {"run-file": run_file(), "space-file": space_file(), "commands": commands()}
+    pages["gallery"] = gallery(here.parent / "results", folder)
     for name, text in pages.items():
         file = folder / f"{name}.md"
         if not file.exists() or file.read_text(encoding="utf-8") != text:

@@ -100,7 +100,7 @@ def test_the_python_examples_run(tmp_path: Path, quick: tuple[Path, str], tiny_r
     shutil.copytree(quick[0] / "results", tmp_path / "results")
     (tmp_path / "run.yaml").write_text(tiny_run(["name=from-python"]).to_yaml(), encoding="utf-8")
     said = [run([sys.executable, "-c", block], tmp_path) for block in blocks("python.md", "python")]
-    assert (tmp_path / "out" / "measurement.json").is_file()
+    assert (tmp_path / "smallest" / "measurement.json").is_file()
     assert "latency_ratio" in said[-1]
 
 
@@ -136,6 +136,8 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert "--push-to-hub" in commands
     keys = (tmp_path / "site" / "generated" / "run-file.html").read_text(encoding="utf-8")
     assert "search.trials" in keys
+    keys = (tmp_path / "site" / "generated" / "space-file.html").read_text(encoding="utf-8")
+    assert all(key in keys for key in ("drop_blocks", "vocabulary", "choices", "tie", "share"))
 
 
 def test_there_are_notebooks() -> None:

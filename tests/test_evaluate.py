@@ -30,10 +30,11 @@ from autocompress.decisions import (
     TrimVocabulary,
 )
 from autocompress.errors import MeasurementError, PlanError, RuntimeBuildError
-from autocompress.evaluate import LOGITS_FILE, Workshop, kept_logits
+from autocompress.evaluate import Workshop
 from autocompress.gauge import Gauge
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Measurement, Stopped
+from autocompress.rows import LOGITS_FILE, read_logits
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.runtimes.onnxruntime import ONNXRuntime
 
@@ -102,8 +103,8 @@ def test_the_reference_diverges_from_itself_by_nothing(shop: Workshop) -> None:
 
 
 def test_a_measurement_is_whole(shop: Workshop, measured: Measurement) -> None:
-    logits = kept_logits(shop.artefacts / PLAN.plan_id)
-    reference = kept_logits(shop.reference_folder)
+    logits = read_logits(shop.artefacts / PLAN.plan_id)
+    reference = read_logits(shop.reference_folder)
     scored = scoring.accuracy(logits, shop.splits["search"])
     assert (measured.accuracy, measured.loss, measured.rows) == (scored.value, scored.loss, 60)
     assert measured.divergence == scoring.divergence(logits, reference) > 0

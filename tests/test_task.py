@@ -26,7 +26,11 @@ class TestSplits:
         assert {row[0] for row in loaded.splits["test"]} == set(written["text"][written["split"] == "test"])
 
     @pytest.mark.parametrize(
-        "name", ["test", "TEST", "validation", "Val", "valid", "dev", "eval", "validation_matched", "test2", "dev-1"]
+        "name",
+        [
+            *("test", "TEST", "validation", "Val", "valid", "dev", "eval", "validation_matched", "test2", "dev-1"),
+            *(" test", "ood_test", "testSeen", "testA", "Validation set", "test.clean", "holdout"),
+        ],
     )
     def test_names_of_a_test_split(self, tmp_path: Path, name: str) -> None:
         data = frame()
@@ -34,7 +38,7 @@ class TestSplits:
         loaded = task.load(config(saved(tmp_path, data)))
         assert {row[0] for row in loaded.splits["test"]} == set(data["text"][70:])
 
-    @pytest.mark.parametrize("name", ["training", "testimony", "values", "0", "unlabelled"])
+    @pytest.mark.parametrize("name", ["training", "train_sft", "train-dev", "testimony", "values", "0", "unsupervised"])
     def test_rows_of_other_names_are_trained_on(self, tmp_path: Path, name: str) -> None:
         data = frame()
         data["split"] = [name] * 70 + ["test"] * 30

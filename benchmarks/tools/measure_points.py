@@ -22,11 +22,11 @@ from autocompress import machine, scoring
 from autocompress.calm import calm_of
 from autocompress.config import RunConfig
 from autocompress.errors import AutocompressError
-from autocompress.evaluate import Workshop, kept_logits
+from autocompress.evaluate import Workshop
 from autocompress.pareto import nondominated
 from autocompress.plan import CompressionPlan
 from autocompress.records import Measurement, drift_of
-from autocompress.rows import LOGITS_FILE
+from autocompress.rows import LOGITS_FILE, read_logits
 from autocompress.runtimes import Artifact
 from autocompress.task import Batch
 
@@ -104,7 +104,7 @@ def scores_of(artifact: Artifact, measured: Measurement) -> dict[str, Any]:
         "latency_adjusted": measured.latency_adjusted,
         "latency_ms": measured.latency_ms,
         "reference_ms": measured.reference_ms,
-        "classes": kept_logits(artifact.folder).argmax(axis=1).tolist(),
+        "classes": read_logits(artifact.folder).argmax(axis=1).tolist(),
     }
 
 
