@@ -37,15 +37,14 @@ FAILURES_FILE = "failures.json"
 _ALONGSIDE = (POINT_FILE, "artefact.json", LOGITS_FILE)
 
 
-def describe(folder: Path) -> Artifact:
+def describe(folder: Path) -> Artifact | None:
     """Write ``artefact.json`` beside the files of a point: every file but the descriptions is the model's.
 
-    Raises:
-        SystemExit: if the folder holds no model that we can run.
+    None where the folder holds no model that we can run.
     """
     main = next((name for name in RUNTIMES if (folder / name).is_file()), None)
     if main is None:
-        raise SystemExit(f"{folder}: holds neither of {', '.join(RUNTIMES)}")
+        return None
     others = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in (main, *_ALONGSIDE))
     inputs = ("input_ids", "attention_mask")
     artifact = Artifact(folder, RUNTIMES[main], (main, *others), inputs, CompressionPlan())
@@ -117,16 +116,23 @@ def measure(run: RunConfig, outs: list[Path]) -> dict[str, Any]:
         about = json.loads((out / FAILURES_FILE).read_text(encoding="utf-8"))
         failures += [{"tool": about["tool"], **failure} for failure in about["failures"]]
         seconds[about["tool"]] = about["seconds"]
-    files = [file for out in outs for file in sorted(out.glob(f"*/{POINT_FILE}"))]
-    artefacts = [describe(file.parent) for file in files]
+    artefacts: list[tuple[dict[str, Any], Artifact]] = []
+    for file in (file for out in outs for file in sorted(out.glob(f"*/{POINT_FILE}"))):
+        about = json.loads(file.read_text(encoding="utf-8"))
+        if (artifact := describe(file.parent)) is None:
+            reason = f"holds neither of {', '.join(RUNTIMES)}"
+            failures.append({"tool": about["tool"], "name": about["name"], "reason": reason})
+        else:
+            artefacts.append((about, artifact))
+    if not artefacts:
+        raise SystemExit(f"no points in {', '.join(map(str, outs))}")
     with tempfile.TemporaryDirectory() as scratch:
-        for runtime in sorted({artifact.runtime for artifact in artefacts}):
+        for runtime in sorted({artifact.runtime for _, artifact in artefacts}):
             bench = Bench(run, runtime, Path(scratch))
             found: list[tuple[dict[str, Any], Artifact, Measurement]] = []
-            for file, artifact in zip(files, artefacts, strict=True):
+            for about, artifact in artefacts:
                 if artifact.runtime != runtime:
                     continue
-                about = json.loads(file.read_text(encoding="utf-8"))
                 try:
                     measured = bench.score(artifact)
                 except (AutocompressError, RuntimeError, KeyError) as error:
@@ -140,6 +146,8 @@ def measure(run: RunConfig, outs: list[Path]) -> dict[str, Any]:
                     f"  {measured.latency_ratio:.3f}",
                     flush=True,
                 )
+            if not found:
+                continue
             anew = bench.timed_anew([(artifact, measured) for _, artifact, measured in found])
             here = [
                 {**about, "runtime": runtime, **scores_of(artifact, measured)}
@@ -151,13 +159,12 @@ def measure(run: RunConfig, outs: list[Path]) -> dict[str, Any]:
                     test = scoring.accuracy(bench.logits(artifact, "test"), bench.splits["test"])
                     point["test_accuracy"] = test.value
             points += here
-            data, model = bench.task.fingerprint, bench.teacher.base
     return {
         "schema": SCHEMA,
         "machine": machine.fingerprint(),
         "target": run.target.model_dump(exclude={"runtime"}),
-        "data": data,
-        "model": model,
+        "data": bench.task.fingerprint,
+        "model": bench.teacher.base,
         "seconds": seconds,
         "points": points,
         "failures": failures,
