@@ -192,7 +192,7 @@ def recover(
     """Distil a candidate's structure from the teacher, build and measure it again, and add it to its study.
 
     Its latency is taken as those of the front are, and with it of those points of the front that were not timed so yet,
-    as where the search did not come to its end.
+    as where the search did not come to its end, and whose artefacts are there.
 
     Args:
         candidate: a point of a study.

@@ -586,9 +586,10 @@ def test_what_an_earlier_version_timed_in_another_way_is_timed_as_what_is_recove
     assert recovered.score.confirmed
     study = api.open_study(copy)
     assert recovered == study.candidate(recovered.number)
-    after = study.front().points
-    assert all(c.score.confirmed for c in after)
-    assert {c.number for c in before} & {c.number for c in after}
+    # Others may be on the front now, whose artefacts were not kept: a search that goes on builds them again.
+    there = [c for c in study.front().points if (copy / "artefacts" / c.plan.plan_id).is_dir()]
+    assert all(c.score.confirmed for c in there)
+    assert {c.number for c in before} & {c.number for c in there}
 
 
 @pytest.mark.parametrize("now", ["another arithmetic", "another row"])
