@@ -26,7 +26,7 @@ from autocompress.live import HOST, Live, server_of
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate
 from autocompress.reference import restore_reference
-from autocompress.refine import confirm
+from autocompress.refine import confirm_with_front
 from autocompress.results import write_results
 from autocompress.retarget import Moved
 from autocompress.retarget import retarget as _retarget
@@ -232,23 +232,9 @@ def recover(
         restore_reference(workshop, progress)
         recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
         if run.search.confirm_pairs:
-            recovered = _confirmed(recovered, study, workshop, progress)
+            recovered = confirm_with_front(study, workshop, recovered, progress)
         write_results(study)
     return recovered
-
-
-def _confirmed(recovered: Candidate, study: Study, workshop: Workshop, progress: Progress) -> Candidate:
-    """Time a recovered candidate anew, and with it what is left on the front that was not: they are to be compared."""
-
-    def waiting() -> list[Candidate]:
-        unsure = (c for c in study.front().points if not c.score.confirmed and c.number != recovered.number)
-        return [c for c in unsure if (workshop.artefacts / c.plan.plan_id).is_dir()]
-
-    candidates = [recovered, *waiting()]
-    while candidates:  # a latency that does not hold lets others on the front
-        confirm(study, workshop, candidates, progress=progress)
-        candidates = waiting()
-    return study.candidate(recovered.number)
 
 
 def export(

@@ -133,6 +133,20 @@ def confirm(
     return study.confirm({c.number: measured for c, measured in zip(candidates, latest, strict=True)})
 
 
+def confirm_with_front(study: Study, workshop: Workshop, recovered: Candidate, progress: Progress) -> Candidate:
+    """Time a recovered candidate anew, and with it what is left on the front that was not: they are to be compared."""
+
+    def waiting() -> list[Candidate]:
+        unsure = (c for c in study.front().points if not c.score.confirmed and c.number != recovered.number)
+        return [c for c in unsure if (workshop.artefacts / c.plan.plan_id).is_dir()]
+
+    candidates = [recovered, *waiting()]
+    while candidates:  # a latency that does not hold lets others on the front
+        confirm(study, workshop, candidates, progress=progress)
+        candidates = waiting()
+    return study.candidate(recovered.number)
+
+
 def _confirm(
     study: Study, workshop: Workshop, quiet: Callable[[], None] | None, progress: Progress, stage: Progress
 ) -> None:

@@ -4,9 +4,9 @@
 # VENVS holds the tools' virtual environments (make_venvs.sh), FOLDER takes all that is made, SECONDS is each tool's
 # budget. Run it in the environment of autocompress, with nothing beside.
 set -eu
-venvs=$1 folder=$2 seconds=${3:-600}
+mkdir -p "$2"
+venvs=$1 folder=$(cd "$2" && pwd) seconds=${3:-600}
 here=$(dirname "$0")
-mkdir -p "$folder"
 export XDG_CACHE_HOME="$folder/cache" # a bank of its own, empty at first
 results=""
 for runtime in openvino onnxruntime; do
