@@ -25,7 +25,7 @@ from autocompress.journal import LOCK, held
 from autocompress.live import HOST, Live, server_of
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate
-from autocompress.reference import restore_reference
+from autocompress.reference import require_same_runtime, restore_reference
 from autocompress.refine import confirm_with_front
 from autocompress.results import write_results
 from autocompress.retarget import Moved
@@ -35,6 +35,7 @@ from autocompress.salvage import salvage as _salvage
 from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace
 from autocompress.study import Study
+from autocompress.trackers import Trackers
 from autocompress.trained import Progress, bank_root, silent
 
 RESULTS = Path("results")
@@ -205,7 +206,8 @@ def recover(
         The new candidate, or that of an earlier recovery just like it; the old one stays as it is.
 
     Raises:
-        ConfigError: if the epochs are out of range, or an override would change more than this point.
+        ConfigError: if the epochs are out of range, an override would change more than this point, or a cluster is
+            given that has nothing to do.
         AutocompressError: if the point cannot be trained, built or measured.
     """
     folder = _home(candidate)
@@ -217,23 +219,30 @@ def recover(
     if asked.model_dump(exclude={"recovery": own}) != run.model_dump(exclude={"recovery": own}):
         names = ", ".join(f"recovery.{name}" for name in sorted(own))
         raise ConfigError(f"recover: only {names} can be set for one point, got {', '.join(overrides)}")
+    if cluster is not None and not run.search.device:
+        raise ConfigError("recover: --address reaches the device of search.device, which this study has none of")
+    trackers = Trackers(run, folder, progress)
     workshop = Workshop(asked, folder / "artefacts", progress)
     plan = workshop.recovering(candidate.plan)
     with ExitStack() as stack:
         study = stack.enter_context(closing(Study(folder, run, writable=True)))
         study.identity.require_data(workshop.task.fingerprint)
         study.identity.require_model(workshop.teacher.base)
-        if (known := study.measured(plan)) is not None:  # a score stays with the artefact that it was taken from
+        # A score stays with the artefact that it was taken from; what was ended before it was confirmed goes on.
+        known = study.measured(plan)
+        if known is not None and (known.score.confirmed or not run.search.confirm_pairs):
             return known
         if run.search.device:
             nobody = Workers(run, workshop.artefacts, progress, cluster=cluster, most=0)
             workshop.gauge.use(stack.enter_context(nobody).on_device)
         study.identity.require_machine(workshop.gauge.machine["id"])
+        require_same_runtime(folder, workshop)
         restore_reference(workshop, progress)
-        recovered = study.add(plan, workshop.evaluate(plan), origin="recover")
+        recovered = known or study.add(plan, workshop.evaluate(plan), origin="recover")
         if run.search.confirm_pairs:
             recovered = confirm_with_front(study, workshop, recovered, progress)
         write_results(study)
+        trackers.tell(study.candidates())
     return recovered
 
 

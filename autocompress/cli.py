@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -456,8 +457,7 @@ def main() -> None:
     try:
         app()
     except AutocompressError as error:
-        if os.environ.get("AUTOCOMPRESS_DEBUG"):
-            raise
+        _traced()
         from autocompress.report.tables import one_line
 
         # What a message quotes (a name, a file's content) may hold line breaks and control characters.
@@ -469,11 +469,15 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
-        if os.environ.get("AUTOCOMPRESS_DEBUG"):
-            raise
+        _traced()
         where = f"{error.filename}: " if error.filename else ""
         typer.echo(f"autocompress: {where}{error.strerror or error}".replace("\n", " "), err=True)
         sys.exit(1)
+
+
+def _traced() -> None:
+    if os.environ.get("AUTOCOMPRESS_DEBUG"):
+        traceback.print_exc()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -98,7 +97,9 @@ class TargetConfig(Section):
 
 
 class ConstraintsConfig(Section):
-    max_accuracy_drop: float | None = Field(None, ge=0, le=1, description="against the reference, as a fraction")
+    max_accuracy_drop: float | None = Field(
+        None, ge=0, lt=1, description="against the reference, as a fraction: 0.01 is one percentage point"
+    )
     max_size_mb: float | None = Field(None, gt=0, description="megabytes (1e6 bytes)")
     max_latency_ms: float | None = Field(None, gt=0, description="median, milliseconds")
     max_latency_ratio: float | None = Field(None, gt=0, description="candidate over reference")
@@ -149,7 +150,9 @@ class SearchConfig(Section):
         description="at the end, fit the weights of the front's pruned points to what the model or student was before "
         "it was pruned, by least squares on data.reconstruction_rows; what that leads to is added",
     )
-    recover: int = Field(0, ge=0, le=1000, description="points that are trained at the end, the best ranks first")
+    recover: int = Field(
+        0, ge=0, le=1000, description="points that are trained at the end, those that promise most first"
+    )
     keep_artefacts: Literal["front", "all"] = Field("front", description="candidates whose files stay")
 
 
@@ -367,7 +370,7 @@ class RunConfig(Section):
         return self.model_copy(update={"model": model, "data": data, "space": found(self.space)})
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+        return strict_yaml.dump(self.model_dump(mode="json", by_alias=True))
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _table_of(found: SearchStatus) -> Group:
     from rich.console import Group
     from rich.table import Table
 
-    from autocompress.front import CLOSE, KNEE
+    from autocompress.front import wished
     from autocompress.report.tables import accuracy_words, short, size_mb, times_faster, times_smaller
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -123,7 +123,7 @@ def _table_of(found: SearchStatus) -> Group:
     for names, point in found.front.recommended():
         score, reference = point.score, found.front.reference
         table.add_row(
-            " and ".join(name if name == KNEE else f"{name} within {CLOSE:.0%}" for name in names),
+            wished(names),
             str(point.number),
             accuracy_words(score),
             f"{short(size_mb(score))} ({times_smaller(score, reference)})",
@@ -186,10 +186,10 @@ def about_exports(candidate: Candidate, exports: Mapping[str, Export]) -> dict[s
 
 def _times_of(shipped: Export) -> dict[str, Any]:
     if not shipped.timed:
-        return {"latency_ratio": "not timed: PyTorch unpacks the weights and computes in floats"}
+        return {"latency": "not timed: PyTorch unpacks the weights and computes in floats"}
     return {
         "latency_ratio": shipped.measurement.latency_ratio,
-        "latency_ratio_in_search": shipped.latency_ratio_in_search,
+        **({} if (chosen_by := shipped.latency_ratio_in_search) is None else {"latency_ratio_in_search": chosen_by}),
         "reloaded_predictions": "identical",
     }
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from autocompress import fresh, hub, scoring, timing
+from autocompress import fresh, hub, machine, scoring, timing
 from autocompress.calm import Calm
 from autocompress.config import RunConfig
-from autocompress.errors import ExportError, RuntimeBuildError, first_line, quoted
+from autocompress.errors import ConfigError, ExportError, RuntimeBuildError, first_line, quoted
 from autocompress.evaluate import Workshop
 from autocompress.exported import CONFIRMING_PAIRS, FORMATS, MEASUREMENT_SCHEMA, UNPACKED, require_same_sums
 from autocompress.parcel import MEASUREMENT, put, require_place, seal
@@ -54,7 +54,7 @@ class Export:
         test: accuracy on the held-out test split, with its 95 % Wilson interval.
         test_drop: what that is less than the uncompressed model's on the same rows.
         agreement: share of search rows on which it predicts as the candidate that the study scored.
-        latency_ratio_in_search: the ratio that it was chosen by, from fewer pairs beside other candidates.
+        latency_ratio_in_search: the ratio that it was chosen by, as the search left it; None for another runtime's.
         timed: whether the latency is that of these files; PyTorch runs them, but not as what was scored.
         pushed: address on a hub, if it was put there.
     """
@@ -64,7 +64,7 @@ class Export:
     test: scoring.Accuracy
     test_drop: Drop
     agreement: float
-    latency_ratio_in_search: float
+    latency_ratio_in_search: float | None
     timed: bool = True
     pushed: str | None = None
 
@@ -97,12 +97,12 @@ def export(
     """Export ``candidate`` in each format; see `autocompress.export`."""
     for name in formats:
         if name not in (*FORMATS, *UNPACKED):
-            raise ExportError(f"export: format must be one of {', '.join((*FORMATS, *UNPACKED))}, got {name!r}")
+            raise ConfigError(f"export: format must be one of {', '.join((*FORMATS, *UNPACKED))}, got {name!r}")
         if name in FORMATS:
             get_runtime(FORMATS[name])
     if repository is not None:
         if len(formats) != 1:
-            raise ExportError(f"export: --push-to-hub takes one format at a time, got {', '.join(formats)}")
+            raise ConfigError(f"export: --push-to-hub takes one format at a time, got {', '.join(formats)}")
         hub.check(repository)
     if candidate.measurement is None or candidate.folder is None:
         ended = "was stopped early" if candidate.state == "PRUNED" else "failed"
@@ -113,7 +113,8 @@ def export(
             raise ExportError(f"export: {candidate.folder}: {study.identity.outdated}")
         calm, workshop = study.calm, Workshop(run, candidate.folder / "artefacts", progress)
         study.identity.require_data(workshop.task.fingerprint)
-        if format_of(run) in formats:  # whose artefact ships as it is
+        # Its artefact ships as it is; where latency is of a device, so is what the score names as its machine.
+        if format_of(run) in formats and not run.search.device:
             require_same_sums(candidate.plan, candidate.score.fingerprint, f"export: trial {candidate.number}")
         kept = (workshop.artefacts / candidate.plan.plan_id).is_dir() and workshop.reference_folder.is_dir()
         if not kept or {*formats} != {format_of(run)}:  # something is made of the model
@@ -240,7 +241,7 @@ def _export(
     test = scoring.accuracy(logits, workshop.splits["test"])
     test_drop = scoring.drop(logits, workshop.reference_logits_on_test, workshop.splits["test"])
     confirmed, pairs = measured, workshop.run.search.latency_pairs
-    known = calm if runtime == run.target.runtime else None
+    known, in_search = (calm, measured.latency_ratio) if runtime == run.target.runtime else (None, None)
     if not workshop.run.search.device:  # what was measured on a device is not what this machine measures
         pairs = CONFIRMING_PAIRS
         taken = {**timed.fields(), "confirmed": True, "fingerprint": workshop.gauge.fingerprint}
@@ -253,12 +254,13 @@ def _export(
     agreement = float((expected.argmax(1) == read_logits(scored.folder).argmax(1)).mean())
     about = {
         "search": dataclasses.asdict(confirmed),
-        "latency_ratio_in_search": measured.latency_ratio,
+        "latency_ratio_in_search": in_search,
         "latency_pairs": pairs,
         "calm": None if known is None else dataclasses.asdict(known),
+        "built_on": machine.fingerprint(),
     }
     _describe(aside, candidate, workshop, runtime, confirmed, test, test_drop, agreement, about)
-    return Export(aside, confirmed, test, test_drop, agreement, measured.latency_ratio)
+    return Export(aside, confirmed, test, test_drop, agreement, in_search)
 
 
 def _scored_here(score: Measurement, workshop: Workshop) -> bool:
@@ -267,10 +269,14 @@ def _scored_here(score: Measurement, workshop: Workshop) -> bool:
 
 def _why_not(candidate: Candidate, score: Measurement, workshop: Workshop) -> str:
     """Say why a copy predicts otherwise than its artefact did."""
-    if _scored_here(score, workshop):
-        return "the artefact no longer matches"
     assert candidate.folder is not None, "it has an artefact"
     move = f"autocompress retarget {quoted(candidate.folder)} -o NEW scores the front here"
+    runtime = workshop.run.target.runtime
+    there, here = (about.get("versions", {}).get(runtime) for about in (score.fingerprint, workshop.gauge.fingerprint))
+    if there != here:
+        return f"it was scored with {runtime} {there}, and {here} is here; {move}"
+    if _scored_here(score, workshop):
+        return "the artefact no longer matches"
     return f"it was scored on another machine, which computes otherwise; {move}"
 
 
@@ -354,7 +360,19 @@ def _describe(
     }
     (aside / MEASUREMENT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     (aside / "predict.py").write_text(predict_script(runner, fast=fast), encoding="utf-8")
-    card = model_card(candidate, run, runner, measured, test, test_drop, agreement, data=data, timed=timed, fast=fast)
+    card = model_card(
+        candidate,
+        run,
+        runner,
+        measured,
+        test,
+        test_drop,
+        agreement,
+        data=data,
+        built_on=machine.fingerprint(),
+        timed=timed,
+        fast=fast,
+    )
     (aside / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ from autocompress.config import RunConfig
 from autocompress.distribute import Workers
 from autocompress.evaluate import Workshop
 from autocompress.execute import execute
+from autocompress.forecast import count_plans
 from autocompress.identity import identity_of
 from autocompress.journal import held
 from autocompress.records import Candidate
@@ -103,6 +104,7 @@ def _drive(run: RunConfig, folder: Path, progress: Progress, watch: Watch | None
                     if not (workshop.artefacts / candidate.plan.plan_id).is_dir():
                         _fetch(exchange, study, candidate, workshop.artefacts)
             if study.remaining:
+                (folder / STAGE).unlink(missing_ok=True)  # of one that was ended there, and had fewer trials
                 workers = workers or stack.enter_context(_workers(workshop, cluster, exchange))
                 with clock("candidates"):
                     _evaluate(study, workshop, workers, trackers, progress, watch, exchange)
@@ -182,6 +184,9 @@ def _evaluate(
             f"a search starts with {uniform} uniform plans, and {total} trials leave nothing to search for beyond "
             f"them; give more, such as --set search.trials={2 * uniform}"
         )
+    plans, _ = count_plans(workshop.space)
+    if plans < total:
+        progress(f"the space holds {plans} plans, fewer than that")
     if not run.search.seeds and workshop.space.space.drop_blocks is not None:
         workshop.make_students()  # a plan that drops blocks of one needs it when it is drawn
     began, before, due = time.perf_counter(), study.finished, 0.0
@@ -200,7 +205,8 @@ def _evaluate(
             drop_dominated(study, workshop.artefacts, candidate)
         if watch is not None:
             each = (time.perf_counter() - began) / (study.finished - before)
-            watch(status_of(study, workshop, seconds_each=each, untrained=workshop.untrained))
+            end = min(total, plans)
+            watch(status_of(study, workshop, total=end, seconds_each=each, untrained=workshop.untrained))
 
     if exchange is not None:
         exchange.put(workshop.reference_folder.name, workshop.reference_folder)

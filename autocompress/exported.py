@@ -60,14 +60,15 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
     if stored is None:
         return _time_in_pytorch(folder, about["runtime"], inputs, target, pairs)
     artifact = Artifact.open(folder)
-    require_same_sums(artifact.plan, stored.fingerprint, str(folder))
+    # Exports of before do not say where they were built: where they were measured, unless that was on a device.
+    require_same_sums(artifact.plan, about.get("built_on", stored.fingerprint), str(folder))
     here = machine.fingerprint()
     same_machine = here["id"] == stored.fingerprint.get("id")
     reference_ms = stored.reference_ms if same_machine else None
     latest = time_against_stand_in(artifact, target, vocabulary, pairs, reference_ms=reference_ms)
     timed = dataclasses.replace(stored, **latest.fields())
-    if same_machine and calm is not None:
-        timed = calm.adjust(timed)
+    if same_machine:  # to the pace, and with the drift, that are known of it
+        timed = (timed if calm is None else calm.adjust(timed)).drifting(stored.latency_drift)
     taken = ("latency_ms", "latency_p90_ms", "reference_ms", "latency_ratio", "latency_ratio_low", "latency_ratio_high")
     return {
         **{name: getattr(timed, name) for name in taken},

@@ -188,15 +188,16 @@ def forecast(run: RunConfig, progress: Progress = silent) -> Forecast:
         progress(f"building and scoring {_PLANS} plans from each base")
         each, sizes = _candidates(workshop, space, fitted=fitted)
         recovered = _recovered_seconds(workshop, each, epoch=epoch, fitted=fitted)
-        most_fitted = search.trials if offered else min(search.trials, _FRONT) if search.reconstruct else 0
+        plans, parameters = count_plans(space)
+        trials = min(search.trials, plans)
+        most_fitted = trials if offered else min(trials, _FRONT) if search.reconstruct else 0
         fitted_mb = _fitted_bytes(workshop, fitted=fitted, models=most_fitted) / 1e6
     cores, threads = machine.cores(), run.target.threads
     workers = 1 if threads > 1 else run.search.workers or max(1, cores // threads)
     candidate = each / min(workers, cores)
     finetune = 0.0 if headed else epoch * run.model.finetune.epochs
-    plans, parameters = count_plans(space)
     pieces = _count_pieces(space) * (1 + len(space.students))
-    searched = candidate * run.search.trials * (1 + len(run.baselines))
+    searched = candidate * trials * (1 + len(run.baselines))
     total = finetune + students + bank_seconds + _START_SECONDS + searched + recovered
     weights = reference.size_bytes / 1e6
     return Forecast(
@@ -210,7 +211,7 @@ def forecast(run: RunConfig, progress: Progress = silent) -> Forecast:
         candidate_seconds=candidate,
         recovered_seconds=recovered,
         total_seconds=total,
-        disk_mb=weights * (2 + len(space.students)) + 2 * sizes / 1e6 * min(run.search.trials, _FRONT) + fitted_mb,
+        disk_mb=weights * (2 + len(space.students)) + 2 * sizes / 1e6 * min(trials, _FRONT) + fitted_mb,
         memory_mb=(1 + workers) * (600 + 6 * weights),
     )
 

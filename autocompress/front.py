@@ -318,7 +318,7 @@ class Front:
         return frame(self.points)
 
     def __repr__(self) -> str:
-        best = ", ".join(f"{names[0]} {point!r}" for names, point in self.recommended())
+        best = ", ".join(f"{wished(names)} {point!r}" for names, point in self.recommended())
         return f"<front of {len(self)} points: {best}>" if self.points else "<front without a point>"
 
     def _repr_html_(self) -> str:
@@ -331,6 +331,11 @@ class Front:
         from autocompress.report.figures import front_figure
 
         return front_figure(self, (), over=over)
+
+
+def wished(names: Sequence[str]) -> str:
+    """Say what a recommended point is, with what it may lose."""
+    return " and ".join(name if name == KNEE else f"{name} within {CLOSE:.0%}" for name in names)
 
 
 def _scaled(points: np.ndarray) -> np.ndarray:

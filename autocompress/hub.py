@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autocompress.errors import ExportError, first_line
+from autocompress.errors import ConfigError, ExportError, first_line
 from autocompress.origins import DEMO_MODEL
 from autocompress.parcel import MEASUREMENT, listed
 
@@ -28,7 +28,7 @@ class Repository:
         private: whether it is made private; one that is there already stays as it is.
 
     Raises:
-        ExportError: if it can be no name.
+        ConfigError: if it can be no name.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Repository:
         try:
             validate_repo_id(self.name)
         except HFValidationError as error:
-            raise ExportError(f"export: --push-to-hub: {first_line(error)}") from None
+            raise ConfigError(f"export: --push-to-hub: {first_line(error)}") from None
 
 
 def published_name(model_id: str) -> str | None:
@@ -62,7 +62,8 @@ def check(repository: Repository) -> None:
     """Ask the hub who we are, so that what it would refuse is refused before any work.
 
     Raises:
-        ExportError: if it cannot be reached, knows no token of ours, or none that may write there.
+        ExportError: if it cannot be reached, knows no token of ours, or none that may write there, or if what is to be
+            private is there and public.
     """
     from huggingface_hub import HfApi
 
@@ -76,6 +77,25 @@ def check(repository: Repository) -> None:
     # What a token of finer grain may do is for the hub to say.
     if role == "write" and owner and owner not in ours:
         raise ExportError(f"export: {repository.name}: the token for the hub is of {', '.join(map(str, ours))}")
+    if repository.private:
+        _require_not_public(repository, repository.name if owner else f"{found['name']}/{repository.name}")
+
+
+def _require_not_public(repository: Repository, name: str) -> None:
+    """Raise `ExportError` if a repository that is to be private is there, and everybody may read it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with _in_our_words(repository):
+        try:
+            private = HfApi().model_info(name).private
+        except RepositoryNotFoundError:
+            return
+    if not private:
+        raise ExportError(
+            f"export: {name}: is there and public, which --private does not change; make it private on the hub, or "
+            "give another name"
+        )
 
 
 def push(folder: Path, repository: Repository, message: str) -> str:

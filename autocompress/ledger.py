@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from autocompress.calm import Calm
@@ -75,10 +76,25 @@ class Ledger:
             span=_span(trial.datetime_start, datetime.now()),
         )
 
-    def add(self, plan: CompressionPlan, measured: Measurement, origin: str) -> Candidate:
-        """Write a trial for a candidate that was not asked for."""
+    def add(
+        self,
+        plan: CompressionPlan,
+        measured: Measurement,
+        origin: str,
+        params: Mapping[str, tuple[Any, Sequence[Any]]],
+    ) -> Candidate:
+        """Write a trial for a candidate that was not asked for.
+
+        Args:
+            plan: of the candidate.
+            measured: its score.
+            origin: where it comes from.
+            params: what its plan is in the search space, each with its choices; none where that does not have it.
+        """
         trial = optuna.trial.create_trial(
             values=self._values(measured.check()),
+            params={name: value for name, (value, _) in params.items()},
+            distributions={name: CategoricalDistribution(choices) for name, (_, choices) in params.items()},
             user_attrs={
                 "plan": json.loads(plan.to_json()),
                 "measurement": json.loads(measured.to_json()),
@@ -90,6 +106,7 @@ class Ledger:
             number=len(self._study.get_trials(deepcopy=False)) - 1,
             state="COMPLETE",
             plan=plan,
+            params={name: value for name, (value, _) in params.items()},
             measurement=measured,
             feasible=self._feasible(measured),
             origin=origin,
@@ -109,6 +126,10 @@ class Ledger:
 
     def _values(self, measured: Measurement) -> list[float]:
         return [float(getattr(measured, OBJECTIVES[name][0])) for name in self._run.told]
+
+    def excesses_of(self, trial: optuna.trial.FrozenTrial) -> dict[str, float]:
+        """Return by how much a complete trial exceeds each constraint of the run file as that is now."""
+        return self._excesses(Measurement.from_plain(trial.user_attrs["measurement"]))
 
     def _feasible(self, measured: Measurement) -> bool:
         return all(excess <= 0 for excess in self._excesses(measured).values())

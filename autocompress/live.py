@@ -67,13 +67,12 @@ class Live:
     def _make(self, version: str) -> str:
         with closing(self._open(self._folder)) as study:
             report = report_of(study)
-        # A space may hold fewer than were asked for.
         said = f"{study.finished} of {study.run.search.trials} candidates at {time.strftime('%H:%M:%S')}; "
         try:
             said += f"what is left to do: {(self._folder / STAGE).read_text(encoding='utf-8')}."
-        except OSError:  # a search that has ended, or has all of that before it
+        except OSError:  # a search that has ended, perhaps since its space holds no others, or has that before it
             ended = study.finished >= study.run.search.trials
-            said = "" if ended else f"{said}this page shows what comes."
+            said = "" if ended else f"{said}where a search goes on, this page follows."
         return dataclasses.replace(report, standing=said, version=version).html()
 
 

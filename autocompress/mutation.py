@@ -17,6 +17,8 @@ _CHANGES = 2
 """Mean number of parameters that a mutation changes."""
 _MARGIN = 0.1
 """How far behind a front's worst values, in its extents, points still count."""
+_NODES = ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6))
+"""Standard deviations and weights by which three values stand for a normal distribution."""
 _NEIGHBOUR = 0.8
 """Probability that a number moves to the next smaller or larger choice instead of to any other."""
 
@@ -52,15 +54,18 @@ def mutated(
     return _built(space, inherited, changed, rng)
 
 
-def by_promise(expected: np.ndarray, rivals: np.ndarray) -> list[int]:
+def by_promise(expected: np.ndarray, rivals: np.ndarray, deviations: np.ndarray) -> list[int]:
     """Return the order in which points are expected to add to the hypervolume of a front, the most first.
 
-    Screening offspring by a cheap model before the dear evaluation is that of Emmerich et al. (2006), "Single- and
-    Multiobjective Evolutionary Optimization Assisted by Gaussian Random Field Metamodels".
+    Screening offspring by a cheap model before the dear evaluation, and by the hypervolume that is expected of them, is
+    that of Emmerich et al. (2006), "Single- and Multiobjective Evolutionary Optimization Assisted by Gaussian Random
+    Field Metamodels". The expectation is taken at three nodes (Gauss and Hermite).
 
     Args:
         expected: ``points x objectives``, to minimise.
         rivals: ``points x objectives`` of the front, at least one.
+        deviations: ``objectives``, standard deviations of what comes of a point from what is expected; objectives with
+            one vary together.
 
     Returns:
         Positions of the points. Each objective counts in units of the front's extent.
@@ -68,9 +73,11 @@ def by_promise(expected: np.ndarray, rivals: np.ndarray) -> list[int]:
     least, most = rivals.min(axis=0), rivals.max(axis=0)
     extent = np.where(most > least, most - least, 1.0)
     front, corner = (rivals - least) / extent, [1.0 + _MARGIN] * rivals.shape[1]
-    points = (expected - least) / extent
-    covered = [hypervolume(np.vstack([front, point]), corner) for point in points]
-    return [int(n) for n in np.argsort(-np.array(covered), kind="stable")]
+    covered = np.zeros(len(expected))
+    for node, weight in _NODES if deviations.any() else ((0.0, 1.0),):
+        points = (expected + node * deviations - least) / extent
+        covered += [weight * hypervolume(np.vstack([front, point]), corner) for point in points]
+    return [int(n) for n in np.argsort(-covered, kind="stable")]
 
 
 def _built(

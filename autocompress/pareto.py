@@ -50,10 +50,16 @@ def nondominated(points: np.ndarray) -> np.ndarray:
 
 
 class Unbeaten:
-    """The candidates that none beats, kept up to date as others come: who was beaten once stays beaten."""
+    """The candidates that none beats, kept up to date as others come: who was beaten once stays beaten.
 
-    def __init__(self, objectives: Sequence[str]) -> None:
+    Args:
+        objectives: that they are compared in.
+        without: origin of candidates that are not looked at.
+    """
+
+    def __init__(self, objectives: Sequence[str], *, without: str | None = None) -> None:
         self._objectives = objectives
+        self._without = without
         self._found: list[Candidate] = []
         self._seen = 0
 
@@ -61,7 +67,7 @@ class Unbeaten:
         """Return those of ``candidates``, which were added at the end since the last call, by number."""
         if self._seen != len(candidates):
             latest = itertools.islice(candidates.values(), self._seen, None)
-            found = self._found + [c for c in latest if c.usable and self._tells(c.score)]
+            found = self._found + [c for c in latest if c.usable and c.origin != self._without and self._tells(c.score)]
             found.sort(key=lambda c: c.number)  # of equal ones the first is kept
             kept = nondominated(costs(found, self._objectives))
             self._found = [c for c, on_it in zip(found, kept, strict=True) if on_it]

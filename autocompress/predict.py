@@ -23,7 +23,7 @@ from autocompress.decisions import ACTIVATIONS, DropBlocks, LowRank, MaxTokens, 
 from autocompress.fits import FEWEST, Fit, effects, latency_fit, least_squares
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.products import Product, Sizes, products_of
-from autocompress.records import OBJECTIVES, Candidate
+from autocompress.records import OBJECTIVES, Z95, Candidate
 from autocompress.sensitivity import Sensitivity, level_of
 
 _BEHIND = 3.0
@@ -124,6 +124,10 @@ class Predictor:
     _effects: dict[_Shape, float] = field(default_factory=dict)
     """By how much a product of a shape takes longer than the fit says."""
     _students: list[Student | None] = field(default_factory=list)
+    guide_deviation: float = 0.0
+    """Standard deviation of the guide's cost of plans from what is predicted, but for chance."""
+    settled: dict[int, float] = field(default_factory=dict)
+    """The guide's cost of what it learned from, by trial, without what chance is likely to have made of it."""
 
     def __post_init__(self) -> None:
         self._features = lru_cache(maxsize=_DESCRIBED)(self._describe)
@@ -148,7 +152,22 @@ class Predictor:
         name, direction = OBJECTIVES[self.guide]
         sign = -1.0 if direction == "maximize" else 1.0
         costs = np.array([sign * getattr(c.score, name) for c in measured])
-        self._fits["guide"] = least_squares(np.array([self._harm(found) for found in known]), costs, ridge=1e-2)
+        described = np.array([self._harm(found) for found in known])
+        self._fits["guide"] = least_squares(described, costs, ridge=1e-2)
+        self._settle(measured, costs, described @ self._fits["guide"].weights)
+
+    def _settle(self, measured: Sequence[Candidate], costs: np.ndarray, fitted: np.ndarray) -> None:
+        """Draw measured costs of the guide towards the fit, as far as chance moved them (empirical Bayes).
+
+        The best of many are best by chance, too, and no prediction would compare with them as they are; see Efron and
+        Morris (1975), "Data Analysis Using Stein's Estimator and its Generalizations".
+        """
+        by_chance = np.array([_deviation(c) ** 2 if self.guide == "accuracy" else 0.0 for c in measured])
+        by_plan = max(0.0, self._fits["guide"].spread ** 2 - float(by_chance.mean()))
+        told = np.divide(by_plan, by_plan + by_chance, out=np.ones(len(costs)), where=by_plan + by_chance > 0)
+        self.guide_deviation = math.sqrt(by_plan)
+        settled = (fitted + told * (costs - fitted)).tolist()
+        self.settled = {candidate.number: cost for candidate, cost in zip(measured, settled, strict=True)}
 
     def _learn_latency(self, known: Sequence[_Features], ratios: np.ndarray, confirmed: np.ndarray) -> None:
         work = np.array([found.work for found in known])
@@ -208,6 +227,20 @@ class Predictor:
         found = {"size_bytes": self.size_bytes(plan), "latency": self.latency(plan), self.guide: self.cost(plan)}
         return [found[name] for name in told]
 
+    def hoped(self, plan: CompressionPlan) -> dict[str, float] | None:
+        """Return the costs by objective of ``plan`` if it does as well as predictions leave room for.
+
+        None where too little is measured yet, or nothing of the plan's student.
+        """
+        if not self.ready or _student(plan) not in self._students:  # a student would have to be distilled first
+            return None
+        slack = 1 - _BEHIND * max(self._fits["latency"].spread, _LEAST_SPREAD)
+        return {
+            "size_bytes": 0.99 * self.size_bytes(plan),
+            "latency": slack * self.latency(plan),
+            self.guide: self.cost(plan) - _BEHIND * self._fits["guide"].spread,
+        }
+
     def behind(self, plan: CompressionPlan, rivals: Sequence[Sequence[float]], told: Sequence[str]) -> str | None:
         """Return why ``plan`` is far behind the front, or None if it may reach it.
 
@@ -216,14 +249,8 @@ class Predictor:
             rivals: costs of the front's points in the order of ``told``.
             told: objectives that the sampler is told.
         """
-        if not self.ready or _student(plan) not in self._students:  # a student would have to be distilled first
+        if (hoped := self.hoped(plan)) is None:
             return None
-        slack = 1 - _BEHIND * max(self._fits["latency"].spread, _LEAST_SPREAD)
-        hoped = {
-            "size_bytes": 0.99 * self.size_bytes(plan),
-            "latency": slack * self.latency(plan),
-            self.guide: self.cost(plan) - _BEHIND * self._fits["guide"].spread,
-        }
         for rival in rivals:
             if all(name in hoped and value <= hoped[name] for name, value in zip(told, rival, strict=True)):
                 words = ", ".join(f"{name} {hoped[name]:.4g}" for name in told)
@@ -278,6 +305,13 @@ class Predictor:
                 axis, level = level_of(base, in_base, decision)
             total += sensitivity.at(in_base, axis, level)
         return total
+
+
+def _deviation(candidate: Candidate) -> float:
+    """Return the standard error of what a candidate loses against the reference, or of its accuracy."""
+    score = candidate.score
+    low, high = (score.accuracy_low, score.accuracy_high) if score.drop is None else (score.drop.low, score.drop.high)
+    return (high - low) / (2 * Z95)
 
 
 def _extras(products: Sequence[Product], after: ModelShape) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ import optuna
 from optuna.trial import TrialState
 
 from autocompress.binding import BoundSpace
+from autocompress.ledger import excesses
 from autocompress.mutation import by_promise, mutated
+from autocompress.pareto import costs, nondominated
 from autocompress.plan import CompressionPlan
 from autocompress.seeds import sensitivity_ladder, uniform_ladder
 
@@ -51,23 +53,53 @@ class Proposals:
         if self._of.predictor is not None:
             while not self._of.learn():
                 yield None
+            # Those of an earlier command count, too, and what is known by now is none of them.
             most = int(_SENSITIVITY_SHARE * self._of.run.search.trials)
+            most -= sum(c.origin == "sensitivity" for c in self._of.candidates())
             ladder = sensitivity_ladder(self._space, self._of.predictor, self._of.reference.size_bytes)
-            for params in itertools.islice(ladder, most):
+            for params in ladder if most > 0 else ():
+                plan = self._space.plan(params)
+                if plan.plan_id in self._of.known:
+                    continue
+                if self._too_much(plan) is not None:
+                    yield None  # to allocate the next one takes time, too
+                    continue
                 yield "sensitivity", params
                 self._of.learn()
+                if not (most := most - 1):
+                    return
+
+    def _too_much(self, plan: CompressionPlan) -> str | None:
+        """Return the constraint that a plan is predicted to break even if it does well."""
+        predictor, constraints = self._of.predictor, self._of.run.constraints
+        if predictor is None or not self._of.run.search.skip_behind or (hoped := predictor.hoped(plan)) is None:
+            return None
+        reference = self._of.reference
+        best = dataclasses.replace(
+            reference,
+            accuracy=-hoped["accuracy"] if "accuracy" in hoped else 1.0,
+            size_bytes=int(hoped["size_bytes"]),
+            latency_ratio=hoped["latency"],
+            latency_ms=hoped["latency"] * reference.latency_ms,
+            peak_memory_bytes=1,  # is not predicted
+        )
+        broken = (name for name, excess in excesses(best, constraints, reference).items() if excess > 0)
+        return next((f"predicted to break max_{name} even if it does well" for name in broken), None)
 
     def passed_over(self, plan: CompressionPlan, trial: optuna.Trial) -> str | None:
         """Return why a proposal is not worth measuring; seeds always are."""
         seeded = trial.user_attrs.get("origin") in ("uniform", "sensitivity")
         if self._of.predictor is None or not self._of.run.search.skip_behind or seeded or not self._of.learn():
             return None
-        return self._of.predictor.behind(plan, self._of.rivals(), self._of.told)
+        return self._too_much(plan) or self._of.predictor.behind(plan, self._of.rivals(), self._of.told)
 
-    def enqueue_next(self) -> None:
+    def enqueue_next(self, *, again: bool = False) -> None:
         """Enqueue the next seed of an unknown plan or a mutation, unless trials wait, or leave it to the sampler.
 
         Trials wait where a killed driver had begun them.
+
+        Args:
+            again: whether the sampler had its turns and came up with nothing that is new and worth measuring.
         """
         if self._trials.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return
@@ -79,7 +111,7 @@ class Proposals:
                 self._trials.enqueue_trial(params, user_attrs={"origin": origin})
                 return
         search = self._of.run.search
-        if search.sampler == "tpe" and self._rng.random() < search.mutation_share:
+        if search.sampler == "tpe" and search.mutation_share and (again or self._rng.random() < search.mutation_share):
             changed = self._mutation()
             if changed is not None:
                 self._trials.enqueue_trial(changed, user_attrs={"origin": "mutation"})
@@ -98,14 +130,29 @@ class Proposals:
             params, plan = mutated(self._space, parents, self._rng)
             if plan.plan_id not in self._of.known:
                 options[plan.plan_id] = (params, plan)
-        chosen = list(options.values())
+        chosen = [(params, plan) for params, plan in options.values() if self._too_much(plan) is None]
         if self._of.predictor is not None and len(chosen) > 1 and self._of.learn():
             guessed = [self._of.predictor.expected(plan, self._of.told) for _, plan in chosen]
             known = [n for n, costs in enumerate(guessed) if costs is not None]
             if known:
-                order = by_promise(np.array([guessed[n] for n in known]), np.array(self._of.rivals()))
+                order = by_promise(np.array([guessed[n] for n in known]), *self._settled_rivals())
                 return [chosen[known[n]][0] for n in order]
         return [params for params, _ in chosen]
+
+    def _settled_rivals(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return what predictions are held against: a front without what chance made of it, and how far they are off.
+
+        As ``points x objectives``, and ``objectives``, of what the sampler is told.
+        """
+        predictor, told = self._of.predictor, self._of.told
+        assert predictor is not None
+        guide = np.array([name == predictor.guide for name in told])
+        candidates = [c for c in self._of.candidates() if c.usable and c.number in predictor.settled]
+        if not candidates:  # those that it learned from are others than those that keep to the constraints
+            return np.array(self._of.rivals()), np.zeros(len(told))
+        found = costs(candidates, told)
+        found[:, guide] = [[predictor.settled[c.number]] for c in candidates]
+        return found[nondominated(found)], np.where(guide, predictor.guide_deviation, 0.0)
 
     def enqueue_unknown(self) -> bool:
         """Enqueue random parameters of a plan that is not known yet; False if none was found."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autocompress import timing
-from autocompress.errors import StudyError
+from autocompress.errors import StudyError, quoted
 from autocompress.evaluate import Workshop
 from autocompress.plan import CompressionPlan
 from autocompress.report import tables
@@ -64,6 +64,22 @@ def _about(workshop: Workshop) -> dict[str, Any]:
     }
 
 
+def require_same_runtime(folder: Path, workshop: Workshop) -> None:
+    """Raise `StudyError` if the reference was measured with another version of the runtime than is installed.
+
+    Another one may compute otherwise and takes other times.
+    """
+    found, runtime = _found(folder, workshop) or {}, workshop.run.target.runtime
+    there = found.get("machine", {}).get("versions", {}).get(runtime)
+    here = workshop.gauge.machine["versions"].get(runtime)
+    if None not in (there, here) and there != here:
+        raise StudyError(
+            f"{folder}: was measured with {runtime} {there}, and {here} is here, whose results are not mixed with that "
+            f"one's; install {runtime}=={there}, or autocompress retarget {quoted(folder)} -o NEW measures its front "
+            "with this one"
+        )
+
+
 def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> None:
     """Write ``environment.json``, measuring the reference, unless both are there for this model, data and target.
 
@@ -71,6 +87,7 @@ def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> No
     """
     found = _found(folder, workshop)
     if found is not None and (holds_study(folder) or has_reference(folder, workshop)):
+        require_same_runtime(folder, workshop)
         restore_reference(workshop, progress)
         if not (about := _about(workshop)).keys() <= found.keys():  # written by an earlier version
             write_aside(folder / _FILE, json.dumps(about | found, indent=1))

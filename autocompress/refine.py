@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from autocompress.decisions import RECONSTRUCTED, Recover
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Workshop
+from autocompress.mutation import by_promise
 from autocompress.pareto import costs, nondominated_ranks
 from autocompress.plan import CompressionPlan
-from autocompress.records import Candidate
+from autocompress.records import QUALITIES, Candidate, Measurement
 from autocompress.stopwatch import Stopwatch
 from autocompress.study import Study
 from autocompress.trained import Progress, silent
+
+_WON_BACK = 0.2
+"""Part of what a point lost that a short recovery wins back, about as in ``results/benchmarks/search-rungs.json``."""
 
 
 def refine(
@@ -95,16 +102,19 @@ def _add(
 
 
 def _recover(study: Study, workshop: Workshop, progress: Progress, stage: Progress) -> None:
-    """Distil the most promising structures (rung 2), best non-dominated rank first, as many as the run file asks."""
-    trains = bool(study.run.recovery.epochs)
-    done = [c for c in study.candidates() if c.origin == "recover" and c.plan.trained == trains]
-    wanted = study.run.search.recover - len(done)
+    """Distil the most promising structures (rung 2), as many as the run file asks.
+
+    Best non-dominated rank first, and of these what would add most to the front if it won back a part of what it lost:
+    nothing is to be won where nothing was lost.
+    """
+    wanted = study.run.search.recover
+    if wanted:  # those of an earlier command count; what was recovered by hand in another way does not
+        wanted -= sum(c.origin == "recover" and _is_as_asked(c.plan, workshop) for c in study.candidates())
     if wanted <= 0:
         return
     usable = [c for c in study.candidates() if c.measurement is not None and c.feasible and c.origin != "recover"]
-    ranks = nondominated_ranks(costs(usable, study.run.objectives))
     known = {c.plan.plan_id for c in study.candidates()}
-    for candidate in sorted(usable, key=lambda c: (ranks[usable.index(c)], -c.score.accuracy)):
+    for candidate in _by_gain(usable, study):
         # Without structural decisions there is nothing that distillation could win back.
         if not candidate.plan.structural() or wanted <= 0:
             continue
@@ -117,6 +127,35 @@ def _recover(study: Study, workshop: Workshop, progress: Progress, stage: Progre
                 wanted -= 1
         except AutocompressError as error:  # a point of which nothing comes must not cost the others
             progress(f"trial {candidate.number} cannot be recovered: {error}")
+
+
+def _by_gain(candidates: Sequence[Candidate], study: Study) -> list[Candidate]:
+    """Return candidates by rank, and within one by what a recovery is likely to add to the best of all."""
+    if not candidates:
+        return []
+    objectives, qualities = study.run.objectives, [name in QUALITIES for name in study.run.objectives]
+    now, unharmed = costs(candidates, objectives), costs([_unharmed(study.reference, candidates[0])], objectives)
+    then = np.where(qualities, now + _WON_BACK * (unharmed - now), now)
+    ranks = nondominated_ranks(now)
+    found: list[Candidate] = []
+    for rank in range(int(ranks.max()) + 1):
+        of_rank = np.flatnonzero(ranks == rank)
+        found += [candidates[of_rank[n]] for n in by_promise(then[of_rank], now[ranks == 0], np.zeros(now.shape[1]))]
+    return found
+
+
+def _unharmed(reference: Measurement, example: Candidate) -> Candidate:
+    return dataclasses.replace(example, measurement=reference)
+
+
+def _is_as_asked(plan: CompressionPlan, workshop: Workshop) -> bool:
+    """Return whether a recovered plan is what the run file makes of the one that it comes from."""
+    before = plan.without(Recover)
+    try:
+        again = workshop.recovering(before) == plan
+        return again or workshop.recovering(before.recovered(RECONSTRUCTED)) == plan
+    except AutocompressError:
+        return False
 
 
 def confirm(

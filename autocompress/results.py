@@ -74,10 +74,11 @@ def _export_command(study: Study) -> list[str]:
 def comparison_of(study: Study) -> Comparison | None:
     """Return what a study is held against: its own uniform plans, and a random search where there was one.
 
-    None for a study of version 0.1, which does not know the majority-class rate.
+    None for a study of version 0.1, which does not know the majority-class rate, and for one that begins with what
+    another one found: what came of its own evaluations alone cannot be told.
     """
     majority = study.majority
-    if majority is None:
+    if majority is None or any(c.origin == "retarget" for c in study.candidates()):
         return None
     folder = study.folder / BASELINES / "random"
     random: Sequence[Candidate] | None = None

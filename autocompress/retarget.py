@@ -20,6 +20,7 @@ from autocompress.driver import open_for_writing
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluate import Workshop
 from autocompress.journal import held
+from autocompress.ledger import excesses
 from autocompress.pareto import costs, nondominated_ranks
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
@@ -75,7 +76,9 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
     if run.model_dump(exclude={"target"}) != old.run.model_dump(exclude={"target"}):
         raise ConfigError("retarget: only the target can be another; search anew for another model, task or space")
     run = run.timed_here()
-    usable = [c for c in old.candidates() if c.measurement is not None and c.feasible]
+    usable = [c for c in old.candidates() if c.measurement is not None and not _breaks(c, old, run)]
+    if not usable:
+        progress("no candidate keeps to those constraints that do not depend on the target")
     rank = nondominated_ranks(costs(usable, old.run.objectives))
     chosen = [candidate for candidate, n in zip(usable, rank, strict=True) if n < ranks]
     front_before = {c.number for c in old.front().points}
@@ -168,6 +171,15 @@ def _anew(points: Sequence[tuple[CompressionPlan, Measurement]], workshop: Works
 def _scored(candidate: Candidate, study: Study, workshop: Workshop) -> Candidate:
     workshop.progress(f"building and scoring trial {candidate.number}")
     return study.add(candidate.plan, workshop.evaluate(candidate.plan), origin="retarget")
+
+
+def _breaks(candidate: Candidate, old: Study, run: RunConfig) -> bool:
+    """Return whether a candidate breaks a constraint on this target, too, as far as that is known before."""
+    apart = {"latency_ms", "latency_ratio", "memory_mb"}
+    if run.target.runtime != old.run.target.runtime:
+        apart.add("size_mb")
+    found = excesses(candidate.score, run.constraints, old.reference)
+    return any(excess > 0 for name, excess in found.items() if name not in apart)
 
 
 def _runs_as_it_is(candidate: Candidate, old: Study, run: RunConfig) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -33,18 +33,28 @@ _ANEW = 8
 """Part of the trials in flight, as its denominator, that may come and go before TPE looks at the study again."""
 
 
-def make_sampler(name: SamplerName, *, seed: int) -> BaseSampler:
-    """Return Optuna's sampler of that name, made for a study of thousands of trials."""
+Excesses = Callable[[FrozenTrial], Mapping[str, float]]
+"""Says by how much a complete trial exceeds each constraint as it is now."""
+
+
+def make_sampler(name: SamplerName, *, seed: int, excesses: Excesses | None = None) -> BaseSampler:
+    """Return Optuna's sampler of that name, made for a study of thousands of trials.
+
+    Args:
+        name: of the sampler.
+        seed: of what it draws.
+        excesses: by which complete trials are judged in place of the constraints that were written with them.
+    """
     with warnings.catch_warnings():
         # Optuna says on stderr that NSGA-III and TPE's ``group`` are experimental; its version is pinned.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         if name == "nsga2":
-            return _Viewing(optuna.samplers.NSGAIISampler(seed=seed))
+            return _Viewing(optuna.samplers.NSGAIISampler(seed=seed), excesses)
         if name == "nsga3":
-            return _Viewing(optuna.samplers.NSGAIIISampler(seed=seed))
-        return _ViewingTPE(_KeepingTPE(seed=seed))
+            return _Viewing(optuna.samplers.NSGAIIISampler(seed=seed), excesses)
+        return _ViewingTPE(_KeepingTPE(seed=seed), excesses)
 
 
 class _View:
@@ -84,14 +94,18 @@ class _Viewing(BaseSampler):
     """Delegates to a sampler that sees a part of the study only.
 
     Hidden are trials without parameters, such as recovered points: they would take places among TPE's good trials and
-    leave NSGA, which searches what all trials have in common, nothing to cross over.
+    leave NSGA, which searches what all trials have in common, nothing to cross over. Constraints are shown as they are
+    now: a search may go on with others than those that its first trials were told with.
 
     Args:
         inner: the sampler that proposes.
+        excesses: judges complete trials.
     """
 
-    def __init__(self, inner: BaseSampler) -> None:
+    def __init__(self, inner: BaseSampler, excesses: Excesses | None) -> None:
         self._inner = inner
+        self._excesses = excesses
+        self._judged: dict[int, FrozenTrial] = {}
         self._seen: _Look | None = None
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -121,9 +135,24 @@ class _Viewing(BaseSampler):
     def _looked(self, study: optuna.Study, trial: FrozenTrial) -> _Look:
         """Return the look for ``trial``, taken once, since reading and ranking a large study costs time."""
         if self._seen is None or trial.number > self._seen.last:
-            shown = [t for t in study.get_trials(deepcopy=False) if t.params or not t.state.is_finished()]
+            every = study.get_trials(deepcopy=False)
+            shown = [self._as_judged(t) for t in every if t.params or not t.state.is_finished()]
             self._seen = self._look(study, trial, shown)
         return self._seen
+
+    def _as_judged(self, trial: FrozenTrial) -> FrozenTrial:
+        """Return a complete trial with the constraints that it is judged by now."""
+        if self._excesses is None or trial.state != TrialState.COMPLETE:
+            return trial
+        if trial.number not in self._judged:
+            if (now := dict(self._excesses(trial))) != trial.constraints:
+                kept = {key: value for key, value in trial.system_attrs.items() if not key.startswith("constraints")}
+                trial = copy.copy(trial)
+                trial.system_attrs = kept
+                for name, excess in now.items():
+                    trial.set_constraint(name, excess)
+            self._judged[trial.number] = trial
+        return self._judged[trial.number]
 
     def _look(self, study: optuna.Study, trial: FrozenTrial, shown: list[FrozenTrial]) -> _Look:
         view = cast("optuna.Study", _View(study, shown))
@@ -143,8 +172,8 @@ class _ViewingTPE(_Viewing):
     more workers, the more candidates must be proposed in a second, and the less one of them matters.
     """
 
-    def __init__(self, inner: _KeepingTPE) -> None:
-        super().__init__(inner)
+    def __init__(self, inner: _KeepingTPE, excesses: Excesses | None) -> None:
+        super().__init__(inner, excesses)
         self._keeping = inner
         self._violated: dict[int, float] = {}
         """How far complete trials are from what is allowed, by number."""

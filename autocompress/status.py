@@ -57,15 +57,22 @@ class SearchStatus:
         )
 
 
-def status_of(study: Study, workshop: Workshop, **more: Any) -> SearchStatus:
-    """Return how far the search is that fills ``study``; ``more`` is what the study does not tell."""
+def status_of(study: Study, workshop: Workshop, *, total: int | None = None, **more: Any) -> SearchStatus:
+    """Return how far the search is that fills ``study``.
+
+    Args:
+        study: as it stands.
+        workshop: of its run.
+        total: candidates in the end; as many as were asked for, without it.
+        more: what the study does not tell.
+    """
     candidates, reference, majority = study.candidates(), study.reference, workshop.majority
     states = Counter(c.state for c in candidates)
     ladder = volume([c for c in candidates if c.origin == "uniform"], reference, majority)
     front = study.front()
     return SearchStatus(
         done=study.finished,
-        total=study.run.search.trials,
+        total=study.run.search.trials if total is None else total,
         failed=states["FAIL"],
         stopped=states["PRUNED"],
         front=front,

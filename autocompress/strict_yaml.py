@@ -17,6 +17,10 @@ from autocompress.errors import ConfigError
 MAX_BYTES = 1_000_000
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that the loader would read as something else."""
+
+
 class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -37,11 +41,17 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 # YAML 1.2 reads 1e-3 as a number; PyYAML's 1.1 pattern wants a dot and a sign.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+for _class in (_StrictLoader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def dump(data: Any) -> str:
+    """Return plain data as YAML that `parse` reads back as it is."""
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False))
 
 
 def parse(text: str, source: str) -> Any:

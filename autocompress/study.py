@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from autocompress.binding import BoundSpace
 from autocompress.calm import Calm, calm_of
 from autocompress.config import RunConfig
-from autocompress.errors import ConfigError, MeasurementError, StudyError
+from autocompress.errors import ConfigError, MeasurementError, PlanError, StudyError
 from autocompress.front import Front
 from autocompress.garbage import without_collection
 from autocompress.identity import STUDY_SCHEMA, Identity
@@ -33,6 +33,7 @@ from autocompress.predict import Predictor
 from autocompress.proposals import Proposals
 from autocompress.records import OBJECTIVES, QUALITIES, Candidate, Measurement, Stopped, drift_of
 from autocompress.samplers import make_sampler
+from autocompress.space import Value
 from autocompress.storage import open_records
 
 _ASKS = 8
@@ -111,7 +112,8 @@ class Study:
         self._proposals = None if self.space is None else Proposals(self, self._study, self.space)
 
     def _forget_fronts(self) -> None:
-        self._unbeaten, self._unbeaten_told = Unbeaten(self.run.objectives), Unbeaten(self.told)
+        self._unbeaten = Unbeaten(self.run.objectives)
+        self._unbeaten_told = Unbeaten(self.told, without="recover")
         by_divergence = ["divergence" if name in QUALITIES else name for name in self.run.objectives]
         self._least_divergent = Unbeaten(by_divergence)
         self._rivals: tuple[list[Candidate], list[list[float]]] = ([], [])
@@ -145,7 +147,9 @@ class Study:
         if writable:
             # A continued study must not draw the same numbers again.
             seed = (self.seed + len(study.get_trials(deepcopy=False))) % 2**32
-            study.sampler = make_sampler(self.run.search.sampler, seed=seed)
+            study.sampler = make_sampler(
+                self.run.search.sampler, seed=seed, excesses=lambda trial: self._ledger.excesses_of(trial)
+            )
         return study
 
     def _reconcile(self) -> int:
@@ -200,8 +204,9 @@ class Study:
         if self.remaining == 0:
             return None
         for attempt in range(_ASKS + 1):
+            again = attempt >= _ASKS // 2
             if attempt < _ASKS:
-                self._proposals.enqueue_next()
+                self._proposals.enqueue_next(again=again)
             elif not self._proposals.enqueue_unknown():
                 return None
             trial = self._study.ask()
@@ -215,7 +220,7 @@ class Study:
                 trial.set_user_attr("duplicate", plan.plan_id)
                 self._study.tell(trial, state=TrialState.FAIL)
                 continue
-            reason = self._proposals.passed_over(plan, trial) if attempt < _ASKS // 2 else None
+            reason = None if again else self._proposals.passed_over(plan, trial)
             if reason is not None:
                 trial.set_user_attr("passed_over", reason)
                 self._study.tell(trial, state=TrialState.FAIL)
@@ -237,7 +242,10 @@ class Study:
         return self.run.seed if self.run.search.seed is None else self.run.search.seed
 
     def told_front(self) -> list[Candidate]:
-        """Return the candidates that none beats in all that the sampler is told."""
+        """Return the candidates that none beats in all that the sampler is told.
+
+        Recovered ones are left out: what is new stands beside others that were not trained or fitted yet, either.
+        """
         return self._unbeaten_told.among(self._candidates)
 
     def rivals(self) -> list[list[float]]:
@@ -317,12 +325,29 @@ class Study:
         """Record a candidate that was not asked for, such as a recovered point."""
         if (known := self.measured(plan)) is not None:
             return known
-        candidate = self._ledger.add(plan, measured, origin)
+        candidate = self._ledger.add(plan, measured, origin, self._parameters_of(plan))
         self._candidates[candidate.number] = candidate
         self._recovered += origin == "recover"
         self._note(candidate)
         self.known.add(plan.plan_id)
         return candidate
+
+    def _parameters_of(self, plan: CompressionPlan) -> dict[str, tuple[Value, Sequence[Value]]]:
+        """Return what samplers and mutations can learn from: parameters with their choices, if the space has them."""
+        found: dict[str, tuple[Value, Sequence[Value]]] = {}
+        if self.space is None:
+            return found
+        try:
+            params = self.space.parameters(plan)
+        except PlanError:
+            return found
+
+        def choose(name: str, choices: Sequence[Value]) -> Value:
+            found[name] = params[name], choices
+            return params[name]
+
+        self.space.decode(choose)
+        return found
 
     def measured(self, plan: CompressionPlan) -> Candidate | None:
         """Return the candidate that measured ``plan``, or None."""

@@ -49,8 +49,9 @@ share of them that are faster: the fastest of many is so by chance."""
 _OF_MOMENTS, _OF_PAIRS = 0.05, 0.08
 """Relative standard deviations of latency ratios from one moment to another, and of pairs within one: what explains
 those of 2 rounds of 1 and of 2 pairs between processes in ``results/benchmarks/latency-estimators.json``."""
-_TELLING = 4
-"""Pairs below which a bootstrap cannot tell how far the ratio may be off: all of them may be alike by chance."""
+_TELLING = 6
+"""Pairs below which a bootstrap cannot tell how far the ratio may be off: all of them may be alike by chance, and are
+of one process, where its memory came to lie as it did."""
 _DRAWN_AT_ONCE = 200_000
 """Pairs that are put together at once: each is twenty numbers, and there may be ten thousand in each of all draws."""
 BOOTSTRAP_DRAWS = 2000
@@ -299,7 +300,7 @@ def summarize(moments: Sequence[Sequence[Pair]], *, seed: int) -> Latency:
 
     The interval comes from a two-stage bootstrap, moments first and then pairs within each (Davison and Hinkley 1997,
     "Bootstrap Methods and their Application", section 3.8): pairs of one moment share the state of the machine. Of
-    fewer than four pairs it is at least as wide as such ratios differ from one process to another.
+    fewer than six pairs it is at least as wide as such ratios differ from one process to another.
 
     Args:
         moments: pairs of blocks that were taken at different moments.

@@ -32,7 +32,7 @@ _UNFINISHED = ".part"
 
 
 class Tracker(ABC):
-    """Logs candidates, each once when it is scored, and once more when its latency was confirmed."""
+    """Logs candidates: each when it is scored, when its latency was confirmed, and when that was adjusted."""
 
     def __init__(self) -> None:
         self.known: dict[int, int] = {}
@@ -42,7 +42,9 @@ class Tracker(ABC):
         """Log a candidate unless what is known of it was logged before."""
         if candidate.measurement is None:
             return
-        step = int(candidate.score.confirmed)
+        # Confirmed is also what is known to be adjusted only later, by candidates that come after it.
+        confirmed = candidate.score.confirmed
+        step = confirmed + (confirmed and candidate.score.latency_adjusted != 1)
         if self.known.get(candidate.number, 0) > step:
             return
         score = dataclasses.asdict(candidate.score)
@@ -53,7 +55,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, number: int, about: dict[str, Any], metrics: dict[str, float], step: int) -> None:
-        """Log parameters and metrics of a trial; ``step`` is 1 for what was measured anew."""
+        """Log parameters and metrics of a trial; ``step`` is 1 for what was measured anew, 2 for what was adjusted."""
 
 
 class TensorBoard(Tracker):
@@ -116,7 +118,8 @@ class MLflow(Tracker):
             for each in page:
                 number = int(each.data.tags["trial"])
                 self._runs[number] = each.info.run_id
-                self.known[number] = int(each.data.metrics.get("confirmed", -1)) + 1
+                metrics = each.data.metrics  # only those of an earlier version have no step
+                self.known[number] = int(metrics.get("step", metrics.get("confirmed", -1))) + 1
             token = page.token or ""
 
     def log(self, number: int, about: dict[str, Any], metrics: dict[str, float], step: int) -> None:
@@ -128,7 +131,7 @@ class MLflow(Tracker):
             for name, value in about.items():
                 # Of the names that a space gives, MLflow takes letters, digits and a few signs.
                 self._client.log_param(self._runs[number], re.sub(r"[^\w. /-]", "_", name), str(value)[:6000])
-        for name, value in {**metrics, "confirmed": float(step)}.items():
+        for name, value in {**metrics, "confirmed": float(step > 0), "step": float(step)}.items():
             self._client.log_metric(self._runs[number], name, value, step=step)
         self._client.set_terminated(self._runs[number])
 

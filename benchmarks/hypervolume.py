@@ -1,10 +1,10 @@
 """Hold the search against random search and the uniform ladder: ``results/benchmarks/search-hypervolume.json``.
 
-``python benchmarks/hypervolume.py`` on an idle machine; ``--data``, ``--seeds`` and ``--trials`` make parts of it, and
-each part that is done is kept, so that the whole can be measured in several sittings. Hypervolume is taken over
-accuracy, size and latency; the reference point is the majority-class rate with size and latency of the fp32 artefact.
-Near its best corner that volume hardly grows any more: beside it stands one in which twice as small, or twice as fast,
-is worth the same everywhere.
+``python benchmarks/hypervolume.py`` on an idle machine; ``--data``, ``--seeds``, ``--kinds`` and ``--trials`` make
+parts of it, and each part that is done is kept, so that the whole can be measured in several sittings. Hypervolume is
+taken over accuracy, size and latency; the reference point is the majority-class rate with size and latency of the fp32
+artefact. Near its best corner that volume hardly grows any more: beside it stands one in which twice as small, or twice
+as fast, is worth the same everywhere.
 
 The ladder is what a search starts with, so that no search falls below its own. What comes after is told by random
 search after the same start: the ladder, and plans allocated from sensitivities. Seeds are those of proposals: model,
@@ -156,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", choices=DATA, default=DATA)
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--kinds", nargs="+", choices=SEARCHES, default=list(SEARCHES))
     parser.add_argument("--trials", type=int, default=200)
     options = parser.parse_args()
     figures = Figures("search-hypervolume", "python benchmarks/hypervolume.py")
@@ -163,7 +164,7 @@ def main() -> None:
     figures.more = {key: run for key, run in figures.more.items() if "ideal" in run}  # others are of an earlier version
     for seed in options.seeds:
         for data in options.data:
-            for kind in SEARCHES:
+            for kind in options.kinds:
                 key = f"{data} {options.trials} {kind} {seed}"
                 if key in figures.more or seed >= FEWER.get(kind, math.inf):
                     continue

@@ -73,8 +73,19 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest == "main":
             files = self.hub.files.get(name, {}).items()
             self._answer([{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in files])
+        elif not rest and path.startswith("/api/models/"):
+            self._about(name)
         else:
             self._file(path)
+
+    def _about(self, name: str) -> None:
+        if name in self.hub.repositories:
+            self._answer({"id": name, "private": self.hub.repositories[name], "siblings": []})
+            return
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _who(self) -> dict[str, Any]:
         auth = {"type": "access_token", "accessToken": {"displayName": "tests", "role": self.hub.role}}

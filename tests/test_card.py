@@ -33,7 +33,8 @@ def card(
     score = make_measurement(accuracy=0.85, size_bytes=12_340_000, ratio=0.25)
     measured = dataclasses.replace(score, fingerprint={**MACHINE, **fingerprint})
     run = RunConfig.from_mapping({"name": name, "model": {"id": model}, "data": {"source": "demo/movies"}})
-    return model_card(make_candidate(7, plan=plan), run, "openvino", measured, TEST, DROP, 0.991, data="0123abcd")
+    about: dict[str, Any] = {"data": "0123abcd", "built_on": measured.fingerprint}
+    return model_card(make_candidate(7, plan=plan), run, "openvino", measured, TEST, DROP, 0.991, **about)
 
 
 def rows(text: str) -> dict[str, str]:
@@ -66,9 +67,8 @@ def test_it_says_where_eight_bits_compute_something_else(plan: CompressionPlan, 
 def test_what_multiplies_floats_overflows_nowhere() -> None:
     score = dataclasses.replace(make_measurement(), fingerprint=MACHINE)
     run = RunConfig.from_mapping({"name": "a"})
-    made = model_card(
-        make_candidate(7, plan=PLAN), run, "transformers", score, TEST, DROP, 0.991, data="0123abcd", timed=False
-    )
+    about: dict[str, Any] = {"data": "0123abcd", "built_on": MACHINE, "timed": False}
+    made = model_card(make_candidate(7, plan=PLAN), run, "transformers", score, TEST, DROP, 0.991, **about)
     assert "Not for" not in rows(made)
 
 

@@ -174,6 +174,10 @@ def test_a_traceback_is_shown_with_debug_only(spawn: Call) -> None:
     assert debug.code == 1
     assert "Traceback" in debug.err
     assert "StudyError: nowhere: holds no run.yaml" in debug.err
+    assert debug.err.splitlines()[-1] == plain.line(1)
+    usage = spawn("--debug", "validate", "nowhere.yaml")
+    assert usage.code == spawn("validate", "nowhere.yaml").code == 2
+    assert "Traceback" in usage.err
 
 
 def test_the_installed_command_is_this_one(spawn: Call) -> None:
@@ -964,7 +968,7 @@ def test_export_refuses_before_it_works(call: Call, results: Callable[..., Path]
     taken.mkdir()
     write(taken / "mine.txt", "mine")
     assert call("export", folder, "-o", taken).line(1).startswith(f"autocompress: export: {taken} is not empty")
-    line = call("export", folder, "-o", "new", "--format", "tflite").line(1)
+    line = call("export", folder, "-o", "new", "--format", "tflite").line(2)
     assert "must be one of openvino, onnx, hf, torch, got 'tflite'" in line
     gone = call("export", folder, "-o", "new")  # the model that it could be built again from
     assert (gone.code, gone.err.splitlines()[-1]) == (1, "autocompress: model: ./none: no such folder")

@@ -173,6 +173,8 @@ class Searched:
     folder: Path
     lines: list[str]
     statuses: list[SearchStatus]
+    staged: list[bool] = dataclasses.field(default_factory=list)
+    """Whether the folder named a stage at each of them."""
 
     def candidates(self) -> list[Candidate]:
         return api.open_study(self.folder).candidates()
@@ -182,7 +184,14 @@ class Searched:
 def searched(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Searched:
     folder = tmp_path_factory.mktemp("driven") / "results"
     found = Searched(folder, [], [])
-    drive(run, folder, progress=found.lines.append, watch=found.statuses.append)
+    folder.mkdir()
+    (folder / "stage.txt").write_text("timing the front anew", encoding="utf-8")  # of one that was ended there
+
+    def watch(status: SearchStatus) -> None:
+        found.statuses.append(status)
+        found.staged.append((folder / "stage.txt").exists())
+
+    drive(run, folder, progress=found.lines.append, watch=watch)
     return found
 
 
@@ -194,6 +203,7 @@ def test_statuses_count_up_to_the_number_of_candidates(searched: Searched) -> No
     stages = dict.fromkeys(status.stage.split(":")[0] for status in searched.statuses[len(evaluated) :])
     assert {"timing the front anew", "a random search to hold it against"} <= set(stages)
     assert searched.statuses[-1].stage.endswith(f": {TRIALS} of {TRIALS} candidates, timing the front anew")
+    assert searched.staged == [bool(status.stage) for status in searched.statuses]
     assert not (searched.folder / "stage.txt").exists()
     assert {status.total for status in searched.statuses} == {TRIALS}
     last = searched.statuses[-1]
@@ -206,6 +216,19 @@ def test_statuses_count_up_to_the_number_of_candidates(searched: Searched) -> No
     assert any(
         line.startswith(f"[ {TRIALS}/{TRIALS}] trial ") or f"{TRIALS}/{TRIALS}" in line for line in searched.lines
     )
+
+
+@pytest.mark.slow
+def test_a_space_that_holds_fewer_plans_is_counted_to_its_end(run: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "few.yaml").write_text("{schema: 1, name: few, rules: [{match: head, bits: [8, 16]}]}")
+    more = {"space": str(tmp_path / "few.yaml"), "baselines": [], "trackers": []}
+    own = ["search.recover=0", f"storage.bank={tmp_path / 'bank'}"]
+    few = RunConfig.from_mapping({**run.model_dump(mode="json", by_alias=True), **more}, overrides=own)
+    found = Searched(tmp_path / "results", [], [])
+    drive(few, found.folder, progress=found.lines.append, watch=found.statuses.append)
+    assert "the space holds 2 plans, fewer than that" in found.lines
+    evaluated = [(status.done, status.total) for status in found.statuses if not status.stage]
+    assert evaluated == [(1, 2), (2, 2)]
 
 
 @pytest.mark.slow
@@ -235,7 +258,7 @@ def test_every_scored_candidate_is_logged_and_confirmed_ones_anew(searched: Sear
     for number, score in scored.items():
         step, ratio = logged[number]["latency_ratio"][-1]
         assert ratio == pytest.approx(score.latency_ratio)
-        assert step == score.confirmed
+        assert step == (0 if not score.confirmed else 1 if score.latency_adjusted == 1 else 2)
     assert not (searched.folder / BASELINES / "random" / "tensorboard").exists()
 
 

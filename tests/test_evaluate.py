@@ -328,7 +328,8 @@ def test_rounds_that_were_disturbed_are_timed_once_more(
     assert len(said) == next(blocks) / 3 == min(8, 4 + slow)
     assert [line for line in said if "once more" in line] == said[4:]
     if slow < 100:
-        assert (found.latency_ratio, found.latency_ratio_high) == (0.5, 0.5), "of those alone that were not disturbed"
+        assert found.latency_ratio == 0.5, "of those alone that were not disturbed"
+        assert found.latency_ratio_high < 0.6, "and no wider than so few pairs are off by themselves"
     else:
         # One of four was quiet: lower quartiles lie between it and the next one.
         expected = (0.25 * 0.5 + 0.75 * 0.9) / (0.25 * 1.0 + 0.75 * 1.31)

@@ -123,6 +123,21 @@ def test_a_folder_is_held_against_what_it_says(runtime: Runtime, exported: Path)
 
 
 @pytest.mark.parametrize("here", [True, False])
+def test_how_far_latencies_drift_is_in_the_interval(runtime: Runtime, exported: Path, here: bool) -> None:
+    plain = exported_folder.measure(exported, pairs=8)
+    fingerprint = machine.fingerprint() if here else {"id": "another"}
+    search = dataclasses.replace(make_measurement(), fingerprint=fingerprint, latency_drift=0.1)
+    change(exported, search=dataclasses.asdict(search))
+    found = exported_folder.measure(exported, pairs=8)
+    assert found["latency_ratio"] == pytest.approx(plain["latency_ratio"])
+    wider = (
+        found["latency_ratio_low"] < plain["latency_ratio_low"],
+        found["latency_ratio_high"] > plain["latency_ratio_high"],
+    )
+    assert wider == (here, here)
+
+
+@pytest.mark.parametrize("here", [True, False])
 def test_a_slow_time_is_adjusted_for_on_the_machine_that_it_is_known_of(
     runtime: Runtime, exported: Path, here: bool
 ) -> None:
@@ -180,8 +195,9 @@ def test_eight_bits_from_a_cpu_with_vnni_are_refused_on_one_without(
         with pytest.raises(ExportError, match="computes something else here; search and export on a CPU of this kind"):
             exported_folder.measure(exported, pairs=8)
         assert not runtime.loaded
-    else:
-        assert exported_folder.measure(exported, pairs=8)["same_machine"]
+        # Where a device was timed, what counts is the machine on which it predicted as it was scored.
+        change(exported, built_on=fingerprint(features))
+    assert exported_folder.measure(exported, pairs=8)["same_machine"]
 
 
 @pytest.mark.parametrize("lost", ["search", "target", "vocabulary"])

@@ -16,7 +16,7 @@ from autocompress import trained
 from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import BoundSpace, bind
 from autocompress.config import RunConfig, validated
-from autocompress.forecast import Forecast, _count_pieces, count_plans, forecast
+from autocompress.forecast import _START_SECONDS, Forecast, _count_pieces, count_plans, forecast
 from autocompress.space import SearchSpace, Value
 
 ONE_BLOCK = ModelShape(hidden=64, blocks=(BlockShape(heads=4, head_size=16, neurons=256),), vocabulary=1000)
@@ -146,6 +146,18 @@ def test_a_model_with_a_head_needs_no_finetuning(
     assert found.recovered_seconds == 0.0, "none is asked for"
     assert found.students_seconds > 0
     assert everything_below(tiny_bank) == kept
+
+
+@pytest.mark.slow
+def test_no_more_candidates_are_foreseen_than_a_space_holds(
+    tiny_run: Callable[..., RunConfig], bert_headed_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "few.yaml").write_text("{schema: 1, name: few, rules: [{match: head, bits: [8, 16]}]}")
+    run = tiny_run([f"model.id={bert_headed_folder}", f"space={tmp_path / 'few.yaml'}", "search.trials=1000"])
+    found = forecast(run)
+    assert found.plans == 2
+    rest = found.total_seconds - found.finetune_seconds - found.students_seconds - found.bank_seconds
+    assert rest == pytest.approx(_START_SECONDS + 2 * found.candidate_seconds)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from helpers_hub import Hub
 
 from autocompress import hub
-from autocompress.errors import ExportError
+from autocompress.errors import ConfigError, ExportError
 from autocompress.hub import Repository
 
 
@@ -66,6 +66,19 @@ def test_a_new_repository_is_private_if_asked(hub_on_loopback: Hub, exported: Pa
     assert hub_on_loopback.repositories == {"me/small": private}
 
 
+@pytest.mark.parametrize("name", ["small", "me/small"])
+def test_what_is_to_be_private_is_not_put_where_everybody_reads(
+    hub_on_loopback: Hub, exported: Path, name: str
+) -> None:
+    hub.check(Repository(name, private=True))
+    hub.push(exported, Repository(name), "first")
+    hub.check(Repository(name))
+    with pytest.raises(ExportError, match="me/small: is there and public, which --private does not change"):
+        hub.check(Repository(name, private=True))
+    hub_on_loopback.repositories["me/small"] = True
+    hub.check(Repository(name, private=True))
+
+
 def test_a_name_alone_is_one_of_ours(hub_on_loopback: Hub, exported: Path) -> None:
     assert hub.push(exported, Repository("small"), "first").endswith("/me/small")
 
@@ -108,5 +121,5 @@ def test_a_hub_that_is_not_there_is_said(exported: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "../up", "me/..", "me/x y", "me/-", "-/me", "me/a--b"])
 def test_what_can_be_no_name_is_refused(name: str) -> None:
-    with pytest.raises(ExportError, match="--push-to-hub"):
+    with pytest.raises(ConfigError, match="--push-to-hub"):
         Repository(name)

@@ -62,12 +62,12 @@ def test_every_end_is_read_back_as_it_was_told(study: optuna.Study) -> None:
         assert candidate.span is not None
         assert candidate.span[0] < candidate.span[1] < time.time() + 1
         assert read[number].span == pytest.approx(candidate.span, abs=1.0)
-    assert ledger.add(make_candidate(9).plan, make_measurement(), "recover").span is None
+    assert ledger.add(make_candidate(9).plan, make_measurement(), "recover", {}).span is None
 
 
 def test_what_was_not_asked_for_is_read_back_too(study: optuna.Study) -> None:
     ledger = ledger_of(study)
-    added = ledger.add(PLANS[0], make_measurement(), "recover")
+    added = ledger.add(PLANS[0], make_measurement(), "recover", {})
     assert ledger.candidates() == {added.number: added}
     assert study.trials[added.number].values == [0.85, 20_000_000, 0.5]
 

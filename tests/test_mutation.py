@@ -14,6 +14,7 @@ from autocompress.anatomy import BlockShape, ModelShape
 from autocompress.binding import BoundSpace, bind
 from autocompress.config import validated
 from autocompress.mutation import by_promise, mutated
+from autocompress.pareto import hypervolume
 from autocompress.seeds import uniform_ladder
 from autocompress.space import SearchSpace, Value, shipped_spaces
 
@@ -166,15 +167,33 @@ def test_a_space_without_choices_has_one_child() -> None:
     assert mutated(space_of("rules: [{match: head, bits: [8]}]"), [{}], random.Random(0))[0] == {}
 
 
+CERTAIN = np.zeros(2)
+"""Deviations of predictions that are exact."""
+
+
 def test_the_most_promising_point_adds_most_to_the_front() -> None:
     rivals = np.array([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
     options = np.array([[0.6, 0.6], [0.4, 0.45], [0.1, 0.2], [5.0, 5.0]])
-    assert by_promise(options, rivals) == [2, 1, 0, 3]
-    assert by_promise(options[[0, 3, 1]], rivals)[0] == 2
+    assert by_promise(options, rivals, CERTAIN) == [2, 1, 0, 3]
+    assert by_promise(options[[0, 3, 1]], rivals, CERTAIN)[0] == 2
     units = np.array([1e6, 1e-3])
-    assert by_promise(options * units, rivals * units)[0] == 2, "whatever the units are"
+    assert by_promise(options * units, rivals * units, CERTAIN)[0] == 2, "whatever the units are"
+
+
+def test_what_may_come_out_better_promises_something() -> None:
+    """By the mean over a normal distribution, which many draws agree with."""
+    rivals = np.array([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
+    # Both are a little behind; the second has room for more where the first objective comes out better.
+    options, deviations = np.array([[0.56, 0.51], [0.1, 1.01]]), np.array([0.1, 0.0])
+    assert by_promise(options[[0, 1]], rivals, CERTAIN) == [0, 1], "neither adds anything, and the first comes first"
+    drawn = np.random.default_rng(0).normal(size=(4000, 1)) * deviations
+    gains = [
+        np.mean([hypervolume(np.vstack([rivals, option + each]), (1.1, 1.1)) for each in drawn]) for option in options
+    ]
+    assert by_promise(options, rivals, deviations) == list(np.argsort(-np.array(gains)))
+    assert by_promise(options[::-1], rivals, deviations) == list(np.argsort(-np.array(gains[::-1])))
 
 
 def test_promises_need_no_front_of_several_points() -> None:
     rivals = np.array([[0.5, 0.5]])
-    assert by_promise(np.array([[0.6, 0.7], [0.4, 0.4]]), rivals) == [1, 0]
+    assert by_promise(np.array([[0.6, 0.7], [0.4, 0.4]]), rivals, CERTAIN) == [1, 0]

@@ -48,7 +48,7 @@ def test_off_a_notebook_they_say_themselves_in_short() -> None:
     assert repr(SEARCH[2]) == "<trial 2: 83.0 %, 15.0 MB, 4.0 ms (4.00x faster), ffn 0: 66 neurons w8a8>"
     assert repr(SEARCH[5]) == "<trial 5: FAIL, logits: not finite>"
     front = repr(front_of(SEARCH))
-    assert front.startswith("<front of 3 points: fastest <trial 0: 87.5 %, ")
+    assert front.startswith("<front of 3 points: fastest within 1% <trial 0: 87.5 %, ")
     assert "knee <trial 2: " in front
     assert repr(front_of([])) == "<front without a point>"
 

@@ -266,6 +266,32 @@ def test_accuracies_are_predicted_as_costs() -> None:
     assert predictor.cost(by_harm[0]) < predictor.cost(by_harm[-1])
 
 
+def test_accuracies_are_settled_as_far_as_they_were_moved_by_chance() -> None:
+    """Plans differ from the fit by 1 point, and what was measured from that by 2, as its interval says."""
+    predictor = Predictor(SHAPE, SIZES, PREDICTOR.weight_bytes, sensitivity_of, "accuracy", 64)
+    rng = np.random.default_rng(0)
+    true, candidates = [], []
+    for number, plan in enumerate(random_plans(SPACE, 300, seed=2)):
+        true.append(0.9 - 0.1 * PREDICTOR.harm(plan) + rng.normal(0, 0.01))
+        accuracy = true[-1] + rng.normal(0, 0.02)
+        drop = 0.9 - accuracy
+        interval = {"accuracy_drop_low": drop - 1.96 * 0.02, "accuracy_drop_high": drop + 1.96 * 0.02}
+        score = dataclasses.replace(make_measurement(), accuracy=accuracy, accuracy_drop=drop, **interval)
+        candidates.append(dataclasses.replace(make_candidate(number, plan=plan), measurement=score))
+    predictor.learn(candidates)
+    assert predictor.guide_deviation == pytest.approx(0.01, abs=0.005)
+    settled = [-predictor.settled[c.number] for c in candidates]
+    off = [float(np.std(np.array(found) - true)) for found in (settled, [c.score.accuracy for c in candidates])]
+    assert off[0] < 0.6 * off[1]
+    best = max(candidates, key=lambda c: c.score.accuracy)
+    assert -predictor.settled[best.number] < best.score.accuracy - 0.02, "the best was lucky"
+
+
+def test_what_has_no_interval_is_settled_as_it_is(learned: Predictor) -> None:
+    candidate = many(80)[3]
+    assert learned.settled[candidate.number] == pytest.approx(candidate.score.divergence)
+
+
 def test_harm_counts_sites_by_their_number_in_the_base() -> None:
     prune = PruneNeurons(keep=128)
     dropped = CompressionPlan(((MODEL_SITE, DropBlocks(blocks=(0,))), ("block.1.ffn", prune)))

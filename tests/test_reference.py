@@ -50,6 +50,19 @@ def ensured(folder: Path, shop: Paper) -> tuple[dict[str, Any], list[str]]:
     return json.loads((folder / "environment.json").read_text(encoding="utf-8")), said
 
 
+def test_two_versions_of_a_runtime_are_not_mixed(tmp_path: Path) -> None:
+    shop = Paper(tmp_path)
+    ensured(tmp_path, shop)
+    installed = machine.versions()["openvino"]
+    other = {**machine.versions(), "openvino": "1.2.3", "ray": "4.5.6"}
+    shop.gauge.machine = {**machine.fingerprint(), "versions": other}
+    with pytest.raises(StudyError, match=rf"was measured with openvino {installed}, and 1\.2\.3 is here.* retarget"):
+        ensured(tmp_path, shop)
+    shop.gauge.machine = {**machine.fingerprint(), "versions": {**other, "openvino": installed}}
+    ensured(tmp_path, shop)
+    assert shop.measured == 1
+
+
 def test_it_is_measured_once(tmp_path: Path) -> None:
     shop = Paper(tmp_path)
     assert not has_reference(tmp_path, shop)  # type: ignore[arg-type]

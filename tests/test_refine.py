@@ -17,7 +17,7 @@ from autocompress.front import Front
 from autocompress.pareto import contenders
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate, Measurement
-from autocompress.refine import _confirm, _recover, drop_dominated
+from autocompress.refine import _by_gain, _confirm, _recover, drop_dominated
 
 ALL = ("accuracy", "size_bytes", "latency")
 
@@ -124,14 +124,32 @@ def test_a_new_point_has_those_timed_anew_that_were_not(tmp_path: Path, confirme
     assert len(paper.rounds) == 1, "where there is nothing new, nothing is timed"
 
 
+def test_what_has_something_to_win_is_recovered_first() -> None:
+    """Of the front; a point behind it comes later, whatever it lost."""
+    reference = make_reference()
+    plan = CompressionPlan((("block.0.ffn", PruneNeurons(keep=8)),))
+    as_good = make_candidate(0, plan=plan, accuracy=0.88, size_bytes=20_000_000, ratio=0.5)
+    small = make_candidate(1, plan=plan, accuracy=0.70, size_bytes=2_000_000, ratio=0.05)
+    behind = make_candidate(2, plan=plan, accuracy=0.60, size_bytes=3_000_000, ratio=0.06)
+    study: Any = SimpleNamespace(run=SimpleNamespace(objectives=ALL), reference=reference)
+    assert [c.number for c in _by_gain([as_good, small, behind], study)] == [1, 0, 2]
+    study.run.objectives = ("size_bytes", "latency")
+    assert [c.number for c in _by_gain([behind, small], study)] == [1, 2]
+    assert _by_gain([], study) == []
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("epochs", [1.0, 0.0])
 def test_as_many_points_are_recovered_as_are_asked_for_and_one_that_cannot_be_costs_no_other(
-    tmp_path: Path, epochs: float
+    tmp_path: Path, epochs: float, by_hand: bool
 ) -> None:
     plans = [CompressionPlan(((f"block.{n}.ffn", PruneNeurons(keep=8)),)) for n in range(4)]
     candidates = [make_candidate(n, plan=plan, accuracy=0.9 - n / 100) for n, plan in enumerate(plans)]
+    if by_hand:  # in a way that the run file does not ask for
+        other = plans[3].with_decision(MODEL_SITE, Recover(epochs=7))
+        candidates.append(dataclasses.replace(make_candidate(4, plan=other), origin="recover"))
     paper: Any = Paper(tmp_path, candidates, {})
-    paper.run.search.recover, paper.run.objectives = 2, ALL
+    paper.run.search.recover, paper.run.objectives, paper.reference = 2, ALL, make_reference()
     paper.run.recovery = SimpleNamespace(epochs=epochs)
     said: list[str] = []
 
@@ -152,7 +170,7 @@ def test_as_many_points_are_recovered_as_are_asked_for_and_one_that_cannot_be_co
     for _ in range(2):
         _recover(paper, paper, said.append, lambda _: None)
         made = [c.plan.without(Recover) for c in paper.candidates() if c.origin == "recover"]
-        assert made == plans[1:3]
+        assert made == [*([plans[3]] if by_hand else []), *plans[1:3]]
     assert said.count("trial 0 cannot be recovered: nothing is left of it") == 1
 
 

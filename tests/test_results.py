@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def test_a_study_is_held_against_its_uniform_plans(tmp_path: Path) -> None:
     found = comparison_of(study)
     assert found == Comparison(MAJORITY, study.candidates())
     assert 0 < len(found.ladder) < 20
+
+
+def test_what_another_search_found_is_not_compared_as_this_ones(tmp_path: Path) -> None:
+    made = made_study(tmp_path / "new", trials=20, majority=MAJORITY)
+    plan = made.candidates()[0].plan.with_decision(MODEL_SITE, Recover(epochs=1))
+    with closing(Study(made.folder, made.run, writable=True)) as study:
+        study.add(plan, make_candidate(0).score, origin="retarget")
+        assert comparison_of(study) is None
 
 
 def test_recovered_points_are_not_part_of_the_comparison(tmp_path: Path) -> None:

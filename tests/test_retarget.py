@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from helpers_records import make_candidate
+from test_results import WORTH
 
 from autocompress import api, model, task
-from autocompress.config import RunConfig
+from autocompress.config import ConstraintsConfig, RunConfig
 from autocompress.driver import drive
 from autocompress.errors import ConfigError, StudyError
 from autocompress.evaluate import Workshop
@@ -68,7 +69,22 @@ def test_the_same_artefact_is_timed_and_not_scored_again(first: Path, tmp_path: 
         assert each.candidate is not None
         assert each.is_on_front == (each.candidate.number in front)
         assert each.words().startswith(f"trial {each.number}, ")
-    assert (study.folder / "report.html").exists()
+    assert WORTH not in (study.folder / "report.html").read_text(encoding="utf-8"), "another search found them"
+
+
+def test_limits_that_depend_on_the_target_are_judged_there(first: Path, tmp_path: Path) -> None:
+    """As where nothing is fast enough on the machine that was searched on."""
+    old = api.open_study(first)
+    for limit, count in (({"max_latency_ratio": 1e-3, "max_latency_ms": 1e-3}, True), ({"max_size_mb": 1e-3}, False)):
+        there = tmp_path / f"there-{count}"
+        shutil.copytree(first, there)
+        run = old.run.model_copy(update={"constraints": ConstraintsConfig(**limit)})
+        (there / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        lines: list[str] = []
+        _, moved = api.retarget(there, tmp_path / f"here-{count}", ranks=1, progress=lines.append)
+        assert bool(moved) == count
+        said = "no candidate keeps to those constraints that do not depend on the target"
+        assert (said in lines) == (not count)
 
 
 def test_another_runtime_builds_and_scores(first: Path, tmp_path: Path) -> None:

@@ -114,6 +114,19 @@ def test_one_seed_gives_the_same_proposals(name: SamplerName) -> None:
 
 
 @pytest.mark.parametrize("name", GUIDED)
+def test_trials_are_judged_by_the_constraints_of_now(name: SamplerName) -> None:
+    def limited(trial: FrozenTrial) -> dict[str, float]:
+        return {"first": 1.0 if trial.params[LAYERS[0]] == CHOICES[0] else -1.0}
+
+    def kept(sampler: optuna.samplers.BaseSampler) -> int:
+        study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
+        study.add_trials([finished(drawn(random.Random(n)), first=-1.0) for n in range(100)])
+        return sum(params[LAYERS[0]] != CHOICES[0] for params in searched(study, 200)[-60:])
+
+    assert kept(make_sampler(name, seed=0, excesses=limited)) > 5 + kept(make_sampler(name, seed=0))
+
+
+@pytest.mark.parametrize("name", GUIDED)
 def test_a_sampler_finds_a_better_front_than_chance(name: SamplerName) -> None:
     def volume(found: list[dict[str, int]]) -> float:
         costs = np.array([scores_of(params) for params in found], dtype=float) * [-1, 1, 1]

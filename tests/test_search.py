@@ -28,7 +28,7 @@ from test_study import CSV_COLUMNS, plan_ids, rows, states
 from autocompress import api, delivery, model, task, timing
 from autocompress.calm import Calm
 from autocompress.config import RunConfig, TargetConfig
-from autocompress.errors import AutocompressError, ExportError
+from autocompress.errors import AutocompressError, ConfigError, ExportError
 from autocompress.gauge import Gauge
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate
@@ -271,7 +271,8 @@ def test_what_pytorch_runs_predicts_as_its_score(searched: Path, workplace: Path
     assert done.code == 0, done.err
     told, folder = json.loads(done.out)[format_], workplace / shelf
     assert told["agreement_with_scored_candidate"] >= 0.98
-    assert "not timed" in told["latency_ratio"]
+    assert "not timed" in told["latency"]
+    assert "latency_ratio" not in told, "which is a number elsewhere"
     weights, others = OF_PYTORCH[format_]
     assert {file.name for file in folder.iterdir()} >= {weights, *others, "README.md", "predict.py", "measurement.json"}
     assert told["size_bytes"] == (folder / weights).stat().st_size
@@ -342,7 +343,7 @@ def test_a_push_that_would_be_refused_exports_nothing(
     searched: Path, workplace: Path, hub_on_loopback: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     point, out = picked(searched), workplace / "not-pushed"
-    with pytest.raises(ExportError, match="takes one format at a time, got openvino, onnx"):
+    with pytest.raises(ConfigError, match="takes one format at a time, got openvino, onnx"):
         api.export(point, out, formats=["openvino", "onnx"], push_to_hub="me/tiny")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ExportError, match="there is no token"):
@@ -496,6 +497,8 @@ def test_the_artefact_that_was_scored_is_the_one_that_ships(exported: Path, sear
     about = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
     assert about["agreement_with_scored_candidate"] == 1
     assert about["latency_ratio_in_search"] == point.score.latency_ratio
+    other = json.loads((exported / "onnx" / "measurement.json").read_text(encoding="utf-8"))
+    assert other["latency_ratio_in_search"] is None, "it was searched with another runtime"
     assert about["search"]["latency_drift"] == point.score.latency_drift
     calm = api.open_study(searched).calm
     assert about["calm"] == (None if calm is None else dataclasses.asdict(calm))
@@ -571,6 +574,32 @@ def test_an_artefact_that_no_longer_matches_its_score_is_not_shipped(
     last = done.err.splitlines()[-1]
     assert re.fullmatch(rf"autocompress: export: trial {point.number}: ({said})", last)
     assert not (copy / "out").exists()
+
+
+def test_a_recovery_that_is_ended_before_it_is_confirmed_goes_on(
+    copy: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    point = api.open_study(copy).front().points[-1]
+
+    def ended(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(api, "confirm_with_front", ended)
+        with pytest.raises(KeyboardInterrupt):
+            api.recover(point, epochs=0.1)
+    [left] = [c for c in api.open_study(copy).candidates() if c.origin == "recover"]
+    assert not left.score.confirmed
+    recovered = api.recover(point, epochs=0.1)
+    assert (recovered.number, recovered.score.confirmed) == (left.number, True)
+    assert recovered.score.predictions == left.score.predictions, "it was not trained again"
+    assert recovered.number in set(pd.read_csv(copy / "study.csv")["number"])
+
+
+def test_a_cluster_that_has_nothing_to_do_is_refused(copy: Path, workplace: Path) -> None:
+    line = command("recover", copy, "--trial", "0", "--address", "auto", cwd=workplace).line(2)
+    assert line == "recover: --address reaches the device of search.device, which this study has none of"
 
 
 def test_what_an_earlier_version_timed_in_another_way_is_timed_as_what_is_recovered(

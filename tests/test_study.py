@@ -205,6 +205,8 @@ def test_seeds_made_from_sensitivities_wait_until_predictions_can_be_made(
         def learn(self, known: Sequence[Candidate]) -> None:
             self.ready = len(known) >= len(ladder) + 3
 
+        def hoped(self, *_: Any) -> None: ...
+
         def behind(self, *_: Any) -> None: ...
 
         def expected(self, *_: Any) -> None: ...
@@ -218,6 +220,90 @@ def test_seeds_made_from_sensitivities_wait_until_predictions_can_be_made(
     assert origins[: len(ladder)] == ["uniform"] * len(ladder)
     assert set(origins[len(ladder) : len(ladder) + 3]) <= {"sampler", "mutation"}, "nobody waits for them"
     assert origins[len(ladder) + 3 :].count("sensitivity") == 2
+
+
+class Knowing:
+    """A predictor of paper that knows what becomes of a plan."""
+
+    ready = True
+
+    def learn(self, _: Sequence[Candidate]) -> None: ...
+
+    def hoped(self, plan: CompressionPlan) -> dict[str, float]:
+        score = score_of(plan)
+        return {"size_bytes": score.size_bytes, "latency": score.latency_ratio, "accuracy": -score.accuracy}
+
+    def behind(self, *_: Any) -> None: ...
+
+    def expected(self, *_: Any) -> None: ...
+
+    def note(self, _: Candidate) -> None: ...
+
+
+def knowing(folder: Path, *overrides: str) -> Study:
+    run, predictor = run_of(*overrides), cast(Predictor, Knowing())
+    identity = identity_of(run, model="m", data="d", space=SMALL)
+    return Study(folder, run, identity=identity, space=SMALL, writable=True, predictor=predictor)
+
+
+@pytest.mark.parametrize(
+    ("limit", "name"),
+    [
+        ("max_size_mb=10", "size_mb"),
+        ("max_latency_ratio=0.4", "latency_ratio"),
+        (f"max_latency_ms={0.4 * make_reference().latency_ms}", "latency_ms"),
+        ("max_accuracy_drop=0.25", "accuracy_drop"),
+    ],
+)
+def test_what_is_predicted_to_break_a_constraint_is_passed_over(
+    drive: Callable[..., Study], folder: Path, tmp_path: Path, limit: str, name: str
+) -> None:
+    overrides = ("search.trials=30", "search.seeds=false", f"constraints.{limit}")
+    with closing(knowing(folder, *overrides)) as study:
+        kept = [c.feasible for c in evaluate(study)]
+    said = {t.user_attrs["passed_over"] for t in rows(folder) if "passed_over" in t.user_attrs}
+    assert said == {f"predicted to break max_{name} even if it does well"}
+    blindly = [c.feasible for c in evaluate(drive(*overrides, at=results_in(tmp_path / "blind")))]
+    assert sum(kept) >= 27 > 1.3 * sum(blindly)
+
+
+def test_what_would_break_a_constraint_is_no_seed_unless_it_is_uniform(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ladder = [SMALL.plan(params) for params in uniform_ladder(SMALL)]
+    every = list(range(400))
+    drawn = [random.Random(n) for n in every]
+    plans: list[dict[str, Any]] = [{} for _ in every]
+    for params, source in zip(plans, drawn, strict=True):
+        SMALL.decode(lambda name, choices, into=params, source=source: into.setdefault(name, source.choice(choices)))
+    monkeypatch.setattr("autocompress.proposals.sensitivity_ladder", lambda *_: iter(plans))
+    trials = len(ladder) + 20
+    with closing(knowing(folder, f"search.trials={trials}", "constraints.max_size_mb=10")) as study:
+        told = evaluate(study)
+    assert [c.plan for c in told if c.origin == "uniform"] == ladder
+    assert not all(c.feasible for c in told if c.origin == "uniform")
+    allocated = [c for c in told if c.origin == "sensitivity"]
+    assert len(allocated) == int(0.2 * trials)
+    assert all(c.feasible for c in allocated)
+    with closing(knowing(folder, f"search.trials={trials + 30}", "constraints.max_size_mb=10")) as study:
+        evaluate(study)
+        allocated = [c for c in study.candidates() if c.origin == "sensitivity"]
+    assert len(allocated) == int(0.2 * (trials + 30)), "those of an earlier command count"
+
+
+def test_a_sampler_judges_by_the_constraints_of_now(drive: Callable[..., Study]) -> None:
+    drive("search.trials=20").close()
+    study = drive("search.trials=20")
+    evaluate(study)
+    study.close()
+    study = drive("search.trials=24", "constraints.max_size_mb=10")
+    evaluate(study)
+    shown: Any = study._study.sampler
+    judged = {number: trial.constraints for number, trial in shown._judged.items()}
+    limits = study.run.constraints
+    sizes = {c.number: excesses(c.score, limits, study.reference) for c in study.candidates()}
+    assert {number: sizes[number] for number in judged} == judged
+    assert len(judged) >= 20
 
 
 def test_a_search_without_seeds_has_none(drive: Callable[..., Study]) -> None:
@@ -1193,6 +1279,8 @@ def test_a_recovered_point_is_added_on_top(drive: Callable[..., Study], folder: 
     assert [c.number for c in study.front().points] == [added.number]
     assert (study.finished, study.remaining) == (6, 0)
     assert study.add(plan, score, origin="recover") == added, "a known plan is not added twice"
+    assert added.params == {}
+    assert added not in study.told_front(), "what is new is neither trained nor fitted, and not held against it"
     assert len(study.candidates()) == 7
     study.close()
     again = drive("search.trials=8")
@@ -1201,6 +1289,21 @@ def test_a_recovered_point_is_added_on_top(drive: Callable[..., Study], folder: 
     evaluate(again)
     assert again.finished == 8
     assert rows(folder)[added.number].state == TrialState.COMPLETE
+
+
+def test_what_is_brought_in_is_learned_from_as_what_was_asked_for(drive: Callable[..., Study], folder: Path) -> None:
+    params: dict[str, Any] = {}
+    drawn = random.Random(5)
+    plan = SMALL.decode(lambda name, choices: params.setdefault(name, drawn.choice(choices)))
+    study = drive("search.trials=3")
+    added = study.add(plan, make_measurement(accuracy=0.99, size_bytes=500_000, ratio=0.05), origin="retarget")
+    assert added.params == params
+    assert study.told_front() == [added]
+    study.close()
+    again = drive("search.trials=30", "search.seeds=false")
+    assert again.candidate(added.number) == added
+    assert rows(folder)[added.number].params == params
+    assert {c.origin for c in evaluate(again)} == {"sampler", "mutation"}
 
 
 # --- numbers, ends

@@ -150,7 +150,7 @@ class TestLatency:
         assert (found.ratio_low, found.ratio_high) == pytest.approx((0.25, 3.0))
         assert timing.summarize([pairs[:2], pairs[2:]], seed=0).ratio == found.ratio
 
-    @pytest.mark.parametrize("pairs", [1, 2, 3])
+    @pytest.mark.parametrize("pairs", [1, 2, 3, 4, 5])
     def test_few_pairs_that_are_alike_do_not_make_a_ratio_certain(self, pairs: int) -> None:
         found = self.measure(lambda _: 0.003, lambda _: 0.012, pairs=pairs)
         half = 1.96 * math.sqrt(0.05**2 + 0.08**2 / pairs)

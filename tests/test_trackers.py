@@ -19,8 +19,9 @@ SCORE = make_measurement(accuracy=0.85, size_bytes=1_000_000, ratio=0.25)
 PARAMS = {"attention.heads.0": 0.5, "ffn.bits": "w4a8", "reconstruct": True}
 
 
-def scored(number: int, *, confirmed: bool = False, ratio: float = 0.25) -> Candidate:
-    score = dataclasses.replace(make_measurement(accuracy=0.85, ratio=ratio), confirmed=confirmed)
+def scored(number: int, *, confirmed: bool = False, ratio: float = 0.25, adjusted: float = 1.0) -> Candidate:
+    score = make_measurement(accuracy=0.85, ratio=ratio)
+    score = dataclasses.replace(score, confirmed=confirmed, latency_adjusted=adjusted)
     return dataclasses.replace(make_candidate(number), measurement=score, params=PARAMS)
 
 
@@ -93,6 +94,18 @@ def test_tensorboard_gets_what_was_confirmed_and_nothing_twice(tmp_path: Path) -
     found = of_tensorboard(tmp_path)
     assert found[0]["latency_ratio"] == [(0, pytest.approx(0.25)), (1, pytest.approx(0.2))]
     assert found[1]["latency_ratio"] == [(1, pytest.approx(0.25))]
+
+
+@pytest.mark.parametrize("kind", trackers.KINDS)
+def test_what_was_adjusted_after_it_was_confirmed_is_told(tmp_path: Path, kind: str) -> None:
+    told(kind, tmp_path, scored(0, confirmed=True))
+    for _ in range(2):
+        told(kind, tmp_path, scored(0, confirmed=True, ratio=0.2, adjusted=0.8))
+    if kind == "tensorboard":
+        assert of_tensorboard(tmp_path)[0]["latency_ratio"] == [(1, pytest.approx(0.25)), (2, pytest.approx(0.2))]
+    else:
+        metrics = of_mlflow(tmp_path)[0].data.metrics
+        assert (metrics["latency_ratio"], metrics["confirmed"]) == (0.2, 1.0)
 
 
 def test_mlflow_has_a_run_for_each_scored_candidate(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -39,13 +40,15 @@ def model_card(
     agreement: float,
     *,
     data: str,
+    built_on: Mapping[str, Any],
     timed: bool = True,
     fast: bool = True,
 ) -> str:
     """Return Markdown with YAML front matter; every number comes from the arguments.
 
-    ``data`` is the fingerprint of all rows, splits and classes. Without ``timed`` the latency is another file's, and is
-    left out. ``fast`` is the tokenizer that is not Python's.
+    ``data`` is the fingerprint of all rows, splits and classes, ``built_on`` that of the machine on which it predicts
+    as it was scored, where another one may have timed it. Without ``timed`` the latency is another file's, and is left
+    out. ``fast`` is the tokenizer that is not Python's.
     """
     about = {"library_name": "autocompress", "pipeline_tag": "text-classification"}
     if (base := published_name(run.model.id)) is not None:
@@ -75,7 +78,7 @@ def model_card(
         ("Seed", str(run.seed)),
         ("Trial, plan", f"{candidate.number}, {candidate.plan.plan_id}"),
     ]
-    if timed and candidate.plan.integer_arithmetic and not machine.adds_in_16_bits(measured.fingerprint):
+    if timed and candidate.plan.integer_arithmetic and not machine.adds_in_16_bits(built_on):
         rows.append(("Not for", "x86 CPUs without VNNI, where sums of 8-bit products overflow and predictions change"))
     if not timed:
         rows = [row for row in rows if row[0] not in _OF_TIMES]

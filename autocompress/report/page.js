@@ -37,9 +37,9 @@
     divergence: { title: "divergence, nats", of: (s, i) => s.divergence[i] },
     loss: { title: "loss", of: (s, i) => s.loss[i] },
   };
-  // Said with all their digits, so that `pick` takes the same points by them.
+  // Said with all their digits, so that `pick` takes the same points by them; of a drop it takes none below 0.
   const LIMITS = {
-    drop: { of: (s, i) => reference.accuracy[0] - s.accuracy[i], words: (v) => `${Math.ceil(1000 * v - 1e-6) / 1000} points` },
+    drop: { of: (s, i) => Math.max(0, reference.accuracy[0] - s.accuracy[i]), words: (v) => `${Math.ceil(1000 * v - 1e-6) / 1000} points` },
     latency: { of: (s, i) => s.ms[i], words: (v) => `${v} ms` },
     size: { of: (s, i) => s.size[i], words: (v) => `${v} MB` },
   };
@@ -170,7 +170,7 @@
     if (!kept.length) return;
     for (const [name, ranked] of Object.entries(data.best)) {
       const found = ranked.find(keeps);
-      const button = make("button", { type: "button", className: "link", textContent: `${name}: trial ${all.number[found]}` });
+      const button = make("button", { type: "button", className: "link", id: `best-${name}`, textContent: `${name}: trial ${all.number[found]}` });
       button.addEventListener("click", () => select(found, true));
       place.append(" ", button);
     }
@@ -397,7 +397,7 @@
     const place = byId("detail");
     const kind = all.front[i] ? "on the front" : all.accuracy[i] === null ? all.state[i] : all.feasible[i] ? "not on the front" : "breaks a constraint";
     const parts = [
-      make("h3", { textContent: `Trial ${all.number[i]}`, tabIndex: -1 }),
+      make("h3", { id: "chosen", textContent: `Trial ${all.number[i]}`, tabIndex: -1 }),
       make("p", { className: "soft", textContent: `${kind}; proposed by: ${all.origin[i]}` }),
       make("p", { textContent: planOf(i) }),
     ];
@@ -406,7 +406,7 @@
     const picture = data.pictures[i];
     if (picture) parts.push(drawnPlan(picture));
     for (const [better, number, words] of data.neighbours[all.number[i]] || []) {
-      const button = make("button", { type: "button", className: "link", textContent: `trial ${number}` });
+      const button = make("button", { type: "button", className: "link", id: `near-${number}`, textContent: `trial ${number}` });
       button.addEventListener("click", () => {
         select(all.number.indexOf(number));
         place.querySelector("h3").focus(); // the button is gone, and the keyboard would start at the top again
@@ -478,7 +478,7 @@
     const text = data.command.join(all.number[i]);
     const field = make("input", { readOnly: true, value: text, id: "command" });
     field.setAttribute("aria-label", "Command that exports this point");
-    const button = make("button", { type: "button", textContent: "Copy" });
+    const button = make("button", { type: "button", id: "copy", textContent: "Copy" });
     button.addEventListener("click", async () => {
       let copied = true;
       try {
@@ -511,7 +511,7 @@
       columns.push(["blocks", (i) => blocksOf(i).length * data.pictures[i][5]]);
       columns.push(["heads a block", (i) => mean(blocksOf(i).map((b) => b[0]))]);
       columns.push(["neurons a block", (i) => mean(blocksOf(i).map((b) => b[1]))]);
-      columns.push(["bits a weight", (i) => mean(blocksOf(i).flatMap((b) => [bitsOf(b[4]), bitsOf(b[5])]))]);
+      columns.push(["bits, mean of sites", (i) => mean(blocksOf(i).flatMap((b) => [bitsOf(b[4]), bitsOf(b[5])]))]);
       columns.push(["bits of embeddings", (i) => bitsOf(data.pictures[i][2])]);
     }
     columns.push(["size, MB", (i) => all.size[i]], ["latency, ms", (i) => all.ms[i]], ["accuracy, %", (i) => all.accuracy[i]]);
