@@ -15,7 +15,7 @@ from autocompress.evaluate import Workshop
 from autocompress.mutation import by_promise
 from autocompress.pareto import costs, nondominated_ranks
 from autocompress.plan import CompressionPlan
-from autocompress.records import QUALITIES, Candidate, Measurement
+from autocompress.records import QUALITIES, Candidate
 from autocompress.stopwatch import Stopwatch
 from autocompress.study import Study
 from autocompress.trained import Progress, silent
@@ -134,7 +134,8 @@ def _by_gain(candidates: Sequence[Candidate], study: Study) -> list[Candidate]:
     if not candidates:
         return []
     objectives, qualities = study.run.objectives, [name in QUALITIES for name in study.run.objectives]
-    now, unharmed = costs(candidates, objectives), costs([_unharmed(study.reference, candidates[0])], objectives)
+    unharmed = costs([dataclasses.replace(candidates[0], measurement=study.reference)], objectives)
+    now = costs(candidates, objectives)
     then = np.where(qualities, now + _WON_BACK * (unharmed - now), now)
     ranks = nondominated_ranks(now)
     found: list[Candidate] = []
@@ -142,10 +143,6 @@ def _by_gain(candidates: Sequence[Candidate], study: Study) -> list[Candidate]:
         of_rank = np.flatnonzero(ranks == rank)
         found += [candidates[of_rank[n]] for n in by_promise(then[of_rank], now[ranks == 0], np.zeros(now.shape[1]))]
     return found
-
-
-def _unharmed(reference: Measurement, example: Candidate) -> Candidate:
-    return dataclasses.replace(example, measurement=reference)
 
 
 def _is_as_asked(plan: CompressionPlan, workshop: Workshop) -> bool:

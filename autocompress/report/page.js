@@ -405,8 +405,8 @@
     if (all.accuracy[i] !== null) parts.push(numbers(i));
     const picture = data.pictures[i];
     if (picture) parts.push(drawnPlan(picture));
-    for (const [better, number, words] of data.neighbours[all.number[i]] || []) {
-      const button = make("button", { type: "button", className: "link", id: `near-${number}`, textContent: `trial ${number}` });
+    for (const [nth, [better, number, words]] of (data.neighbours[all.number[i]] || []).entries()) {
+      const button = make("button", { type: "button", className: "link", id: `near-${nth}`, textContent: `trial ${number}` });
       button.addEventListener("click", () => {
         select(all.number.indexOf(number));
         place.querySelector("h3").focus(); // the button is gone, and the keyboard would start at the top again
