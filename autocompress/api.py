@@ -301,7 +301,8 @@ def measure(folder: str | Path, *, pairs: int = exported.CONFIRMING_PAIRS) -> di
 
     Returns:
         ``latency_ms`` and ``latency_p90_ms`` now, ``target`` and ``machine``; of a runtime's folder also the ratio with
-        its interval, the stored one, and whether that is of this machine.
+        its interval, the stored one, and whether that is of this machine; and the one that the search chose it by, if
+        that was of this runtime.
 
     Raises:
         ConfigError: if ``pairs`` are fewer than 4 or more than 10,000.

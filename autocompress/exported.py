@@ -69,13 +69,14 @@ def measure(folder: Path, *, pairs: int) -> dict[str, Any]:
     timed = dataclasses.replace(stored, **latest.fields())
     if same_machine:  # to the pace, and with the drift, that are known of it
         timed = (timed if calm is None else calm.adjust(timed)).drifting(stored.latency_drift)
+    in_search = about.get("latency_ratio_in_search")  # none where another runtime was searched with
     taken = ("latency_ms", "latency_p90_ms", "reference_ms", "latency_ratio", "latency_ratio_low", "latency_ratio_high")
     return {
         **{name: getattr(timed, name) for name in taken},
         "latency_adjusted": timed.latency_adjusted,
         "stored_latency_ratio": stored.latency_ratio,
         "difference": timed.latency_ratio / stored.latency_ratio - 1,
-        "latency_ratio_in_search": about["latency_ratio_in_search"],
+        **({} if in_search is None else {"latency_ratio_in_search": in_search}),
         "size_bytes": artifact.size_bytes,
         "target": target.model_dump(),
         "machine": here,

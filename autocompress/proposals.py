@@ -16,6 +16,7 @@ from autocompress.ledger import excesses
 from autocompress.mutation import by_promise, mutated
 from autocompress.pareto import costs, nondominated
 from autocompress.plan import CompressionPlan
+from autocompress.records import QUALITIES
 from autocompress.seeds import sensitivity_ladder, uniform_ladder
 
 if TYPE_CHECKING:
@@ -132,10 +133,13 @@ class Proposals:
                 options[plan.plan_id] = (params, plan)
         chosen = [(params, plan) for params, plan in options.values() if self._too_much(plan) is None]
         if self._of.predictor is not None and len(chosen) > 1 and self._of.learn():
-            guessed = [self._of.predictor.expected(plan, self._of.told) for _, plan in chosen]
+            told = self._of.told
+            guessed = [self._of.predictor.expected(plan, told) for _, plan in chosen]
             known = [n for n, costs in enumerate(guessed) if costs is not None]
             if known:
-                order = by_promise(np.array([guessed[n] for n in known]), *self._settled_rivals())
+                rivals, deviations = self._settled_rivals()
+                expected = np.array([guessed[n] for n in known])
+                order = by_promise(_in_logarithms(expected, told), _in_logarithms(rivals, told), deviations)
                 return [chosen[known[n]][0] for n in order]
         return [params for params, _ in chosen]
 
@@ -167,3 +171,13 @@ class Proposals:
                 self._trials.enqueue_trial(params)
                 return True
         return False
+
+
+def _in_logarithms(points: np.ndarray, objectives: Sequence[str]) -> np.ndarray:
+    """Return costs with all but qualities as logarithms: half of a small size tells as much as half of a large one.
+
+    Without, the extent of the front is that of its largest models, and among the small ones nothing promises much.
+    """
+    return np.column_stack(
+        [points[:, n] if name in QUALITIES else np.log(points[:, n]) for n, name in enumerate(objectives)]
+    )

@@ -78,7 +78,7 @@ def comparison_of(study: Study) -> Comparison | None:
     another one found: what came of its own evaluations alone cannot be told.
     """
     majority = study.majority
-    if majority is None or any(c.origin == "retarget" for c in study.candidates()):
+    if majority is None or study.inherits:
         return None
     folder = study.folder / BASELINES / "random"
     random: Sequence[Candidate] | None = None

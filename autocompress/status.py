@@ -24,7 +24,7 @@ class SearchStatus:
         failed: of those done.
         stopped: of those done, given up because they could not reach the front.
         front: as it stands.
-        gain: hypervolume over that of the uniform plans measured so far, or None without any.
+        gain: hypervolume over that of the uniform plans measured so far; None without any, or if the study inherits.
         seconds_each: wall time a candidate, since this command began to evaluate.
         untrained: students that plans may start from and that are not distilled yet, which takes time of its own.
         stage: what is done once all candidates are evaluated.
@@ -68,7 +68,8 @@ def status_of(study: Study, workshop: Workshop, *, total: int | None = None, **m
     """
     candidates, reference, majority = study.candidates(), study.reference, workshop.majority
     states = Counter(c.state for c in candidates)
-    ladder = volume([c for c in candidates if c.origin == "uniform"], reference, majority)
+    uniform = [c for c in candidates if c.origin == "uniform"]
+    ladder = 0.0 if study.inherits else volume(uniform, reference, majority)
     front = study.front()
     return SearchStatus(
         done=study.finished,

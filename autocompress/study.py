@@ -241,6 +241,11 @@ class Study:
         """Seed of the proposals."""
         return self.run.seed if self.run.search.seed is None else self.run.search.seed
 
+    @property
+    def inherits(self) -> bool:
+        """Whether it begins with what another search found, so that its own finds cannot be told from those."""
+        return any(c.origin == "retarget" for c in self.candidates())
+
     def told_front(self) -> list[Candidate]:
         """Return the candidates that none beats in all that the sampler is told.
 

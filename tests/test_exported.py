@@ -120,6 +120,8 @@ def test_a_folder_is_held_against_what_it_says(runtime: Runtime, exported: Path)
     assert found["stored_latency_ratio"] == 0.5
     assert found["difference"] == pytest.approx(2 / 3 - 1)
     assert found["latency_ratio_in_search"] == 0.4
+    change(exported, latency_ratio_in_search=None)
+    assert "latency_ratio_in_search" not in exported_folder.measure(exported, pairs=8), "that was of another runtime"
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -7,7 +7,8 @@ import json
 import shlex
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -15,10 +16,12 @@ from helpers_records import make_candidate, make_reference
 from test_study import SMALL, evaluate, run_of
 
 from autocompress.decisions import Recover
+from autocompress.evaluate import Workshop
 from autocompress.identity import identity_of
 from autocompress.plan import MODEL_SITE
 from autocompress.report.comparison import Comparison
 from autocompress.results import BASELINES, comparison_of, write_results
+from autocompress.status import status_of
 from autocompress.study import Study
 
 MAJORITY = 0.4
@@ -61,8 +64,12 @@ def test_what_another_search_found_is_not_compared_as_this_ones(tmp_path: Path) 
     made = made_study(tmp_path / "new", trials=20, majority=MAJORITY)
     plan = made.candidates()[0].plan.with_decision(MODEL_SITE, Recover(epochs=1))
     with closing(Study(made.folder, made.run, writable=True)) as study:
+        workshop = cast(Workshop, SimpleNamespace(majority=MAJORITY))
+        gain = status_of(study, workshop).gain
+        assert gain is not None and gain >= 1, "of all candidates over those of the ladder"
         study.add(plan, make_candidate(0).score, origin="retarget")
         assert comparison_of(study) is None
+        assert status_of(study, workshop).gain is None
 
 
 def test_recovered_points_are_not_part_of_the_comparison(tmp_path: Path) -> None:

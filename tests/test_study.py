@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -16,9 +17,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -240,10 +242,38 @@ class Knowing:
     def note(self, _: Candidate) -> None: ...
 
 
-def knowing(folder: Path, *overrides: str) -> Study:
-    run, predictor = run_of(*overrides), cast(Predictor, Knowing())
+def knowing(folder: Path, *overrides: str, predictor: Knowing | None = None) -> Study:
+    run, predictor = run_of(*overrides), cast(Predictor, predictor or Knowing())
     identity = identity_of(run, model="m", data="d", space=SMALL)
     return Study(folder, run, identity=identity, space=SMALL, writable=True, predictor=predictor)
+
+
+def test_half_the_size_of_a_small_model_promises_as_much_as_half_of_a_large_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, small, slightly, half = itertools.islice(uniform_ladder(SMALL), 4)
+    costs = {
+        SMALL.plan(slightly).plan_id: [-0.89, 95e6, 0.9],
+        SMALL.plan(half).plan_id: [-0.4, 0.5e6, 0.005],
+    }
+
+    class Expecting(Knowing):
+        guide = "accuracy"
+        settled: Mapping[int, float] = MappingProxyType({})
+
+        def expected(self, plan: CompressionPlan, told: Sequence[str]) -> list[float]:
+            assert list(told) == ["accuracy", "size_bytes", "latency"]
+            return costs[plan.plan_id]
+
+    changed = itertools.cycle([(slightly, SMALL.plan(slightly)), (half, SMALL.plan(half))])
+    monkeypatch.setattr("autocompress.proposals.mutated", lambda *_: next(changed))
+    wanted = ("search.seeds=false", "search.mutation_share=1", "search.guide=accuracy")
+    with closing(knowing(folder, *wanted, predictor=Expecting())) as study:
+        study.add(SMALL.plan(large), make_measurement(accuracy=0.9, size_bytes=10**8, ratio=1.0), origin="sampler")
+        study.add(SMALL.plan(small), make_measurement(accuracy=0.4, size_bytes=10**6, ratio=0.01), origin="sampler")
+        asked = study.ask()
+    assert asked is not None
+    assert asked[1] == SMALL.plan(half)
 
 
 @pytest.mark.parametrize(
