@@ -83,6 +83,10 @@ class BoundSpace:
     def students(self) -> dict[str, Student]:
         return students_of(self.space, self.shape)
 
+    def without_order(self) -> BoundSpace:
+        """Return the space with the last blocks going first: to count plans, for which no student need be distilled."""
+        return bind(self.space, self.shape, tokens=self.tokens)
+
     def decode(self, choose: Chooser) -> CompressionPlan:
         """Build a plan; ``choose(name, choices)`` is asked once for each parameter that has a choice."""
         return self.walk(lambda name, choices, _: choose(name, choices))

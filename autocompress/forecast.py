@@ -83,6 +83,7 @@ class Forecast:
 
 def count_plans(space: BoundSpace) -> tuple[int, int]:
     """Return the number of distinct parameter sets and the most parameters that one of them has."""
+    space = space.without_order()
     total, most = 0, 0
     deepest = space.space.drop_blocks.at_most if space.space.drop_blocks is not None else 0
     for base in (NO_STUDENT, *space.students):

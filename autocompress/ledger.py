@@ -14,15 +14,17 @@ import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
-from autocompress.calm import Calm
+from autocompress.calm import Calm, calm_of
 from autocompress.config import ConstraintsConfig, RunConfig
 from autocompress.plan import CompressionPlan
-from autocompress.records import OBJECTIVES, Candidate, Measurement, Stopped
+from autocompress.records import OBJECTIVES, Candidate, Measurement, Stopped, drift_of
 
 _CALM = "calm"
 """Study attribute that holds what is known of the machine's slow times."""
 _CONFIRMED = "confirmed:"
 """Start of the study attributes that hold measurements with a latency taken anew, by trial number."""
+_TELL_DRIFT = 5
+"""Latencies that, taken twice, tell how far they drift."""
 
 
 class Ledger:
@@ -113,13 +115,49 @@ class Ledger:
             folder=self._folder,
         )
 
-    def confirm(self, candidate: Candidate, measured: Measurement) -> Candidate:
-        """Write a measurement with a latency taken anew; what the sampler was told stays as it is."""
+    def confirm(self, candidates: Mapping[int, Candidate], latest: Mapping[int, Measurement]) -> dict[int, Candidate]:
+        """Write latencies that were taken anew; what the sampler was told stays as it is.
+
+        Args:
+            candidates: of the study, by number.
+            latest: measurements of some of them, by number, as they were taken.
+
+        Returns:
+            Those that changed by that: these, and where the machine's slow times came to be known by them all that had
+            been confirmed before.
+
+        Raises:
+            MeasurementError: if a number cannot stand.
+        """
+        first = {number: candidates[number] for number in latest if not candidates[number].score.confirmed}
+        for measured in latest.values():
+            measured.check()
+        found: dict[int, Candidate] = {}
+        tells = len(first) >= _TELL_DRIFT
+        if tells and self.calm is None:
+            self._keep_calm(calm_of([c.score for c in first.values()], [latest[n] for n in first]))
+            for number, candidate in candidates.items():
+                if candidate.measurement is not None and candidate.score.confirmed and number not in latest:
+                    found[number] = self._confirm(candidate, self.calmed(candidate.score))
+        calmed = {number: self.calmed(measured) for number, measured in latest.items()}
+        if tells:
+            drift = drift_of([self.calmed(c.score) for c in first.values()], [calmed[n] for n in first])
+        else:
+            drift = max((c.score.latency_drift for c in candidates.values() if c.measurement is not None), default=0.0)
+        for number, measured in calmed.items():
+            found[number] = self._confirm(candidates[number], measured.drifting(drift))
+        return found
+
+    def _confirm(self, candidate: Candidate, measured: Measurement) -> Candidate:
         # Beside the trials: Optuna lets nobody change one that has finished.
         self._study.set_user_attr(f"{_CONFIRMED}{candidate.number}", dataclasses.asdict(measured))
         return dataclasses.replace(candidate, measurement=measured, feasible=self._feasible(measured))
 
-    def keep_calm(self, calm: Calm) -> None:
+    def calmed(self, measured: Measurement) -> Measurement:
+        """Return a measurement, as it was taken on this study's machine, adjusted as those of the front are."""
+        return measured if self.calm is None else self.calm.adjust(measured)
+
+    def _keep_calm(self, calm: Calm) -> None:
         """Write what is known of the machine's slow times; it stays, so that all points are adjusted alike."""
         self._study.set_user_attr(_CALM, dataclasses.asdict(calm))
         self.calm = calm

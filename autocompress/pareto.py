@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from autocompress.errors import ConfigError
-from autocompress.records import OBJECTIVES, Candidate, Measurement
+from autocompress.records import OBJECTIVES, Z95, Candidate, Measurement
 
 
 def costs(candidates: Iterable[Candidate], objectives: Sequence[str]) -> np.ndarray:
@@ -82,7 +82,8 @@ class Unbeaten:
 def contenders(front: Sequence[Candidate], others: Iterable[Candidate], objectives: Sequence[str]) -> list[Candidate]:
     """Return those of ``others`` that may belong on a front, as their latencies were timed once, at one moment.
 
-    They would be on it if their latency were at the low end of its interval. Who has the least to gain comes first.
+    They would be on it if their latency were a standard deviation lower. As many again would be at the low end of the
+    interval, to be timed as long as others and hardly ever to be on the front. Who has the least to gain comes first.
     """
     if "latency" not in objectives or not front:
         return []
@@ -94,7 +95,8 @@ def contenders(front: Sequence[Candidate], others: Iterable[Candidate], objectiv
         own = costs([candidate], objectives)[0]
         no_worse = np.delete(points, column, axis=1) <= np.delete(own, column)
         limit = float(points[no_worse.all(axis=1), column].min(initial=np.inf))
-        if candidate.score.latency_ratio_low < limit <= own[column]:
+        lower = own[column] * (candidate.score.latency_ratio_low / own[column]) ** (1 / Z95)
+        if lower < limit <= own[column]:
             found.append((own[column] / limit, candidate.number, candidate))
     return [candidate for *_, candidate in sorted(found)]
 

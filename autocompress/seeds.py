@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from autocompress.binding import NO_STUDENT, TABLE_STEP, BoundSpace, Effect, bind, kept
+from autocompress.binding import NO_STUDENT, TABLE_STEP, BoundSpace, Effect, kept
 from autocompress.predict import Predictor
 from autocompress.space import Value, bits_of
 
@@ -40,8 +40,8 @@ def uniform_ladder(space: BoundSpace) -> Iterator[dict[str, Value]]:
 
 
 def count_uniform(space: BoundSpace) -> int:
-    """Return how many plans the ladder has, without asking in which order blocks go, for which students are trained."""
-    return sum(1 for _ in uniform_ladder(bind(space.space, space.shape, tokens=space.tokens)))
+    """Return how many plans the ladder has."""
+    return sum(1 for _ in uniform_ladder(space.without_order()))
 
 
 def _recipes(space: BoundSpace) -> list[dict[str, Any]]:

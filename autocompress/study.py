@@ -19,7 +19,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from autocompress.binding import BoundSpace
-from autocompress.calm import Calm, calm_of
+from autocompress.calm import Calm
 from autocompress.config import RunConfig
 from autocompress.errors import ConfigError, MeasurementError, PlanError, StudyError
 from autocompress.front import Front
@@ -31,15 +31,13 @@ from autocompress.pareto import Unbeaten, contenders, costs
 from autocompress.plan import CompressionPlan
 from autocompress.predict import Predictor
 from autocompress.proposals import Proposals
-from autocompress.records import OBJECTIVES, QUALITIES, Candidate, Measurement, Stopped, drift_of
+from autocompress.records import OBJECTIVES, QUALITIES, Candidate, Measurement, Stopped
 from autocompress.samplers import make_sampler
 from autocompress.space import Value
 from autocompress.storage import open_records
 
 _ASKS = 8
 """Proposals of the sampler that may repeat a known plan before a random new one is taken."""
-_TELL_DRIFT = 5
-"""Latencies that, taken twice, tell how far they drift."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -286,36 +284,10 @@ class Study:
         intervals include. The values that the sampler was told stay as they are: the study is a record of what
         happened.
         """
-        for measured in latest.values():
-            measured.check()
         with self._records.batch():  # what is known of the machine, and all that is adjusted for it
-            found = self._confirmed(latest)
+            self._candidates.update(self._ledger.confirm(self._candidates, latest))
         self._forget_fronts()
-        return found
-
-    def _confirmed(self, latest: Mapping[int, Measurement]) -> list[Candidate]:
-        known = [self._candidates[number] for number in latest]
-        first = [c for c in known if not c.score.confirmed]
-        tells = len(first) >= _TELL_DRIFT
-        if tells and self.calm is None:
-            self._keep_calm(calm_of([c.score for c in first], [latest[c.number] for c in first]))
-        calmed = {number: self.calmed(measured) for number, measured in latest.items()}
-        if tells:
-            drift = drift_of([self.calmed(c.score) for c in first], [calmed[c.number] for c in first])
-        else:
-            drift = max((c.score.latency_drift for c in self.candidates() if c.measurement is not None), default=0.0)
-        found = []
-        for candidate in known:
-            found.append(self._ledger.confirm(candidate, calmed[candidate.number].drifting(drift)))
-            self._candidates[candidate.number] = found[-1]
-        return found
-
-    def _keep_calm(self, calm: Calm) -> None:
-        """Know from now on what the machine's slow times do to ratios, and adjust what was confirmed before for it."""
-        self._ledger.keep_calm(calm)
-        for candidate in self.candidates():
-            if candidate.measurement is not None and candidate.score.confirmed:
-                self._candidates[candidate.number] = self._ledger.confirm(candidate, calm.adjust(candidate.score))
+        return [self._candidates[number] for number in latest]
 
     @property
     def calm(self) -> Calm | None:
@@ -324,7 +296,7 @@ class Study:
 
     def calmed(self, measured: Measurement) -> Measurement:
         """Return a measurement, as it was taken on this study's machine, adjusted as those of the front are."""
-        return measured if self.calm is None else self.calm.adjust(measured)
+        return self._ledger.calmed(measured)
 
     def add(self, plan: CompressionPlan, measured: Measurement, *, origin: str) -> Candidate:
         """Record a candidate that was not asked for, such as a recovered point."""

@@ -1,10 +1,12 @@
 """Hold the search against random search and the uniform ladder: ``results/benchmarks/search-hypervolume.json``.
 
 ``python benchmarks/hypervolume.py`` on an idle machine; ``--data``, ``--seeds``, ``--kinds`` and ``--trials`` make
-parts of it, and each part that is done is kept, so that the whole can be measured in several sittings. Hypervolume is
-taken over accuracy, size and latency; the reference point is the majority-class rate with size and latency of the fp32
-artefact. Near its best corner that volume hardly grows any more: beside it stands one in which twice as small, or twice
-as fast, is worth the same everywhere.
+parts of it, and each part that is done is kept with the commit that it was measured at, so that the whole can be
+measured in several sittings; ``--anew`` measures parts again that are there.
+
+Hypervolume is taken over accuracy, size and latency; the reference point is the majority-class rate with size and
+latency of the fp32 artefact. Near its best corner that volume hardly grows any more: beside it stands one in which
+twice as small, or twice as fast, is worth the same everywhere.
 
 The ladder is what a search starts with, so that no search falls below its own. What comes after is told by random
 search after the same start: the ladder, and plans allocated from sensitivities. Seeds are those of proposals: model,
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import Figures
+from figures import Figures, commit
 from held_out import DATA, space_without_students
 
 from autocompress import api, pareto
@@ -63,6 +65,7 @@ def searched(data: str, kind: str, seed: int, trials: int, folder: Path) -> dict
         "ideal": pareto.volume([ideal(candidates)], study.reference, majority),
         "in logarithms": in_logarithms(candidates, study.reference, majority),
         "ladder in logarithms": in_logarithms(uniform, study.reference, majority),
+        "commit": commit(),
         "reference point": [majority, study.reference.size_bytes, 1.0],
     }
 
@@ -158,15 +161,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     parser.add_argument("--kinds", nargs="+", choices=SEARCHES, default=list(SEARCHES))
     parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--anew", action="store_true", help="measure again what is there")
     options = parser.parse_args()
     figures = Figures("search-hypervolume", "python benchmarks/hypervolume.py")
     figures.read()
     figures.more = {key: run for key, run in figures.more.items() if "ideal" in run}  # others are of an earlier version
+    for run in figures.more.values():
+        run.setdefault("commit", figures.figures[0].commit)
     for seed in options.seeds:
         for data in options.data:
             for kind in options.kinds:
                 key = f"{data} {options.trials} {kind} {seed}"
-                if key in figures.more or seed >= FEWER.get(kind, math.inf):
+                if (key in figures.more and not options.anew) or seed >= FEWER.get(kind, math.inf):
                     continue
                 with tempfile.TemporaryDirectory(prefix="autocompress-bench-") as scratch:
                     figures.more[key] = searched(data, kind, seed, options.trials, Path(scratch))

@@ -76,7 +76,8 @@ def test_a_latency_taken_anew_is_read_and_the_sampler_keeps_what_it_was_told(stu
     ledger = ledger_of(study, "constraints.max_latency_ratio=0.45")
     first = told(study, ledger, PLANS[0], make_measurement(ratio=0.5), "sampler")
     assert not first.feasible
-    anew = ledger.confirm(first, dataclasses.replace(make_measurement(ratio=0.4), confirmed=True))
+    latest = dataclasses.replace(make_measurement(ratio=0.4), confirmed=True)
+    anew = ledger.confirm({first.number: first}, {first.number: latest})[first.number]
     assert anew.feasible
     assert ledger.candidates() == {first.number: anew}
     assert study.trials[first.number].values[2] == 0.5

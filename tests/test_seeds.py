@@ -24,6 +24,7 @@ from autocompress.decisions import (
     Student,
     TrimVocabulary,
 )
+from autocompress.forecast import count_plans
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.products import Sizes, products_of
 from autocompress.seeds import allocate, count_uniform, sensitivity_ladder, uniform_ladder
@@ -293,7 +294,8 @@ def test_the_uniform_ladder_has_every_depth(at_most: int, expected: list[int]) -
     assert sorted(dropped) == expected
 
 
-def test_uniform_plans_are_counted_without_asking_which_blocks_go() -> None:
+def test_plans_are_counted_without_asking_which_blocks_go() -> None:
+    """To tell the order of a student's blocks it has to be distilled, which the first candidates need not wait for."""
     asked: list[str] = []
 
     def order(name: str) -> tuple[int, ...]:
@@ -302,6 +304,7 @@ def test_uniform_plans_are_counted_without_asking_which_blocks_go() -> None:
 
     space = bind(JOINT.space, JOINT.shape, tokens=JOINT.tokens, drop_order=order)
     count = count_uniform(space)
+    assert count_plans(space)[0] > count
     assert not asked
     assert count == len(list(uniform_ladder(space))) > 10
     assert asked
