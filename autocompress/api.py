@@ -330,7 +330,7 @@ def validate(run: RunConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         workshop = Workshop(run, Path(scratch))
         loaded = workshop.loaded(workshop.source)
-    space = bind(space_file, loaded.shape, tokens=run.target.tokens)
+    space = bind(space_file, loaded.shape, tokens=run.target.tokens, most_tokens=run.data.max_tokens)
     ladder = list(uniform_ladder(space))
     for params in ladder:
         workshop.check(space.plan(params), loaded.shape)

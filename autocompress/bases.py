@@ -299,6 +299,7 @@ class Bases(Trained):
             shape,
             tokens=self.run.target.tokens,
             drop_order=lambda name: self.drop_order(students[name]),
+            most_tokens=self.run.data.max_tokens,
         )
 
     def sensitivity(self, student: Student | None) -> Sensitivity:

@@ -72,12 +72,14 @@ class BoundSpace:
         tokens: of the target's inputs.
         drop_order: for ``full`` and each student, the order in which blocks go, least important first; asked only
             where blocks do go, as it may take a student to be distilled.
+        most_tokens: that are read of a text anyway; to cut there is no decision. None where that is not known.
     """
 
     space: SearchSpace
     shape: ModelShape
     tokens: int
     drop_order: DropOrder
+    most_tokens: int | None = None
 
     @cached_property
     def students(self) -> dict[str, Student]:
@@ -85,7 +87,7 @@ class BoundSpace:
 
     def without_order(self) -> BoundSpace:
         """Return the space with the last blocks going first: to count plans, for which no student need be distilled."""
-        return bind(self.space, self.shape, tokens=self.tokens)
+        return bind(self.space, self.shape, tokens=self.tokens, most_tokens=self.most_tokens)
 
     def decode(self, choose: Chooser) -> CompressionPlan:
         """Build a plan; ``choose(name, choices)`` is asked once for each parameter that has a choice."""
@@ -147,7 +149,8 @@ class BoundSpace:
     def _cut(self, choice: Value) -> MaxTokens | None:
         if isinstance(choice, str):
             return None
-        return MaxTokens(tokens=choice if isinstance(choice, int) else max(1, round(choice * self.tokens)))
+        tokens = choice if isinstance(choice, int) else max(1, round(choice * self.tokens))
+        return None if self.most_tokens is not None and tokens >= self.most_tokens else MaxTokens(tokens=tokens)
 
     def lengths(self) -> list[Value]:
         """Return every choice that cuts texts."""
@@ -193,7 +196,14 @@ class BoundSpace:
         return plan
 
 
-def bind(space: SearchSpace, shape: ModelShape, *, tokens: int, drop_order: DropOrder | None = None) -> BoundSpace:
+def bind(
+    space: SearchSpace,
+    shape: ModelShape,
+    *,
+    tokens: int,
+    drop_order: DropOrder | None = None,
+    most_tokens: int | None = None,
+) -> BoundSpace:
     """Bind ``space`` to a model of ``shape`` and inputs of ``tokens`` tokens; by default the last blocks go first.
 
     Raises:
@@ -234,7 +244,8 @@ def bind(space: SearchSpace, shape: ModelShape, *, tokens: int, drop_order: Drop
                 parameters.add(name)
     students = students_of(space, shape)
     depths = {NO_STUDENT: len(shape.blocks), **{name: len(s.blocks) for name, s in students.items()}}
-    return BoundSpace(space, shape, tokens, drop_order or (lambda name: tuple(reversed(range(depths[name])))))
+    order = drop_order or (lambda name: tuple(reversed(range(depths[name]))))
+    return BoundSpace(space, shape, tokens, order, most_tokens)
 
 
 def _parameter(rule: Rule, axis_name: str, group: int, sites: Sequence[Site]) -> str:

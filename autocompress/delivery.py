@@ -24,7 +24,14 @@ from autocompress.calm import Calm
 from autocompress.config import RunConfig
 from autocompress.errors import ConfigError, ExportError, RuntimeBuildError, first_line, quoted
 from autocompress.evaluate import Workshop
-from autocompress.exported import CONFIRMING_PAIRS, FORMATS, MEASUREMENT_SCHEMA, UNPACKED, require_same_sums
+from autocompress.exported import (
+    CONFIRMING_PAIRS,
+    FORMATS,
+    MEASUREMENT_SCHEMA,
+    UNPACKED,
+    require_same_numbers,
+    require_same_sums,
+)
 from autocompress.parcel import MEASUREMENT, put, require_place, seal
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Drop, Measurement
@@ -114,8 +121,12 @@ def export(
         calm, workshop = study.calm, Workshop(run, candidate.folder / "artefacts", progress)
         study.identity.require_data(workshop.task.fingerprint)
         # Its artefact ships as it is; where latency is of a device, so is what the score names as its machine.
-        if format_of(run) in formats and not run.search.device:
-            require_same_sums(candidate.plan, candidate.score.fingerprint, f"export: trial {candidate.number}")
+        if not run.search.device:
+            what, there = f"export: trial {candidate.number}", candidate.score.fingerprint
+            if format_of(run) in formats:
+                require_same_sums(candidate.plan, there, what)
+            if UNPACKED.keys() & {*formats}:
+                require_same_numbers(candidate.plan, there, what)
         kept = (workshop.artefacts / candidate.plan.plan_id).is_dir() and workshop.reference_folder.is_dir()
         if not kept or {*formats} != {format_of(run)}:  # something is made of the model
             study.identity.require_model(workshop.teacher.base)

@@ -103,6 +103,26 @@ def require_same_sums(plan: CompressionPlan, built_on: Mapping[str, Any], what: 
         )
 
 
+def require_same_numbers(plan: CompressionPlan, built_on: Mapping[str, Any], what: str) -> None:
+    """Refuse to make again here what has other numbers, or rounds otherwise, where it was built and scored.
+
+    Args:
+        plan: of the artefact.
+        built_on: fingerprint of that machine.
+        what: it is, for the message.
+
+    Raises:
+        ExportError: if CPUs of its kind and of this one multiply 8-bit numbers in different ways.
+    """
+    if not plan.narrow or "system" not in built_on:
+        return
+    if any(ask() != ask(built_on) for ask in (machine.adds_in_16_bits, machine.has_vnni)):
+        raise ExportError(
+            f"{what}: was scored on a CPU that multiplies 8-bit numbers otherwise, for which weights are rounded in "
+            "another way than for this one; export on a CPU of that kind"
+        )
+
+
 def _time_in_pytorch(
     folder: Path, runner: str, inputs: Mapping[str, np.ndarray], target: TargetConfig, pairs: int
 ) -> dict[str, Any]:

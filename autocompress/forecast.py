@@ -161,7 +161,9 @@ def forecast(run: RunConfig, progress: Progress = silent) -> Forecast:
         loaded = workshop.loaded(workshop.source)
         # The time of a forward pass does not depend on what was learned.
         workshop.__dict__["teacher"] = loaded
-        space = bind(SearchSpace.load(run.space), loaded.shape, tokens=run.target.tokens)
+        space = bind(
+            SearchSpace.load(run.space), loaded.shape, tokens=run.target.tokens, most_tokens=run.data.max_tokens
+        )
         progress(f"timing a few training steps of {run.model.id}")
         epoch = _epoch_seconds(workshop, loaded)
         progress("timing the uncompressed model, its importance scores and sensitivities")

@@ -33,6 +33,11 @@ def costs(candidates: Iterable[Candidate], objectives: Sequence[str]) -> np.ndar
     return np.array(rows, dtype=float).reshape(len(rows), len(objectives))
 
 
+def tells(candidate: Candidate, objectives: Sequence[str]) -> bool:
+    """Return whether a candidate is usable and all objectives were measured; older versions took fewer."""
+    return candidate.usable and all(getattr(candidate.score, OBJECTIVES[name][0]) is not None for name in objectives)
+
+
 def nondominated(points: np.ndarray) -> np.ndarray:
     """Return which rows no other row dominates; of equal rows the first one.
 
@@ -67,16 +72,12 @@ class Unbeaten:
         """Return those of ``candidates``, which were added at the end since the last call, by number."""
         if self._seen != len(candidates):
             latest = itertools.islice(candidates.values(), self._seen, None)
-            found = self._found + [c for c in latest if c.usable and c.origin != self._without and self._tells(c.score)]
+            found = self._found + [c for c in latest if c.origin != self._without and tells(c, self._objectives)]
             found.sort(key=lambda c: c.number)  # of equal ones the first is kept
             kept = nondominated(costs(found, self._objectives))
             self._found = [c for c, on_it in zip(found, kept, strict=True) if on_it]
             self._seen = len(candidates)
         return self._found
-
-    def _tells(self, score: Measurement) -> bool:
-        """Whether all objectives were measured; older versions took fewer."""
-        return all(getattr(score, OBJECTIVES[name][0]) is not None for name in self._objectives)
 
 
 def contenders(front: Sequence[Candidate], others: Iterable[Candidate], objectives: Sequence[str]) -> list[Candidate]:

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from autocompress.binding import BoundSpace
 from autocompress.ledger import excesses
 from autocompress.mutation import by_promise, mutated
-from autocompress.pareto import costs, nondominated
+from autocompress.pareto import costs, nondominated, tells
 from autocompress.plan import CompressionPlan
 from autocompress.records import QUALITIES
 from autocompress.seeds import sensitivity_ladder, uniform_ladder
@@ -151,11 +151,10 @@ class Proposals:
         predictor, told = self._of.predictor, self._of.told
         assert predictor is not None
         guide = np.array([name == predictor.guide for name in told])
-        candidates = [c for c in self._of.candidates() if c.usable and c.number in predictor.settled]
-        if not candidates:  # those that it learned from are others than those that keep to the constraints
-            return np.array(self._of.rivals()), np.zeros(len(told))
+        candidates = [c for c in self._of.candidates() if c.origin != "recover" and tells(c, told)]
         found = costs(candidates, told)
-        found[:, guide] = [[predictor.settled[c.number]] for c in candidates]
+        for cost, candidate in zip(found, candidates, strict=True):  # of the eldest of very many it learned nothing
+            cost[guide] = predictor.settled.get(candidate.number, cost[guide])
         return found[nondominated(found)], np.where(guide, predictor.guide_deviation, 0.0)
 
     def enqueue_unknown(self) -> bool:

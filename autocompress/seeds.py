@@ -9,6 +9,7 @@ predictions hold possible.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -106,9 +107,10 @@ def _params(space: BoundSpace, recipe: Mapping[str, Any]) -> dict[str, Value]:
 
 def _narrow(space: BoundSpace) -> list[dict[str, Any]]:
     """Return the bits of layers below 8 with those of the tables, those for integer products first."""
-    axes = (rule.bits for rule in space.space.rules if rule.bits is not None)
+    layers = [name for name in space.shape.sites() if name.startswith("block.")]
+    axes = (r.bits for r in space.space.rules if r.bits is not None and fnmatch.filter(layers, r.match))
     found = {choice for axis in axes for choice in axis.choices if bits_of(choice) < 8}
-    of_layers = sorted((c for c in found if isinstance(c, str)), reverse=True) + [4] * (4 in found)
+    of_layers = sorted(found, key=lambda c: (isinstance(c, str), bits_of(c)), reverse=True)
     return [{"bits": choice, "embeddings": bits_of(choice)} for choice in of_layers]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,34 @@ def test_what_comes_back_predicts_as_the_artefact(
     again = AutoModelForSequenceClassification.from_pretrained(saved).eval()
     with torch.no_grad():
         assert torch.equal(again(**batch.inputs()).logits, found(**batch.inputs()).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "sinusoidal distilbert", "electra"])
+def test_every_family_comes_back(
+    family: str, tiny_run: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from autocompress.hf.modeling import compressed_model
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model(family.split()[-1]), folder)
+    if "sinusoidal" in family:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**config, "sinusoidal_pos_embds": True}), encoding="utf-8")
+    run = tiny_run([f"model.id={json.dumps(str(folder))}"])
+    workshop = Workshop(run, tmp_path / "work")
+    plan = CompressionPlan((*PLANS["widths"], *PLANS["inputs"][:1]))  # type: ignore[arg-type]
+    base, kept, pieces = workshop.parted(plan)
+    made = compressed_model(cut_to_blocks(base, kept), pieces, plan, workshop.teacher_folder, workshop.runtime)
+    made.save_pretrained(tmp_path / "saved")
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    session = workshop.runtime.load(workshop.build(plan, tmp_path / "artefact"), run.target)
+    for batch in workshop.splits["search"].head(24).in_order_of_length(8):
+        with torch.no_grad():
+            logits = found(**batch.inputs()).logits.numpy()
+        np.testing.assert_allclose(logits, session.run(batch.arrays()), atol=0.05)
 
 
 @pytest.mark.slow

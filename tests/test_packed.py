@@ -48,7 +48,8 @@ def test_a_layer_multiplies_by_what_is_stored(decision: Quantize | None) -> None
     wanted = read.numpy() @ weight.restored().T + bias
     np.testing.assert_allclose(layer(read).numpy(), wanted, rtol=1e-5, atol=1e-5)
     held = sum(tensor.nbytes for name, tensor in layer.state_dict().items() if name != "bias")
-    assert held <= weight.stored_bytes + 6 * 4
+    beside = sum(part.nbytes for part in (weight.scales, weight.multiples) if part is not None)
+    assert held <= weight.values.size * weight.bits // 8 + beside + 6 * 4
 
 
 def test_inputs_of_integer_products_are_rounded_to_their_grid() -> None:

@@ -294,6 +294,20 @@ def test_the_uniform_ladder_has_every_depth(at_most: int, expected: list[int]) -
     assert sorted(dropped) == expected
 
 
+def test_the_ladder_has_every_number_of_bits_that_layers_may_have() -> None:
+    text = {
+        "schema": 1,
+        "name": "test",
+        "rules": [
+            {"match": "block.*.ffn", "bits": {"choices": [16, 8, "w3a8", 3, 2], "tie": "all"}},
+            {"match": "embeddings", "bits": [8, 4]},
+        ],
+    }
+    space = bind(validated(SearchSpace, text, "test"), SHAPE, tokens=64)
+    found = {params["ffn.bits.0"] for params in uniform_ladder(space)}
+    assert found == {16, 8, "w3a8", 3, 2}
+
+
 def test_plans_are_counted_without_asking_which_blocks_go() -> None:
     """To tell the order of a student's blocks it has to be distilled, which the first candidates need not wait for."""
     asked: list[str] = []

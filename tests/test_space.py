@@ -419,6 +419,20 @@ def test_lengths_are_fractions_of_the_targets_or_counts() -> None:
     assert [space.plan(params).of_type(MaxTokens) for params in uniform_ladder(space)] == found
 
 
+def test_to_cut_where_no_text_is_longer_is_no_decision() -> None:
+    text = {
+        "schema": 1,
+        "name": "test",
+        "max_tokens": ["full", 0.5, 48, 600],
+        "rules": [{"match": "head", "bits": [8]}],
+    }
+    space = bind(validated(SearchSpace, text, "test"), MINILM, tokens=64, most_tokens=48)
+    assert space.lengths() == [0.5]
+    assert len({space.plan({"max_tokens": choice}).plan_id for choice in ("full", 48, 600)}) == 1
+    assert space.options(MINILM)[MODEL_SITE] == [MaxTokens(tokens=32)]
+    assert space.without_order().lengths() == [0.5]
+
+
 def test_what_was_removed_may_be_made_up_for() -> None:
     widths = (
         "rules: [{match: block.*.ffn, neurons: {choices: [1.0, 0.5], tie: all}, bits: {choices: [16, 8], tie: all}}]"

@@ -251,6 +251,7 @@ def knowing(folder: Path, *overrides: str, predictor: Knowing | None = None) -> 
 def test_half_the_size_of_a_small_model_promises_as_much_as_half_of_a_large_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And what was recovered stands beside no prediction of what was not."""
     large, small, slightly, half = itertools.islice(uniform_ladder(SMALL), 4)
     costs = {
         SMALL.plan(slightly).plan_id: [-0.89, 95e6, 0.9],
@@ -258,8 +259,8 @@ def test_half_the_size_of_a_small_model_promises_as_much_as_half_of_a_large_one(
     }
 
     class Expecting(Knowing):
-        guide = "accuracy"
-        settled: Mapping[int, float] = MappingProxyType({})
+        guide, guide_deviation = "accuracy", 0.0
+        settled: Mapping[int, float] = MappingProxyType({2: -0.95})  # the others are elder than what it learned from
 
         def expected(self, plan: CompressionPlan, told: Sequence[str]) -> list[float]:
             assert list(told) == ["accuracy", "size_bytes", "latency"]
@@ -271,6 +272,8 @@ def test_half_the_size_of_a_small_model_promises_as_much_as_half_of_a_large_one(
     with closing(knowing(folder, *wanted, predictor=Expecting())) as study:
         study.add(SMALL.plan(large), make_measurement(accuracy=0.9, size_bytes=10**8, ratio=1.0), origin="sampler")
         study.add(SMALL.plan(small), make_measurement(accuracy=0.4, size_bytes=10**6, ratio=0.01), origin="sampler")
+        recovered = SMALL.plan(small).recovered(Recover(epochs=1))
+        study.add(recovered, make_measurement(accuracy=0.95, size_bytes=10**5, ratio=0.001), origin="recover")
         asked = study.ask()
     assert asked is not None
     assert asked[1] == SMALL.plan(half)

@@ -222,6 +222,8 @@ def compressed_model(
     base[layers] = len(model.block_list())
     for name in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         base.pop(name, None)
+    if base.get("sinusoidal_pos_embds"):  # DistilBERT's: a table to begin with, as large as the uncompressed one
+        base["sinusoidal_pos_embds"] = False
     module = packed_model(model, pieces, runtime)
     kept: Any = model.module.config
     base |= {"id2label": kept.id2label, "label2id": kept.label2id}

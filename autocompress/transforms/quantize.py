@@ -73,12 +73,6 @@ class Packed:
         return self.values.shape[0], math.prod(self.values.shape[1:])
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes of values, multiples and float32 scales in a file that leaves no bits between narrow numbers."""
-        values = self.values.size * self.bits // 8
-        return values + sum(part.nbytes for part in (self.scales, self.multiples) if part is not None)
-
-    @property
     def zero(self) -> int:
         """What is added to values below 8 bits where they are stored from 0 on."""
         return int(2 ** (self.bits - 1))
