@@ -81,8 +81,9 @@ def formats() -> dict[str, str]:
     same = "refused where the copy predicts otherwise than it was scored"
     nearly = f"refused where fewer than {LEAST_AGREEMENT:.0%} of the search rows are predicted as they were scored"
     found = {name: f"what {runtime} runs; {same}" for name, runtime in FORMATS.items()}
-    found["hf"] = f"what transformers read after `import autocompress`, with unpacked weights; {nearly}"
-    found["torch"] = f"the same as one program; {nearly}, or where torch.export cannot record the architecture"
+    kind = "or where one of few bits was searched on a CPU with VNNI and is exported on one without, or the other way"
+    found["hf"] = f"what transformers read after `import autocompress`, with unpacked weights; {nearly}, {kind}"
+    found["torch"] = f"the same as one program; {nearly}, {kind}, or where torch.export cannot record the architecture"
     return found
 
 

@@ -165,9 +165,10 @@ def main() -> None:
     options = parser.parse_args()
     figures = Figures("search-hypervolume", "python benchmarks/hypervolume.py")
     figures.read()
-    figures.more = {key: run for key, run in figures.more.items() if "ideal" in run}  # others are of an earlier version
-    for run in figures.more.values():
-        run.setdefault("commit", figures.figures[0].commit)
+    known: dict[str, Any] = figures.more
+    figures.more = {  # others are of an earlier version
+        key: {"commit": figures.figures[0].commit, **run} for key, run in known.items() if "ideal" in run
+    }
     for seed in options.seeds:
         for data in options.data:
             for kind in options.kinds:
