@@ -462,7 +462,7 @@ def test_an_export_is_adjusted_as_the_front_that_it_is_of(
     found = api.open_study(copy)
     pace_ms = found.reference.reference_ms
     study = Study(copy, found.run, writable=True)
-    study._keep_calm(Calm(pace_ms, spared=0.5))
+    study._ledger._keep_calm(Calm(pace_ms, spared=0.5))
     study.close()
     reload = delivery._reload
 
