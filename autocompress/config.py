@@ -143,7 +143,7 @@ class SearchConfig(Section):
         4, ge=2, le=10_000, description="blocks of runs of the candidate and of the reference, alternating"
     )
     confirm_pairs: int = Field(
-        8, ge=0, le=10_000, description="such blocks that time each point of the front anew at the end; 0 for none"
+        6, ge=0, le=10_000, description="such blocks that time each point of the front anew at the end; 0 for none"
     )
     reconstruct: bool = Field(
         False,

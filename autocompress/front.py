@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 import numpy as np
 
 from autocompress.errors import ConfigError, NoFeasiblePointError
-from autocompress.pareto import costs, nondominated
+from autocompress.pareto import costs, nondominated, stands_for, told_apart
 from autocompress.records import Candidate, Measurement
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Front:
     """The candidates that no other dominates, in order of falling accuracy, with the reference they are held against.
 
     Args:
-        points: feasible, complete and non-dominated candidates.
+        points: feasible, complete and non-dominated candidates that their latencies tell apart (`pareto.told_apart`).
         reference: score of the uncompressed model in the same runtime.
         objectives: names of the objectives that dominance was judged by.
         nearby: candidates that would be on a front of divergence in place of quality, and are not on this one. What
@@ -157,7 +157,7 @@ class Front:
         """Build the front of ``candidates``; failed and infeasible ones stand neither on it nor nearby."""
         usable = [c for c in candidates if c.usable]
         mask = nondominated(costs(usable, objectives))
-        points = [c for c, kept in zip(usable, mask, strict=True) if kept]
+        points = told_apart([c for c, kept in zip(usable, mask, strict=True) if kept], objectives)
         points.sort(key=lambda c: (-c.score.accuracy, c.score.latency_ratio, c.number))
         numbers = {c.number for c in points}
         others = tuple(c for c in nearby if c.usable and c.number not in numbers)
@@ -306,9 +306,13 @@ class Front:
         if not candidate.feasible:
             reason += "; it breaks a constraint"
         elif all(point.number != candidate.number for point in self.points):
-            no_worse = costs(self.points, self.objectives) <= costs([candidate], self.objectives)
-            by = self.points[int(no_worse.all(axis=1).argmax())]
-            reason += f"; not on the front, where trial {by.number} is at least as good in every objective"
+            no_worse = (costs(self.points, self.objectives) <= costs([candidate], self.objectives)).all(axis=1)
+            reason += "; not on the front"
+            if no_worse.any():
+                number = self.points[int(no_worse.argmax())].number
+                reason += f", where trial {number} is at least as good in every objective"
+            elif (by := stands_for(candidate, self.points, self.objectives)) is not None:
+                reason += f", where trial {by.number} is as fast as far as timings tell, and as good in all else"
         return Choice(candidate, reason, self.neighbours(candidate))
 
     def to_frame(self) -> pd.DataFrame:

@@ -8,12 +8,13 @@ Comparative Case Study and the Strength Pareto Approach", IEEE Transactions on E
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from autocompress.errors import ConfigError
-from autocompress.records import OBJECTIVES, Z95, Candidate, Measurement
+from autocompress.records import OBJECTIVES, Candidate, Measurement
 
 
 def costs(candidates: Iterable[Candidate], objectives: Sequence[str]) -> np.ndarray:
@@ -80,26 +81,76 @@ class Unbeaten:
         return self._found
 
 
+def told_apart(front: Sequence[Candidate], objectives: Sequence[str]) -> list[Candidate]:
+    """Return those of a front that another one does not stand for, as far as timings can tell the two apart.
+
+    One stands for another that it is no worse than in all but latency, if that is faster by less than a standard
+    deviation of their difference: timed once more, either may be the faster one. Who is left out has one that stands
+    for it among those that stay: they are an epsilon-approximate Pareto set (Laumanns, Thiele, Deb and Zitzler 2002,
+    "Combining Convergence and Diversity in Evolutionary Multiobjective Optimization"), with an epsilon for each pair.
+
+    Args:
+        front: candidates of which none dominates another.
+        objectives: that they were compared in.
+    """
+    if "latency" not in objectives or not front:
+        return list(front)
+    field = _Field(front, objectives)
+    stays = np.zeros(len(front), dtype=bool)
+    for n in np.argsort(-field.latencies, kind="stable"):  # the slowest first: the only ones to stand for the others
+        stays[n] = (field.lacking(front[n])[stays] <= 0).all()
+    return [candidate for candidate, kept in zip(front, stays, strict=True) if kept]
+
+
+def stands_for(candidate: Candidate, front: Sequence[Candidate], objectives: Sequence[str]) -> Candidate | None:
+    """Return the point of a front that stands for a candidate most clearly, see `told_apart`; None if none does."""
+    if "latency" not in objectives or not front:
+        return None
+    lacking = _Field(front, objectives).lacking(candidate)
+    return front[int(lacking.argmax())] if lacking.max() > 0 else None
+
+
 def contenders(front: Sequence[Candidate], others: Iterable[Candidate], objectives: Sequence[str]) -> list[Candidate]:
     """Return those of ``others`` that may belong on a front, as their latencies were timed once, at one moment.
 
-    They would be on it if their latency were a standard deviation lower. As many again would be at the low end of the
-    interval, to be timed as long as others and hardly ever to be on the front. Who has the least to gain comes first.
+    They would be on it if their latency were a standard deviation lower, and known as well as those of the front's
+    points. As many again would be at the low end of the interval, to be timed as long as others and hardly ever to be
+    on the front. Who has the least to gain comes first.
     """
     if "latency" not in objectives or not front:
         return []
-    column, points = list(objectives).index("latency"), costs(front, objectives)
-    on_it, found = {candidate.number for candidate in front}, []
+    field, on_it, found = _Field(front, objectives), {candidate.number for candidate in front}, []
     for candidate in others:
         if not candidate.usable or candidate.number in on_it or candidate.score.confirmed:
             continue
-        own = costs([candidate], objectives)[0]
-        no_worse = np.delete(points, column, axis=1) <= np.delete(own, column)
-        limit = float(points[no_worse.all(axis=1), column].min(initial=np.inf))
-        lower = own[column] * (candidate.score.latency_ratio_low / own[column]) ** (1 / Z95)
-        if lower < limit <= own[column]:
-            found.append((own[column] / limit, candidate.number, candidate))
+        lacking = float(field.lacking(candidate, known_as_well=True).max())
+        if lacking <= candidate.score.latency_deviation:
+            found.append((lacking, candidate.number, candidate))
     return [candidate for *_, candidate in sorted(found)]
+
+
+class _Field:
+    """Points that others are compared with, latency, which is never twice the same, apart from all else."""
+
+    def __init__(self, points: Sequence[Candidate], objectives: Sequence[str]) -> None:
+        self._rest = [name for name in objectives if name != "latency"]
+        self._others = costs(points, self._rest)
+        self.latencies = np.log([point.score.latency_ratio for point in points])
+        self._deviations = np.array([point.score.latency_deviation for point in points])
+
+    def lacking(self, candidate: Candidate, *, known_as_well: bool = False) -> np.ndarray:
+        """Return by how much the logarithm of a candidate's latency must fall until each point does not stand for it.
+
+        Args:
+            candidate: the candidate.
+            known_as_well: whether its latency counts as one that deviates by no more than the point's.
+
+        Returns:
+            ``points``; minus infinity where the candidate is better in anything else.
+        """
+        no_worse = (self._others <= costs([candidate], self._rest)).all(axis=1)
+        apart = np.hypot(self._deviations, self._deviations if known_as_well else candidate.score.latency_deviation)
+        return np.where(no_worse, math.log(candidate.score.latency_ratio) + apart - self.latencies, -math.inf)
 
 
 def nondominated_ranks(points: np.ndarray) -> np.ndarray:

@@ -115,6 +115,11 @@ class Measurement:
         """Whether other programs took so much of the cores that the latency says more of them than of the model."""
         return self.latency_waited > DISTURBED
 
+    @property
+    def latency_deviation(self) -> float:
+        """Standard deviation of the latency ratio's logarithm, by its interval."""
+        return math.log(self.latency_ratio_high / self.latency_ratio_low) / (2 * Z95)
+
     def drifting(self, drift: float) -> Measurement:
         """Return self with an interval that holds from one time to another, between which ratios drift."""
         if not drift:
@@ -249,24 +254,20 @@ class Candidate:
         return self.measurement
 
 
-def drift_of(before: Sequence[Measurement], after: Sequence[Measurement]) -> float:
-    """Return by how much latencies of one artefact differ from one time to another beyond their own intervals.
+def drift_of(before: Sequence[Measurement], after: Sequence[Measurement], *, pairs: tuple[int, int]) -> float:
+    """Return by how much latencies of one artefact differ from one time to another beyond what pairs of one time tell.
 
     That is the standard deviation of a normal effect on the logarithm of each ratio, by the method of moments (Hedges
-    1983, "A Random Effects Model for Effect Sizes"): the mean square of the differences between two times, less the
-    mean of what the intervals make of it, is twice the effect's variance. What all artefacts differ by alike is a part
-    of it: whole machines drift, too.
+    1983, "A Random Effects Model for Effect Sizes"): the variance of the differences between two times, less what pairs
+    of one time make of it, is twice the effect's variance. What all artefacts differ by alike comes of the way in which
+    they were taken, and is no part of it.
 
     Args:
         before: at one time.
-        after: of the same artefacts at another one.
+        after: of the same artefacts, two or more, at another one.
+        pairs: of blocks that a latency was taken from, before and after. The interval of few of them says how far
+            ratios drift, too (see `timing.summarize`); only that of the many is read.
     """
-    both = list(zip(before, after, strict=True))
-    seen = statistics.fmean(math.log(b.latency_ratio / a.latency_ratio) ** 2 for a, b in both)
-    own = statistics.fmean(_own_variance(a) + _own_variance(b) for a, b in both)
-    return math.sqrt(max(0.0, seen - own) / 2)
-
-
-def _own_variance(measured: Measurement) -> float:
-    """Return the variance of the ratio's logarithm by its interval."""
-    return (math.log(measured.latency_ratio_high / measured.latency_ratio_low) / (2 * Z95)) ** 2
+    moved = [math.log(a.latency_ratio / b.latency_ratio) for b, a in zip(before, after, strict=True)]
+    own = statistics.fmean(a.latency_deviation**2 for a in after) * (1 + pairs[1] / pairs[0])
+    return math.sqrt(max(0.0, statistics.variance(moved) - own) / 2)

@@ -188,7 +188,7 @@ def _confirm(
 ) -> None:
     """Time the front's points anew, one after the other; points that this pushes off the front stay in the study.
 
-    With them those that may belong there, as far as there are no more of them.
+    Then those that may belong there, as far as there are no more of them.
     """
 
     def waiting() -> list[Candidate]:
@@ -196,7 +196,8 @@ def _confirm(
 
     if study.run.search.confirm_pairs and (candidates := waiting()):
         stage("timing the front anew")
-        candidates += study.contenders(study.candidates())[: len(study.front())]
+        confirm(study, workshop, candidates, quiet=quiet, progress=progress)
+        candidates = waiting() + study.contenders(study.candidates())[: len(study.front())]
         while candidates:
             confirm(study, workshop, candidates, quiet=quiet, progress=progress)
             candidates = waiting()

@@ -226,6 +226,10 @@ class TestReasons:
         expected = f"{said}; not on the front, where trial 2 is at least as good in every objective"
         assert front.asked_for(beaten).reason == expected
         assert {near.better for near in front.asked_for(beaten).neighbours} == {"accuracy", "size_bytes", "latency"}
+        alike = make_candidate(9, accuracy=0.869, size_bytes=17_000_000, ratio=0.299)
+        expected = f"{said}; not on the front, where trial 2 is as fast as far as timings tell, and as good in all else"
+        assert alike not in Front.of([*front.points, alike], make_reference(), ALL).points
+        assert front.asked_for(alike).reason == expected
         assert front.asked_for(make_candidate(9, feasible=False)).reason == f"{said}; it breaks a constraint"
         failed = front.asked_for(make_candidate(9, state="FAIL"))
         assert (failed.reason, failed.neighbours) == (f"{said}; it has no measurement", ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 
 import numpy as np
@@ -11,8 +12,18 @@ import pytest
 from helpers_records import make_candidate, make_reference, random_candidates
 
 from autocompress.errors import ConfigError
-from autocompress.pareto import Unbeaten, contenders, costs, hypervolume, nondominated, volume, volume_curve
-from autocompress.records import Candidate
+from autocompress.pareto import (
+    Unbeaten,
+    contenders,
+    costs,
+    hypervolume,
+    nondominated,
+    stands_for,
+    told_apart,
+    volume,
+    volume_curve,
+)
+from autocompress.records import Z95, Candidate
 
 ALL = ("accuracy", "size_bytes", "latency")
 
@@ -186,35 +197,84 @@ def test_the_curve_of_two_thousand_candidates_that_all_improve_takes_no_time() -
     assert curve[-1] == pytest.approx(volume(candidates, make_reference(), 0.4))
 
 
-def timed(number: int, ratio: float, low: float, *, accuracy: float = 0.8, confirmed: bool = False) -> Candidate:
-    candidate = make_candidate(number, accuracy=accuracy, size_bytes=10_000_000, ratio=ratio)
-    score = dataclasses.replace(candidate.score, latency_ratio_low=low, confirmed=confirmed)
+def deviating(number: int, ratio: float, deviation: float, *, accuracy: float = 0.8) -> Candidate:
+    """Return a candidate whose latency has a standard deviation."""
+    candidate = make_candidate(number, accuracy=accuracy, ratio=ratio)
+    low, high = (ratio * math.exp(sign * Z95 * deviation) for sign in (-1, 1))
+    score = dataclasses.replace(candidate.score, latency_ratio_low=low, latency_ratio_high=high)
     return dataclasses.replace(candidate, measurement=score)
 
 
-class TestContenders:
-    FRONT = (timed(0, 0.3, 0.29), timed(1, 0.5, 0.49, accuracy=0.9))
+@pytest.mark.parametrize("seed", range(20))
+def test_of_points_that_timings_cannot_tell_apart_one_stands_for_the_others(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    drawn = [
+        make_candidate(
+            n,
+            accuracy=round(float(rng.uniform(0.6, 0.9)), 2),
+            size_bytes=int(rng.integers(10, 20)) * 1_000_000,
+            ratio=float(rng.uniform(0.3, 0.36)),  # with standard deviations of 1 %
+        )
+        for n in range(60)
+    ]
+    points = costs(drawn, ALL)
+    front = [c for c, kept in zip(drawn, nondominated(points), strict=True) if kept]
+    stay = told_apart(front, ALL)
+    apart = math.hypot(*2 * [drawn[0].score.latency_deviation])
+    assert apart == pytest.approx(0.0144, abs=0.0001)
 
-    def test_they_may_be_faster_than_what_is_no_worse_otherwise(self) -> None:
+    def stand_for(candidate: Candidate) -> list[int]:
+        own = costs([candidate], ALL)[0]
+        as_good = np.all(costs(stay, ALL)[:, :2] <= own[:2], axis=1)
+        as_fast = np.log(costs(stay, ALL)[:, 2] / own[2]) < apart
+        return [c.number for c, stands in zip(stay, as_good & as_fast, strict=True) if stands]
+
+    left_out = {c.number for c in front} - {c.number for c in stay}
+    for candidate in front:
+        found = stand_for(candidate)
+        assert found if candidate.number in left_out else found == [candidate.number]
+        by = stands_for(candidate, [c for c in stay if c is not candidate], ALL)
+        assert (by is not None and by.number in found) == (candidate.number in left_out)
+    assert [c.number for c in stay] == [c.number for c in front if c.number not in left_out], "in the same order"
+    assert told_apart(front, ALL[:2]) == front, "nobody asked for latency"
+    for objectives, among in ((ALL[:2], stay), (ALL, [])):
+        assert stands_for(front[0], among, objectives) is None
+
+
+def test_points_stand_for_others_only_within_what_timings_tell() -> None:
+    # Each is a little faster than the one before, and a little less accurate: the first stands for the second alone.
+    chain = [make_candidate(n, accuracy=0.8 - 0.01 * n, ratio=0.5 * 0.99**n) for n in range(6)]
+    assert [c.number for c in told_apart(chain, ALL)] == [0, 2, 4]
+    assert [c.number for c in told_apart(chain[::-1], ALL)] == [4, 2, 0]
+
+
+class TestContenders:
+    """The front's latencies have a standard deviation of 1 %, and none has what lacks less than its own."""
+
+    FRONT = (make_candidate(0, accuracy=0.8, ratio=0.3), make_candidate(1, accuracy=0.9, ratio=0.5))
+
+    def test_they_would_be_on_the_front_if_faster_by_a_standard_deviation_and_known_as_well(self) -> None:
         others = [
-            timed(2, 0.32, 0.28),
-            timed(3, 0.305, 0.295),
-            timed(4, 0.31, 0.301),  # not even at its best
-            timed(5, 0.6, 0.4, accuracy=0.85),
-            timed(6, 0.6, 0.41, accuracy=0.9),
-            timed(7, 0.7, 0.55, accuracy=0.9),
-            timed(8, 0.32, 0.29),  # at its best, and that is not to be expected
+            deviating(2, 0.32, 0.06),  # behind by more than that, with what tells two apart
+            deviating(3, 0.297, 0.02),
+            deviating(4, 0.303, 0.005),
+            deviating(5, 0.6, 0.1, accuracy=0.85),
+            deviating(6, 0.48, 0.1, accuracy=0.9),
+            deviating(7, 0.55, 0.1, accuracy=0.9),
+            deviating(8, 0.303, 0.03),
         ]
         found = contenders(self.FRONT, [*self.FRONT, *others], ALL)
-        assert [c.number for c in found] == [3, 2, 5, 6], "who has the least to gain comes first"
+        assert [c.number for c in found] == [6, 3, 8], "who has the least to gain comes first"
 
     def test_what_was_timed_with_care_does_not_count_nor_what_is_infeasible_or_failed(self) -> None:
-        slow = timed(2, 0.32, 0.2, confirmed=True)
-        infeasible = dataclasses.replace(timed(3, 0.32, 0.2), feasible=False)
-        assert contenders(self.FRONT, [slow, infeasible, make_candidate(4, state="FAIL")], ALL) == []
+        near = deviating(2, 0.297, 0.02)
+        careful = dataclasses.replace(near, measurement=dataclasses.replace(near.score, confirmed=True))
+        infeasible = dataclasses.replace(near, number=3, feasible=False)
+        assert contenders(self.FRONT, [near], ALL) == [near]
+        assert contenders(self.FRONT, [careful, infeasible, make_candidate(4, state="FAIL")], ALL) == []
 
     def test_without_latency_or_a_front_there_are_none(self) -> None:
-        other = timed(2, 0.32, 0.2)
+        other = deviating(2, 0.297, 0.02)
         assert contenders(self.FRONT, [other], ("accuracy", "size_bytes")) == []
         assert contenders((), [other], ALL) == []
 

@@ -138,32 +138,40 @@ class TestDrift:
 
     WITHIN, DRIFT, ARTEFACTS = 0.01, 0.03, 4000
 
-    def taken(self, rng: np.random.Generator, *, drift: float) -> list[Measurement]:
+    def taken(self, rng: np.random.Generator, *, drift: float, within: float = WITHIN) -> list[Measurement]:
         found = []
         for _ in range(self.ARTEFACTS):
-            effect, error = rng.normal(0, drift), rng.normal(0, self.WITHIN)
+            effect, error = rng.normal(0, drift), rng.normal(0, within)
             ratio = 0.3 * math.exp(effect + error)
             score = make_measurement(ratio=ratio)
-            low, high = (ratio * math.exp(sign * Z95 * self.WITHIN) for sign in (-1, 1))
+            low, high = (ratio * math.exp(sign * Z95 * within) for sign in (-1, 1))
             found.append(dataclasses.replace(score, latency_ratio_low=low, latency_ratio_high=high))
         return found
 
     def test_it_is_found(self) -> None:
         rng = np.random.default_rng(0)
         before, after = self.taken(rng, drift=self.DRIFT), self.taken(rng, drift=self.DRIFT)
-        assert drift_of(before, after) == pytest.approx(self.DRIFT, rel=0.05)
+        assert drift_of(before, after, pairs=(6, 6)) == pytest.approx(self.DRIFT, rel=0.05)
 
-    def test_what_a_whole_machine_drifts_by_is_of_it(self) -> None:
-        before, after = [make_measurement(ratio=0.5)] * 3, [make_measurement(ratio=0.55)] * 3
-        own = sum(
-            (math.log(s.latency_ratio_high / s.latency_ratio_low) / (2 * Z95)) ** 2 for s in (before[0], after[0])
-        )
-        assert 2 * drift_of(before, after) ** 2 == pytest.approx(math.log(1.1) ** 2 - own)
+    def test_it_is_found_of_few_pairs_whose_intervals_say_more(self) -> None:
+        rng = np.random.default_rng(0)
+        before = self.taken(rng, drift=self.DRIFT, within=self.WITHIN * math.sqrt(6 / 4))
+        wide = [dataclasses.replace(score, latency_ratio_low=0.9 * score.latency_ratio_low) for score in before]
+        after = self.taken(rng, drift=self.DRIFT)
+        assert drift_of(wide, after, pairs=(4, 6)) == pytest.approx(self.DRIFT, rel=0.05)
+
+    def test_what_all_differ_by_alike_is_none(self) -> None:
+        rng = np.random.default_rng(3)
+        before, after = self.taken(rng, drift=self.DRIFT), self.taken(rng, drift=self.DRIFT)
+        shifted = [dataclasses.replace(score, latency_ratio=1.1 * score.latency_ratio) for score in before]
+        found = drift_of(shifted, after, pairs=(6, 6))
+        assert found == pytest.approx(drift_of(before, after, pairs=(6, 6)))
 
     def test_there_is_none_where_intervals_tell_all(self) -> None:
         rng = np.random.default_rng(1)
-        assert drift_of(self.taken(rng, drift=0.0), self.taken(rng, drift=0.0)) < 0.3 * self.WITHIN
-        assert drift_of([make_measurement()] * 3, [make_measurement()] * 3) == 0.0
+        taken = [self.taken(rng, drift=0.0) for _ in range(2)]
+        assert drift_of(*taken, pairs=(6, 6)) < 0.3 * self.WITHIN
+        assert drift_of([make_measurement()] * 3, [make_measurement()] * 3, pairs=(6, 6)) == 0.0
 
     def test_an_interval_with_it_holds_at_another_time(self) -> None:
         rng = np.random.default_rng(2)
