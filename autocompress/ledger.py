@@ -141,10 +141,7 @@ class Ledger:
                     found[number] = self._confirm(candidate, self.calmed(candidate.score))
         calmed = {number: self.calmed(measured) for number, measured in latest.items()}
         if tells:
-            search = self._run.search
-            pairs = search.latency_pairs, search.confirm_pairs or search.latency_pairs
-            before = [self.calmed(c.score) for c in first.values()]
-            drift = drift_of(before, [calmed[n] for n in first], pairs=pairs)
+            drift = drift_of([self.calmed(c.score) for c in first.values()], [calmed[n] for n in first])
         else:
             drift = max((c.score.latency_drift for c in candidates.values() if c.measurement is not None), default=0.0)
         for number, measured in calmed.items():

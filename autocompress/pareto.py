@@ -113,9 +113,9 @@ def stands_for(candidate: Candidate, front: Sequence[Candidate], objectives: Seq
 def contenders(front: Sequence[Candidate], others: Iterable[Candidate], objectives: Sequence[str]) -> list[Candidate]:
     """Return those of ``others`` that may belong on a front, as their latencies were timed once, at one moment.
 
-    They would be on it if their latency were a standard deviation lower, and known as well as those of the front's
-    points. As many again would be at the low end of the interval, to be timed as long as others and hardly ever to be
-    on the front. Who has the least to gain comes first.
+    If their latency were a standard deviation lower, they would be faster than all that stand for them. As many again
+    would be at the low end of the interval, to be timed as long as others and hardly ever to be on the front. Who has
+    the least to gain comes first.
     """
     if "latency" not in objectives or not front:
         return []
@@ -123,7 +123,7 @@ def contenders(front: Sequence[Candidate], others: Iterable[Candidate], objectiv
     for candidate in others:
         if not candidate.usable or candidate.number in on_it or candidate.score.confirmed:
             continue
-        lacking = float(field.lacking(candidate, known_as_well=True).max())
+        lacking = float(field.lacking(candidate, apart=False).max())
         if lacking <= candidate.score.latency_deviation:
             found.append((lacking, candidate.number, candidate))
     return [candidate for *_, candidate in sorted(found)]
@@ -138,19 +138,19 @@ class _Field:
         self.latencies = np.log([point.score.latency_ratio for point in points])
         self._deviations = np.array([point.score.latency_deviation for point in points])
 
-    def lacking(self, candidate: Candidate, *, known_as_well: bool = False) -> np.ndarray:
+    def lacking(self, candidate: Candidate, *, apart: bool = True) -> np.ndarray:
         """Return by how much the logarithm of a candidate's latency must fall until each point does not stand for it.
 
         Args:
             candidate: the candidate.
-            known_as_well: whether its latency counts as one that deviates by no more than the point's.
+            apart: whether it must be told apart from the point, or be as fast at least.
 
         Returns:
             ``points``; minus infinity where the candidate is better in anything else.
         """
         no_worse = (self._others <= costs([candidate], self._rest)).all(axis=1)
-        apart = np.hypot(self._deviations, self._deviations if known_as_well else candidate.score.latency_deviation)
-        return np.where(no_worse, math.log(candidate.score.latency_ratio) + apart - self.latencies, -math.inf)
+        margin = np.hypot(self._deviations, candidate.score.latency_deviation) if apart else 0.0
+        return np.where(no_worse, math.log(candidate.score.latency_ratio) + margin - self.latencies, -math.inf)
 
 
 def nondominated_ranks(points: np.ndarray) -> np.ndarray:

@@ -65,8 +65,8 @@ class Measurement:
         latency_ratio: lower quartile of the candidate's runs over that of the reference's, below 1 is faster, with its
             95 % bootstrap interval.
         latency_waited: share of the time that threads stood ready without a core while it was taken by wall clock.
-        latency_drift: standard deviation, as a share, of ratios of one artefact from one time to another beyond what
-            pairs of one time tell; the interval includes it. 0 where it is not known.
+        latency_drift: standard deviation, as a share, of ratios of one artefact from one time to another; the interval
+            is no narrower than that. 0 where it is not known.
         latency_adjusted: what the ratio and its interval were multiplied by, since the reference was slower or faster
             than its pace while they were taken (`calm.py`).
         predictions: SHA-256 of the predicted classes, in row order.
@@ -121,17 +121,18 @@ class Measurement:
         return math.log(self.latency_ratio_high / self.latency_ratio_low) / (2 * Z95)
 
     def drifting(self, drift: float) -> Measurement:
-        """Return self with an interval that holds from one time to another, between which ratios drift."""
+        """Return self with an interval that is no narrower than ratios differ from one time to another.
+
+        Args:
+            drift: the standard deviation of that, as a share.
+        """
         if not drift:
             return self
-        low, high = (
-            math.hypot(math.log(end / self.latency_ratio), Z95 * drift)
-            for end in (self.latency_ratio_low, self.latency_ratio_high)
-        )
+        half = Z95 * drift
         return dataclasses.replace(
             self,
-            latency_ratio_low=self.latency_ratio * math.exp(-low),
-            latency_ratio_high=self.latency_ratio * math.exp(high),
+            latency_ratio_low=min(self.latency_ratio_low, self.latency_ratio * math.exp(-half)),
+            latency_ratio_high=max(self.latency_ratio_high, self.latency_ratio * math.exp(half)),
             latency_drift=drift,
         )
 
@@ -254,20 +255,16 @@ class Candidate:
         return self.measurement
 
 
-def drift_of(before: Sequence[Measurement], after: Sequence[Measurement], *, pairs: tuple[int, int]) -> float:
-    """Return by how much latencies of one artefact differ from one time to another beyond what pairs of one time tell.
+def drift_of(before: Sequence[Measurement], after: Sequence[Measurement]) -> float:
+    """Return by how much latencies of one artefact differ from one time to another.
 
-    That is the standard deviation of a normal effect on the logarithm of each ratio, by the method of moments (Hedges
-    1983, "A Random Effects Model for Effect Sizes"): the variance of the differences between two times, less what pairs
-    of one time make of it, is twice the effect's variance. What all artefacts differ by alike comes of the way in which
-    they were taken, and is no part of it.
+    That is the standard deviation of one time's logarithms of ratios: of the differences between two times, over the
+    square root of two. Pairs of blocks of one time tell less: few of them may be alike by chance, and all are of one
+    process. What all artefacts differ by alike comes of the way in which they were taken, and is no part of it.
 
     Args:
         before: at one time.
         after: of the same artefacts, two or more, at another one.
-        pairs: of blocks that a latency was taken from, before and after. The interval of few of them says how far
-            ratios drift, too (see `timing.summarize`); only that of the many is read.
     """
     moved = [math.log(a.latency_ratio / b.latency_ratio) for b, a in zip(before, after, strict=True)]
-    own = statistics.fmean(a.latency_deviation**2 for a in after) * (1 + pairs[1] / pairs[0])
-    return math.sqrt(max(0.0, statistics.variance(moved) - own) / 2)
+    return statistics.stdev(moved) / math.sqrt(2)

@@ -119,7 +119,7 @@ def ensure_reference(folder: Path, workshop: Workshop, progress: Progress) -> No
             + f", pairs with a reference slower than {timing.SLOWED:g} times its fastest taken anew and left out"
             + ", lower quartile of the candidate's runs over that of the reference's with its 95 % bootstrap interval "
             "over moments and pairs; where those of a front were taken twice they are adjusted to the reference's "
-            "pace, and the interval includes by how much they drift from one time to another",
+            "pace, and the interval is no narrower than they drift from one time to another",
         },
         "key": reference_key(workshop),
     }

@@ -188,7 +188,7 @@ def _confirm(
 ) -> None:
     """Time the front's points anew, one after the other; points that this pushes off the front stay in the study.
 
-    Then those that may belong there, as far as there are no more of them.
+    With them those that may belong there, up to half as many: of more, hardly one does.
     """
 
     def waiting() -> list[Candidate]:
@@ -196,8 +196,7 @@ def _confirm(
 
     if study.run.search.confirm_pairs and (candidates := waiting()):
         stage("timing the front anew")
-        confirm(study, workshop, candidates, quiet=quiet, progress=progress)
-        candidates = waiting() + study.contenders(study.candidates())[: len(study.front())]
+        candidates += study.contenders(study.candidates())[: len(study.front()) // 2]
         while candidates:
             confirm(study, workshop, candidates, quiet=quiet, progress=progress)
             candidates = waiting()

@@ -280,9 +280,8 @@ class Study:
         """Put latencies that were taken anew, by trial, in place of those that the search saw.
 
         Where there are enough of both they tell how the machine's slow times move ratios, which is taken out of the new
-        ones from then on (see `calm.py`), and how far these drift from one time to another nevertheless, which their
-        intervals include. The values that the sampler was told stay as they are: the study is a record of what
-        happened.
+        ones from then on (see `calm.py`), and how far these drift from one time to another nevertheless: no interval
+        is narrower. The values that the sampler was told stay as they are: the study is a record of what happened.
         """
         with self._records.batch():  # what is known of the machine, and all that is adjusted for it
             self._candidates.update(self._ledger.confirm(self._candidates, latest))

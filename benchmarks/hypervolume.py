@@ -62,7 +62,8 @@ def searched(data: str, kind: str, seed: int, trials: int, folder: Path) -> dict
         "curve": pareto.volume_curve(candidates, study.reference, majority),
         "ladder": pareto.volume(uniform, study.reference, majority),
         "plans of the ladder": len(uniform),
-        "ideal": pareto.volume([ideal(candidates)], study.reference, majority),
+        "ideal": pareto.volume([best_of(candidates)], study.reference, majority),
+        "for nothing": pareto.volume([best_of(candidates, costless=True)], study.reference, majority),
         "in logarithms": in_logarithms(candidates, study.reference, majority),
         "ladder in logarithms": in_logarithms(uniform, study.reference, majority),
         "commit": commit(),
@@ -81,14 +82,19 @@ def in_logarithms(candidates: list[Candidate], reference: Measurement, majority:
     return pareto.hypervolume(np.array(rows).reshape(len(rows), 3), (-majority, 0.0, 0.0))
 
 
-def ideal(candidates: list[Candidate]) -> Candidate:
-    """Return a point that is at once as accurate, as small and as fast as the best of these candidates."""
+def best_of(candidates: list[Candidate], *, costless: bool = False) -> Candidate:
+    """Return a point that is at once as accurate, as small and as fast as the best of these candidates.
+
+    Args:
+        candidates: of one study.
+        costless: whether it takes no bytes and no time instead: whatever is no more accurate covers less.
+    """
     scores = [c.score for c in candidates if c.measurement is not None]
     best = dataclasses.replace(
         scores[0],
         accuracy=max(s.accuracy for s in scores),
-        size_bytes=min(s.size_bytes for s in scores),
-        latency_ratio=min(s.latency_ratio for s in scores),
+        size_bytes=0 if costless else min(s.size_bytes for s in scores),
+        latency_ratio=0.0 if costless else min(s.latency_ratio for s in scores),
     )
     known = next(c for c in candidates if c.measurement is not None)
     return dataclasses.replace(known, measurement=best)
@@ -132,6 +138,10 @@ def conclude(figures: Figures, data: str, trials: int) -> None:
     add("the uniform ladder's hypervolume over random search's", [s["ladder"] / r["curve"][-1] for s, r in pairs])
     add("ideal point of its candidates, over the uniform ladder's", [s["ideal"] / s["ladder"] for s, _ in pairs])
     add("ideal point of its candidates, over random search's", [s["ideal"] / r["curve"][-1] for s, r in pairs])
+    if all("for nothing" in s for s, _ in pairs):
+        name = "as accurate as the best of its candidates for no bytes and no time"
+        add(f"{name}, over the uniform ladder's", [s["for nothing"] / s["ladder"] for s, _ in pairs])
+        add(f"{name}, over random search's", [s["for nothing"] / r["curve"][-1] for s, r in pairs])
     if after := of("random after the same start"):
         name = "hypervolume over random search's after the same start"
         add(name, [s["curve"][-1] / r["curve"][-1] for s, r in after])

@@ -91,7 +91,7 @@ def test_what_was_timed_at_a_bad_moment_comes_back(tmp_path: Path) -> None:
     drop_dominated(paper, tmp_path, candidates[3])
     assert paper.left() == {0, 1, 2}
     _confirm(paper, paper, None, lambda _: None, lambda _: None)
-    assert paper.rounds == [[1, 0], [2]]
+    assert paper.rounds == [[1, 0, 2]]
     assert {c.number for c in paper.front().points} == {1, 2}
     assert paper.left() == {1, 2}
     assert paper.rebuilt == []
@@ -173,8 +173,9 @@ def test_as_many_points_are_recovered_as_are_asked_for_and_one_that_cannot_be_co
     assert said.count("trial 0 cannot be recovered: nothing is left of it") == 1
 
 
-def test_no_more_contenders_are_timed_than_the_front_has_points(tmp_path: Path) -> None:
-    candidates = [timed(0, 0.8, 0.3, 0.29), *(timed(n, 0.8, 0.3 + n / 1000, 0.2) for n in range(1, 6))]
-    paper: Any = Paper(tmp_path, candidates, dict.fromkeys(range(6), 0.3))
+def test_half_as_many_contenders_are_timed_as_the_front_has_points(tmp_path: Path) -> None:
+    front = [timed(0, 0.8, 0.3, 0.29), timed(1, 0.9, 0.5, 0.49)]
+    candidates = [*front, *(timed(n, 0.8, 0.3 + n / 1000, 0.2) for n in range(2, 6))]
+    paper: Any = Paper(tmp_path, candidates, {1: 0.5, **dict.fromkeys((0, *range(2, 6)), 0.3)})
     _confirm(paper, paper, None, lambda _: None, lambda _: None)
-    assert paper.rounds == [[0], [1]]
+    assert paper.rounds == [[1, 0, 2]]

@@ -214,12 +214,12 @@ def _remarks(notes: Sequence[str]) -> str:
 
 
 def _ratios(front: Front) -> str:
-    """Say what the intervals of latencies include, and what their ratios are adjusted for, if it was found."""
+    """Say how wide the intervals of latencies are at least, and what their ratios are adjusted for, if it was found."""
     drift = max((point.score.latency_drift for point in front.points), default=0.0)
     moved = max((abs(point.score.latency_adjusted - 1) for point in front.points), default=0.0)
     said = ""
     if drift:
-        said += f"; on the front it includes a drift of {100 * drift:.1f} % (standard deviation) between two times"
+        said += f"; on the front none is narrower than ratios drift between two times, {100 * drift:.1f} % (deviation)"
     if moved:
         said += f", and ratios are adjusted to the reference's pace, by {100 * moved:.1f} % at most"
     return said
