@@ -252,9 +252,10 @@ def _export(
     logits = workshop.logits(Artifact.open(aside), "test")
     test = scoring.accuracy(logits, workshop.splits["test"])
     test_drop = scoring.drop(logits, workshop.reference_logits_on_test, workshop.splits["test"])
-    confirmed, pairs = measured, workshop.run.search.latency_pairs
+    search = workshop.run.search
+    confirmed, pairs = measured, search.confirm_pairs if measured.confirmed else search.latency_pairs
     known, in_search = (calm, measured.latency_ratio) if runtime == run.target.runtime else (None, None)
-    if not workshop.run.search.device:  # what was measured on a device is not what this machine measures
+    if not search.device:  # what was measured on a device is not what this machine measures
         pairs = CONFIRMING_PAIRS
         taken = {**timed.fields(), "confirmed": True, "fingerprint": workshop.gauge.fingerprint}
         confirmed = dataclasses.replace(measured, **taken).check()

@@ -252,7 +252,7 @@ def _baseline(
     settings["search"] |= {"reconstruct": False, "recover": 0}
     if not (folder / "artefacts" / "reference").is_dir():
         shutil.copytree(workshop.reference_folder, folder / "artefacts" / "reference")
-        shutil.copyfile(study.folder / "environment.json", folder / "environment.json")
+        write_aside(folder / "environment.json", (study.folder / "environment.json").read_text(encoding="utf-8"))
     progress(f"baseline: {name} search with {study.run.search.trials} candidates")
     run, said = RunConfig.from_mapping(settings), lambda line: progress(f"{name}: {line}")
 

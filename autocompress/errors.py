@@ -51,6 +51,10 @@ class DepotError(AutocompressError):
     """Shared storage that cannot be read or written."""
 
 
+ENDS = (StudyError, DeviceError, DepotError)
+"""Errors that the next candidate would meet, too."""
+
+
 class NoFeasiblePointError(AutocompressError):
     """No point of the front satisfies the request; the message names the nearest."""
 

@@ -23,7 +23,7 @@ from autocompress.anatomy import ModelShape, before_drop
 from autocompress.bases import RANGE_ROWS, Bases
 from autocompress.config import RunConfig
 from autocompress.decisions import Decision, DropBlocks, Recover, Student, TrimVocabulary
-from autocompress.errors import AutocompressError
+from autocompress.errors import AutocompressError, MeasurementError
 from autocompress.gauge import Gauge
 from autocompress.model import EncoderModel
 from autocompress.pieces import Factor, Piece, code_version
@@ -367,9 +367,18 @@ class Workshop(Bases):
                 raise
 
     def kept(self, candidate: Candidate) -> Measurement:
-        """Return the score of a candidate, which is built and scored again where its artefact is gone."""
-        there = (self.artefacts / candidate.plan.plan_id).is_dir()
-        return candidate.score if there else self.evaluate(candidate.plan)
+        """Return the score of a candidate, which is built and scored again where its artefact is gone.
+
+        Raises:
+            MeasurementError: if what is built is not what was scored.
+        """
+        if (self.artefacts / candidate.plan.plan_id).is_dir():
+            return candidate.score
+        again, known = self.evaluate(candidate.plan), candidate.score
+        if (again.predictions, again.size_bytes) != (known.predictions, known.size_bytes):
+            shutil.rmtree(self.artefacts / candidate.plan.plan_id, ignore_errors=True)
+            raise MeasurementError("its artefact is gone, and what is built from its plan now is another one")
+        return again
 
     def confirmed(
         self,

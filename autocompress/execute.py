@@ -161,7 +161,8 @@ def _execute(
 
     workers.open()
     fill()
-    while not gone and tell_next():
+    # Nobody waits for workers that have nothing to do any more, such as one that cannot begin on its node.
+    while not gone and (running or not ended) and tell_next():
         fill()
     if leaving.asked:
         raise KeyboardInterrupt

@@ -25,17 +25,19 @@ _ROOM = 2**20
 @cache
 def cpu() -> dict[str, Any]:
     """Return the CPU's name, its instruction sets that matter here, and the cores that this process may use."""
-    name, flags = platform.processor() or platform.machine(), set()
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() == "flags":
-                flags = set(value.split())
-                break
+        known = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
     except OSError:
-        pass
+        known = []
+    said: dict[str, list[str]] = {}
+    for key, _, value in known:
+        said.setdefault(key.strip(), []).append(value.strip())
+    name = said.get("model name", [""])[0] or platform.processor() or platform.machine()
+    if "model name" not in said and "CPU part" in said:  # Arm says the maker's numbers of each core, and the board
+        numbers = (said.get(key, []) for key in ("CPU implementer", "CPU part", "CPU variant"))
+        kinds = sorted({" ".join(numbers) for numbers in zip(*numbers, strict=False)})
+        name = ", ".join([platform.machine(), *said.get("Model", []), *kinds])
+    flags = set(said.get("flags", [""])[0].split())
     return {"name": name, "features": [flag for flag in _FLAGS if flag in flags], "cores": cores()}
 
 

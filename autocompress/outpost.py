@@ -20,10 +20,13 @@ import numpy as np
 from autocompress import machine
 from autocompress.apart import Apart
 from autocompress.config import TargetConfig
+from autocompress.errors import MeasurementError
 from autocompress.runtimes import Artifact, get_runtime
 from autocompress.runtimes.base import ARTIFACT_FILE
 from autocompress.stand import APART_S, Moments, Stand, Taken, together
 
+_BEGINNINGS = 3
+"""How often what the device's process did not survive is asked of it again."""
 Files = dict[str, bytes]
 """An artefact's files by name, its description among them."""
 Call = Callable[..., Callable[[], Any]]
@@ -164,10 +167,14 @@ class Device:
 
         def wait() -> Any:
             found = begun()
-            if found is None:
+            for _ in range(_BEGINNINGS):
+                if found is not None:
+                    return found
                 reference = Artifact.open(self._reference)
                 self._call("equip", files_of(reference), self._inputs(reference))()
                 found = self._call(method, *values)()
+            if found is None:
+                raise MeasurementError(f"the device's process ended {_BEGINNINGS} times while it ran this")
             return found
 
         return wait

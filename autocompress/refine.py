@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from autocompress.decisions import RECONSTRUCTED, Recover
-from autocompress.errors import AutocompressError
+from autocompress.errors import ENDS, AutocompressError
 from autocompress.evaluate import Workshop
 from autocompress.mutation import by_promise
 from autocompress.pareto import costs, nondominated_ranks
 from autocompress.plan import CompressionPlan
-from autocompress.records import QUALITIES, Candidate
+from autocompress.records import QUALITIES, Candidate, Measurement
 from autocompress.stopwatch import Stopwatch
 from autocompress.study import Study
 from autocompress.trained import Progress, silent
@@ -85,6 +85,8 @@ def _reconstruct(study: Study, workshop: Workshop, progress: Progress, stage: Pr
                 added, any_added = _add(study, workshop, candidate, plan, "reconstruct", progress), True
                 if study.run.search.keep_artefacts == "front":
                     drop_dominated(study, workshop.artefacts, added)
+        except ENDS:
+            raise
         except AutocompressError as error:  # such as for blocks that are run several times
             progress(f"trial {candidate.number} cannot be reconstructed: {error}")
     return any_added
@@ -125,6 +127,8 @@ def _recover(study: Study, workshop: Workshop, progress: Progress, stage: Progre
                 _add(study, workshop, candidate, plan, "recover", progress)
                 known.add(plan.plan_id)
                 wanted -= 1
+        except ENDS:
+            raise
         except AutocompressError as error:  # a point of which nothing comes must not cost the others
             progress(f"trial {candidate.number} cannot be recovered: {error}")
 
@@ -163,22 +167,35 @@ def confirm(
     quiet: Callable[[], None] | None = None,
     progress: Progress = silent,
 ) -> list[Candidate]:
-    """Time candidates of a study anew, as its run file says, and record that; returns them as they are then."""
-    points = [(candidate.plan, workshop.kept(candidate)) for candidate in candidates]
-    latest = workshop.confirmed(points, pairs=study.run.search.confirm_pairs, quiet=quiet, progress=progress)
-    return study.confirm({c.number: measured for c, measured in zip(candidates, latest, strict=True)})
+    """Time candidates of a study anew, as its run file says, and record that; returns them as they are then.
+
+    Those are left as they are whose artefact is gone, and cannot be made again as it was.
+    """
+    points: dict[int, tuple[CompressionPlan, Measurement]] = {}
+    for candidate in candidates:
+        try:
+            points[candidate.number] = (candidate.plan, workshop.kept(candidate))
+        except ENDS:
+            raise
+        except AutocompressError as error:
+            progress(f"trial {candidate.number} cannot be timed anew: {error}")
+    pairs = study.run.search.confirm_pairs
+    latest = workshop.confirmed(list(points.values()), pairs=pairs, quiet=quiet, progress=progress)
+    return study.confirm(dict(zip(points, latest, strict=True)))
 
 
 def confirm_with_front(study: Study, workshop: Workshop, recovered: Candidate, progress: Progress) -> Candidate:
     """Time a recovered candidate anew, and with it what is left on the front that was not: they are to be compared."""
+    tried = {recovered.number}
 
     def waiting() -> list[Candidate]:
-        unsure = (c for c in study.front().points if not c.score.confirmed and c.number != recovered.number)
+        unsure = (c for c in study.front().points if not c.score.confirmed and c.number not in tried)
         return [c for c in unsure if (workshop.artefacts / c.plan.plan_id).is_dir()]
 
     candidates = [recovered, *waiting()]
     while candidates:  # a latency that does not hold lets others on the front
         confirm(study, workshop, candidates, progress=progress)
+        tried |= {candidate.number for candidate in candidates}
         candidates = waiting()
     return study.candidate(recovered.number)
 
@@ -190,15 +207,17 @@ def _confirm(
 
     With them those that may belong there, up to half as many: of more, hardly one does.
     """
+    tried: set[int] = set()
 
     def waiting() -> list[Candidate]:
-        return [candidate for candidate in study.front().points if not candidate.score.confirmed]
+        return [c for c in study.front().points if not c.score.confirmed and c.number not in tried]
 
     if study.run.search.confirm_pairs and (candidates := waiting()):
         stage("timing the front anew")
         candidates += study.contenders(study.candidates())[: len(study.front()) // 2]
         while candidates:
             confirm(study, workshop, candidates, quiet=quiet, progress=progress)
+            tried |= {candidate.number for candidate in candidates}
             candidates = waiting()
     if study.run.search.keep_artefacts == "front":
         kept = {c.plan.plan_id for c in study.front().points} | {"reference"}

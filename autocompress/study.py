@@ -96,7 +96,8 @@ class Study:
         self.repaired = self._records.repaired
         self._study = self._open(identity, writable)
         self._asked: dict[int, optuna.Trial] = {}
-        self.interrupted = self._reconcile() if writable else 0
+        with self._records.batch():
+            self.interrupted = self._reconcile() if writable else 0
         self._ledger = Ledger(self._study, self.run, self.folder, lambda: self.reference)
         self._candidates = self._ledger.candidates()
         self._recovered = sum(c.origin == "recover" for c in self._candidates.values())
@@ -301,7 +302,8 @@ class Study:
         """Record a candidate that was not asked for, such as a recovered point."""
         if (known := self.measured(plan)) is not None:
             return known
-        candidate = self._ledger.add(plan, measured, origin, self._parameters_of(plan))
+        with self._records.batch():
+            candidate = self._ledger.add(plan, measured, origin, self._parameters_of(plan))
         self._candidates[candidate.number] = candidate
         self._recovered += origin == "recover"
         self._note(candidate)

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,23 +84,25 @@ class Worker(tune.Trainable):
     """Evaluates plans until none is left, all in one step; the teacher, the rows and the reference stay loaded."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        # Nothing that may fail, as with another version: it would reach the driver without its reason.
         garbage.collect_rarely()
-        from autocompress.config import RunConfig
-
-        self._run: RunConfig = RunConfig.from_mapping(json.loads(config["run"]))
+        self._settings = config
         self._desk = config["desk"]
         self._artefacts = Path(config["artefacts"])
         self._exchange: Depot | None = None
         if config["exchange"] is not None:
-            from autocompress.depot import Depot
-
-            self._exchange = Depot(config["exchange"])
             self._scratch = tempfile.TemporaryDirectory(prefix="autocompress-artefacts-")
             self._artefacts = Path(self._scratch.name)
         self._driver: Fingerprint = config["driver"]
         self._outposts: list[Any] = config["outposts"]
         self._workshop: Workshop | None = None
         self._ready = False
+
+    @cached_property
+    def _run(self) -> RunConfig:
+        from autocompress.config import RunConfig
+
+        return RunConfig.from_mapping(json.loads(self._settings["run"]))
 
     def step(self) -> dict[str, Any]:
         # While the driver measures the reference. What fails here fails again with a job, and then has a reason.
@@ -112,7 +115,7 @@ class Worker(tune.Trainable):
                 self._get_ready(self._workshop)
         result: Result | None = None
         while (job := ray.get(self._desk.exchange.remote(self.trial_id, result))) is not None:
-            died = job.attempt > 1 + self._run.search.max_retries
+            died = job.attempt > 1 + self._settings["max_retries"]
             result = job.number, {"failure": DIED} if died else self.outcome(job)
         return {"done": True}
 
@@ -127,7 +130,6 @@ class Worker(tune.Trainable):
         if (elsewhere := self._elsewhere()) is not None:
             return {"end": elsewhere}
         try:
-            # Not in setup: what fails there reaches the driver without its reason.
             workshop = self._workshop = self._workshop or self._opened()
             self._get_ready(workshop)
         except (DepotError, DeviceError) as error:
@@ -181,6 +183,10 @@ class Worker(tune.Trainable):
         from autocompress.evaluate import Workshop
         from autocompress.trained import bank_of
 
+        if self._settings["exchange"] is not None:
+            from autocompress.depot import Depot
+
+            self._exchange = Depot(self._settings["exchange"])
         workshop = Workshop(
             self._run.with_files(bank_of(self._run).borrowed), self._artefacts, threads=self._run.target.threads
         )
@@ -206,7 +212,7 @@ class Worker(tune.Trainable):
             self._ready = True
 
     def cleanup(self) -> None:
-        if self._exchange is not None:
+        if self._settings["exchange"] is not None:
             self._scratch.cleanup()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

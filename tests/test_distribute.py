@@ -163,7 +163,7 @@ def worker(workplace: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> A
     (artefacts := workplace() / "artefacts").mkdir()
     settings = json.dumps(run.model_dump(mode="json", by_alias=True))
     about = {"desk": None, "driver": machine.fingerprint(), "outposts": [], "exchange": None}
-    return Worker({"run": settings, "artefacts": str(artefacts), **about})
+    return Worker({"run": settings, "max_retries": 2, "artefacts": str(artefacts), **about})
 
 
 def job(plan: str = CompressionPlan().to_json(), front: list[list[float]] | None = None) -> Job:
@@ -177,6 +177,16 @@ def test_what_fails_while_a_worker_gets_ready_is_said(worker: Any) -> None:
     assert reason.startswith("node ")
     assert " cannot begin: " in reason
     assert reason.endswith("holds no artefact.json; give a folder that export wrote as openvino or onnx")
+
+
+def test_a_run_that_a_worker_cannot_read_is_said(worker: Any) -> None:
+    """As where another version was installed that has no such key; a worker that dies of it would say nothing."""
+    from autocompress.workers import Worker
+
+    settings = {**worker._settings, "run": json.dumps({"later": True}), "exchange": "memory://nobody/knows"}
+    [(kind, reason)] = Worker(settings).outcome(job()).items()
+    assert kind == "end"
+    assert " cannot begin: later: " in reason
 
 
 def test_a_defect_in_one_candidate_is_its_reason(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:

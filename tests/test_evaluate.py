@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SPECIAL
+from helpers_records import make_candidate
 
 from autocompress import api, recovery, scoring, slot, stand, timing
 from autocompress.config import RunConfig
@@ -238,6 +240,22 @@ def test_what_a_worker_waits_for_others_is_not_counted_as_its_work(
     assert found.stages["waiting"] >= 400
     assert all(found.stages[stage] < 0 for stage in ("build", "load", "latency", "accuracy")), "of each stage"
     assert found.seconds < 100
+
+
+def test_an_artefact_that_is_gone_is_made_again_as_it_was_or_not_at_all(shop: Workshop, measured: Measurement) -> None:
+    candidate = dataclasses.replace(make_candidate(0, plan=PLAN), measurement=measured)
+    folder = shop.artefacts / PLAN.plan_id
+    shop.build(PLAN, folder)
+    assert shop.kept(candidate) is measured, "it is there"
+    shutil.rmtree(folder)
+    assert shop.kept(candidate).predictions == measured.predictions
+    assert folder.is_dir()
+    for changed in ({"predictions": "0" * 64}, {"size_bytes": measured.size_bytes + 1}):
+        other = dataclasses.replace(candidate, measurement=dataclasses.replace(measured, **changed))
+        shutil.rmtree(folder, ignore_errors=True)
+        with pytest.raises(MeasurementError, match="its artefact is gone, and what is built from its plan now"):
+            shop.kept(other)
+        assert not folder.exists()
 
 
 def test_logits_that_are_not_finite_fail_at_the_first_part(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,18 @@ def test_what_keeps_all_cores_busy_waits_until_nothing_runs(gone_home_after: int
         assert len(prepared) == 2, "nothing is trained for nobody"
 
 
+def test_nobody_waits_for_a_worker_that_has_nothing_to_do() -> None:
+    """Such as one that dies again and again while it begins, on a node that lacks something."""
+    asked, results = iter([(0, CompressionPlan())]), iter([(0, {"failure": "no"})])
+    study: Any = SimpleNamespace(run=RunConfig(), ask=lambda: next(asked, None), rivals=list, tell=lambda *_: "told")
+    there: Any = SimpleNamespace(
+        count=2, open=lambda: None, close=lambda: None, put=lambda _: None, next_result=lambda _: next(results)
+    )
+    told: list[Any] = []
+    execute(study, workers=there, prepare=lambda _: None, alone=lambda _: False, told=told.append)
+    assert told == ["told"]
+
+
 def test_a_full_disk_ends_the_search() -> None:
     asked = iter([(0, CompressionPlan())])
     study: Any = SimpleNamespace(run=RunConfig(), ask=lambda: next(asked, None), rivals=list)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -75,6 +77,26 @@ def test_without_cpuinfo_there_is_still_a_name(monkeypatch: pytest.MonkeyPatch) 
     found = machine.cpu()
     assert found["name"]
     assert found["features"] == []
+
+
+_ARM = "processor\t: {n}\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU variant\t: 0x0\nCPU part\t: {part}\n\n"
+
+
+def test_arm_machines_of_two_kinds_have_two_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_cores(*parts: str, board: str = "") -> dict[str, Any]:
+        text = "".join(_ARM.format(n=n, part=part) for n, part in enumerate(parts))
+        monkeypatch.setattr(machine, "Path", lambda _: SimpleNamespace(read_text=lambda **_: text + board))
+        monkeypatch.setattr(machine.platform, "machine", lambda: "aarch64")
+        monkeypatch.setattr(machine.platform, "processor", lambda: "")
+        machine.cpu.cache_clear()
+        return machine.fingerprint()
+
+    alike = [with_cores("0xd08", "0xd08"), with_cores("0xd08")]
+    assert alike[0]["cpu"]["name"] == "aarch64, 0x41 0xd08 0x0"
+    assert alike[0]["id"] == alike[1]["id"], "some of its cores are the same CPU"
+    other = with_cores("0xd0b", "0xd05", board="Model\t\t: Board of Somebody 5\n")
+    assert other["cpu"]["name"] == "aarch64, Board of Somebody 5, 0x41 0xd05 0x0, 0x41 0xd0b 0x0"
+    assert other["id"] != alike[0]["id"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from helpers_artefacts import INPUTS, TARGET, built
 
 from autocompress import outpost, timing
+from autocompress.errors import MeasurementError
 from autocompress.fresh import LEAST_PATIENCE_S
 from autocompress.outpost import Device, Outpost
 from autocompress.runtimes import Artifact
@@ -49,6 +50,22 @@ def test_what_begins_anew_is_sent_the_reference_again(reference: Artifact) -> No
         assert 0.2 < timing.summarize(moments, seed=0).ratio < 5, "a model against itself"
     device.moments(reference, [1])()
     assert nodes.asked == [*["moments", "equip", "moments"] * 2, "moments"]
+
+
+@pytest.mark.parametrize("deaths", [2, 3, 9])
+def test_what_the_device_does_not_survive_is_asked_of_it_a_few_times(reference: Artifact, deaths: int) -> None:
+    left = [None] * deaths
+
+    def call(method: str, *_: Any) -> Callable[[], Any]:
+        return lambda: None if method == "equip" or (left and left.pop() is None) else 4096
+
+    device = Device(call, reference.folder, lambda _: INPUTS)
+    if deaths <= 3:
+        assert device.memory(reference) == 4096
+    else:
+        with pytest.raises(MeasurementError, match="the device's process ended 3 times while it ran this"):
+            device.memory(reference)
+        assert len(left) == deaths - 4
 
 
 def test_a_front_is_timed_in_a_fresh_process(reference: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,22 @@ class TestPuttingInPlace:
         }
         assert list(out.parent.iterdir()) == [out]
 
+    def test_what_says_that_it_is_whole_comes_last(
+        self, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (made / parcel.MEASUREMENT).write_text("{}", encoding="utf-8")
+        (out := tmp_path / "out").mkdir()
+        came, replace = list[str](), Path.replace
+
+        def coming(entry: Path, target: Path) -> Path:
+            came.append(entry.name)
+            return replace(entry, target)
+
+        monkeypatch.setattr(Path, "replace", coming)
+        parcel.put(made, out)
+        assert sorted(came) == ["measurement.json", "model.bin", "tokenizer"]
+        assert came[-1] == "measurement.json"
+
     def test_what_else_is_in_a_folder_stays(self, made: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         (out / "tokenizer").mkdir(parents=True)

@@ -12,12 +12,12 @@ import pytest
 from helpers_records import make_candidate, make_reference
 
 from autocompress.decisions import MaxTokens, PruneNeurons, Recover
-from autocompress.errors import PlanError
+from autocompress.errors import DepotError, DeviceError, MeasurementError, PlanError, StudyError
 from autocompress.front import Front
 from autocompress.pareto import contenders
 from autocompress.plan import MODEL_SITE, CompressionPlan
 from autocompress.records import Candidate, Measurement
-from autocompress.refine import _by_gain, _confirm, _recover, drop_dominated
+from autocompress.refine import _by_gain, _confirm, _reconstruct, _recover, drop_dominated
 
 ALL = ("accuracy", "size_bytes", "latency")
 
@@ -110,6 +110,43 @@ def test_a_latency_that_does_not_hold_lets_others_on_the_front_and_is_told_once(
     _confirm(paper, paper, None, lambda _: None, stages.append)
     assert len(paper.rounds) == 2, "nothing is left to be timed"
     assert stages == ["timing the front anew"]
+
+
+def test_what_cannot_be_made_again_as_it_was_is_left_as_it_is(tmp_path: Path) -> None:
+    paper: Any = Paper(tmp_path, [timed(0, 0.9, 0.5, 0.49), timed(1, 0.8, 0.3, 0.29)], {1: 0.31})
+    kept = paper.kept
+
+    def otherwise(candidate: Candidate) -> Measurement:
+        if candidate.number == 0:
+            raise MeasurementError("what is built from its plan now is another one")
+        return kept(candidate)
+
+    paper.kept, said = otherwise, list[str]()
+    _confirm(paper, paper, None, said.append, lambda _: None)
+    assert paper.rounds == [[1]]
+    assert said == ["trial 0 cannot be timed anew: what is built from its plan now is another one"]
+    assert [c.score.confirmed for c in paper.front().points] == [False, True]
+
+
+@pytest.mark.parametrize("error", [DeviceError("gone"), DepotError("gone"), StudyError("gone")])
+def test_what_every_point_would_meet_ends_it(tmp_path: Path, error: Exception) -> None:
+    paper: Any = Paper(tmp_path, [make_candidate(n, accuracy=0.8 + n / 100) for n in range(3)], {})
+    paper.run.search.recover, paper.run.search.reconstruct = 3, True
+    paper.run.objectives, paper.reference = ALL, make_reference()
+    tried: list[CompressionPlan] = []
+
+    def gone(plan: CompressionPlan) -> CompressionPlan:
+        tried.append(plan)
+        raise error
+
+    paper.recovering = paper.evaluate = gone
+    paper.add = lambda *_, **__: pytest.fail("nothing was evaluated")
+    paper.kept = lambda candidate: gone(candidate.plan)
+    for part in (_recover, _reconstruct, lambda *values: _confirm(*values[:2], None, *values[2:])):
+        tried.clear()
+        with pytest.raises(type(error), match="gone"):
+            part(paper, paper, lambda _: None, lambda _: None)
+        assert len(tried) == 1
 
 
 @pytest.mark.parametrize("confirmed", [False, True])
