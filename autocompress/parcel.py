@@ -55,9 +55,8 @@ def put(made: Path, out: Path, *, in_place_of: Path | None = None) -> None:
             return
         # What else was in the folder stays there: it was asked for by force.
         clear(out)
-        for entry in sorted(
-            aside.iterdir(), key=lambda entry: entry.name == MEASUREMENT
-        ):  # which says that it is whole
+        # What says that it is whole comes last.
+        for entry in sorted(aside.iterdir(), key=lambda entry: entry.name == MEASUREMENT):
             _remove(out / entry.name)
             entry.replace(out / entry.name)
     except OSError as error:

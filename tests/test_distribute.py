@@ -186,7 +186,7 @@ def test_a_run_that_a_worker_cannot_read_is_said(worker: Any) -> None:
     settings = {**worker._settings, "run": json.dumps({"later": True}), "exchange": "memory://nobody/knows"}
     [(kind, reason)] = Worker(settings).outcome(job()).items()
     assert kind == "end"
-    assert " cannot begin: later: " in reason
+    assert " cannot begin: run: later: unknown key" in reason
 
 
 def test_a_defect_in_one_candidate_is_its_reason(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
