@@ -42,6 +42,9 @@ BANK_VERSION = 1
 TRAINED = ("finetuned", "distilled")
 """Kinds whose entries took training: minutes to hours each, where the others take seconds."""
 
+LAST = (*TRAINED, "copies")
+"""Kinds whose entries go last: they took training, or stand where whoever begins later on a cluster was told."""
+
 _IN_PIECES = (
     *TRAINED,
     "channels",
@@ -271,7 +274,7 @@ class Bank:
     def trim(self) -> int:
         """Delete left-overs of killed processes and, above the limit, the least recently used entries.
 
-        Entries of the kinds in `TRAINED` go only when all others that may go are gone. Entries used within the last
+        Entries of the kinds in `LAST` go only when all others that may go are gone. Entries used within the last
         `RECENT_S` are never removed: for that long the bank may exceed its limit, by as much as is in use. What
         cannot be removed, as in a bank that may only be read, stays without an error.
 
@@ -282,7 +285,7 @@ class Bank:
         freed_bytes = self._remove_left_overs()
         if self.limit_bytes is None:
             return freed_bytes
-        entries = sorted(self._entries(), key=lambda entry: (entry.kind in TRAINED, entry.used_s))
+        entries = sorted(self._entries(), key=lambda entry: (entry.kind in LAST, entry.used_s))
         excess_bytes = sum(entry.size_bytes for entry in entries) - self.limit_bytes
         for entry in entries:
             if excess_bytes <= 0:

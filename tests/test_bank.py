@@ -248,7 +248,7 @@ def test_use_renews_an_entry(store: Bank, monkeypatch: pytest.MonkeyPatch) -> No
     assert there(folders) == [0, 3]
 
 
-@pytest.mark.parametrize("kind", bank.TRAINED)
+@pytest.mark.parametrize("kind", bank.LAST)
 def test_what_took_training_goes_last(store: Bank, kind: str) -> None:
     trained = [put(store, number, kind=kind, unused_s=9000 - number) for number in range(2)]
     cheap = [put(store, number, unused_s=300 - number) for number in range(2)]
