@@ -36,6 +36,8 @@ LATENCY_SLOT = "latency_slot"
 """Custom resource, one per node that may be timed: a trial that is timed by wall clock takes it whole."""
 _PLACE_S = 20.0
 """Seconds in which a node of a cluster may still join that has a place for a worker."""
+_WORKERLESS_S = 600.0
+"""Seconds in which a cluster may be without any node that a worker could be on."""
 _JOINS, _JOIN_AGAIN_S = 4, 5.0
 """How often a cluster is joined from outside before that is given up, and seconds in between."""
 _KNOCK_S = 15.0
@@ -190,13 +192,18 @@ class _Site:
             self._say("result", found)
 
     def _next_result(self) -> Result | None:
-        asked = self._desk.result.remote()
+        asked, last = self._desk.result.remote(), time.monotonic()
         while True:
             with contextlib.suppress(ray.exceptions.GetTimeoutError):
                 found: Result | None = ray.get(asked, timeout=LOOK_S)
                 return found
-            if not any(node["Alive"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+            if not nodes:
                 raise RuntimeError("no node of Ray is alive")
+            if not self._crew.most or any(_times(node, self._takes) for node in nodes):
+                last = time.monotonic()
+            elif time.monotonic() - last > _WORKERLESS_S:  # whoever joins anew says what there is
+                raise RuntimeError(f"no node has had {words_of(self._takes)} for {_WORKERLESS_S:.0f} s")
 
     def _start(self) -> int:
         """Start Ray, or join the cluster, and tell the driver for how many workers there is a place."""
@@ -296,7 +303,7 @@ class _Site:
         until = time.monotonic() + (0.0 if self._crew.address is None else _PLACE_S)
         while True:
             offered = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-            found = sum(int(min(node.get(name, 0.0) / amount for name, amount in takes.items())) for node in offered)
+            found = sum(_times(node, takes) for node in offered)
             if found:
                 return found
             if time.monotonic() > until:
@@ -335,6 +342,11 @@ class _Site:
                     failure_config=tune.FailureConfig(max_failures=crew.max_failures),
                 ),
             ).fit()
+
+
+def _times(node: dict[str, float], takes: dict[str, float]) -> int:
+    """Return how often a node can give what somebody takes."""
+    return int(min(node.get(name, 0.0) / amount for name, amount in takes.items()))
 
 
 def main() -> None:
