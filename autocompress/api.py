@@ -157,7 +157,8 @@ def retarget(
         folder: results folder of the study, which stays as it is.
         out: results folder of the new one.
         overrides: ``target.key=value``.
-        ranks: how many non-dominated ranks are taken: 1 for the front alone, 2 for what comes next, too.
+        ranks: how many non-dominated ranks are taken: 1 for the front, with what it stands for within the noise of
+            timings, 2 for what comes next, too.
         progress: told what happens, a line at a time.
 
     Returns:

@@ -273,7 +273,9 @@ def report(folder: Folder, as_json: Json = False) -> None:
 def retarget(
     folder: Folder,
     out: Annotated[Path, typer.Option("-o", "--out", help="Results folder of the new study.")],
-    ranks: Annotated[int, typer.Option("--ranks", min=1, help="1 is the front, 2 adds what only it beats.")] = 2,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, help="1 is what nothing beats, 2 adds what only that beats.")
+    ] = 2,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:

@@ -66,7 +66,8 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
         old: open for reading.
         run: that study's, but for the target.
         folder: where the new study stands, or shall stand.
-        ranks: how many non-dominated ranks are taken, 1 for the front alone.
+        ranks: how many non-dominated ranks are taken, 1 for the front and what it stands for within the noise of
+            timings: on another target these may be told apart.
         progress: told what happens, a line at a time.
 
     Raises:
