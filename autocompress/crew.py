@@ -324,7 +324,6 @@ class _Site:
                 tune.with_resources(Worker, tune.PlacementGroupFactory([self._takes])),
                 param_space={
                     "run": crew.run,
-                    "max_retries": crew.max_retries,
                     "artefacts": crew.artefacts,
                     "exchange": crew.exchange,
                     "desk": self._desk,

@@ -31,7 +31,6 @@ class Crew:
         resources: what else each of them takes of a node, by Ray's names.
         device: what a node offers on which latency is measured; where there is nothing in it, workers do that.
         device_wait: seconds in which such a node may be away.
-        max_retries: how often a job is tried again whose worker died.
         max_failures: how often one worker may die.
         driver: the machine and the versions that measured the uncompressed model.
         address: of the cluster; None for a Ray of our own.
@@ -49,7 +48,6 @@ class Crew:
     resources: dict[str, float]
     device: dict[str, float]
     device_wait: float
-    max_retries: int
     max_failures: int
     driver: Fingerprint
     address: str | None = None

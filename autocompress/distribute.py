@@ -88,7 +88,6 @@ class Workers:
             resources=run.search.resources,
             device=run.search.device,
             device_wait=run.search.device_wait,
-            max_retries=run.search.max_retries,
             max_failures=(1 + run.search.max_retries) * run.search.trials,
             driver=machine.fingerprint(),
             address=None if cluster is None else cluster.address,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,17 @@ def refine(
             added = _reconstruct(study, workshop, progress, stage)
 
 
+@contextmanager
+def or_why_not(failed: str, progress: Progress) -> Iterator[None]:
+    """Say why nothing comes of a point, which must not cost the others, unless they would meet that, too."""
+    try:
+        yield
+    except ENDS:
+        raise
+    except AutocompressError as error:
+        progress(f"{failed}: {error}")
+
+
 def drop_dominated(study: Study, artefacts: Path, latest: Candidate) -> None:
     """Delete the artefacts that ``latest`` pushed off the front, or its own; others may be in the making.
 
@@ -78,17 +90,14 @@ def _reconstruct(study: Study, workshop: Workshop, progress: Progress, stage: Pr
     for candidate in study.front().points:
         if candidate.plan.of_type(Recover) or not candidate.plan.reconstructible:
             continue
-        try:
+        # Blocks that are run several times cannot be.
+        with or_why_not(f"trial {candidate.number} cannot be reconstructed", progress):
             plan = candidate.plan.recovered(RECONSTRUCTED)
             if plan.plan_id not in known:
                 stage("reconstructing points of the front")
                 added, any_added = _add(study, workshop, candidate, plan, "reconstruct", progress), True
                 if study.run.search.keep_artefacts == "front":
                     drop_dominated(study, workshop.artefacts, added)
-        except ENDS:
-            raise
-        except AutocompressError as error:  # such as for blocks that are run several times
-            progress(f"trial {candidate.number} cannot be reconstructed: {error}")
     return any_added
 
 
@@ -120,17 +129,13 @@ def _recover(study: Study, workshop: Workshop, progress: Progress, stage: Progre
         # Without structural decisions there is nothing that distillation could win back.
         if not candidate.plan.structural() or wanted <= 0:
             continue
-        try:
+        with or_why_not(f"trial {candidate.number} cannot be recovered", progress):
             plan = workshop.recovering(candidate.plan)
             if plan.plan_id not in known:
                 stage("recovering the best points")
                 _add(study, workshop, candidate, plan, "recover", progress)
                 known.add(plan.plan_id)
                 wanted -= 1
-        except ENDS:
-            raise
-        except AutocompressError as error:  # a point of which nothing comes must not cost the others
-            progress(f"trial {candidate.number} cannot be recovered: {error}")
 
 
 def _by_gain(candidates: Sequence[Candidate], study: Study) -> list[Candidate]:
@@ -173,12 +178,8 @@ def confirm(
     """
     points: dict[int, tuple[CompressionPlan, Measurement]] = {}
     for candidate in candidates:
-        try:
+        with or_why_not(f"trial {candidate.number} cannot be timed anew", progress):
             points[candidate.number] = (candidate.plan, workshop.kept(candidate))
-        except ENDS:
-            raise
-        except AutocompressError as error:
-            progress(f"trial {candidate.number} cannot be timed anew: {error}")
     pairs = study.run.search.confirm_pairs
     latest = workshop.confirmed(list(points.values()), pairs=pairs, quiet=quiet, progress=progress)
     return study.confirm(dict(zip(points, latest, strict=True)))
@@ -205,7 +206,7 @@ def _confirm(
 ) -> None:
     """Time the front's points anew, one after the other; points that this pushes off the front stay in the study.
 
-    With them those that may belong there, up to half as many: of more, hardly one does.
+    With them those that may belong there, up to half as many: of those beyond that, few do.
     """
     tried: set[int] = set()
 
@@ -214,7 +215,7 @@ def _confirm(
 
     if study.run.search.confirm_pairs and (candidates := waiting()):
         stage("timing the front anew")
-        candidates += study.contenders(study.candidates())[: len(study.front()) // 2]
+        candidates += study.contenders(study.candidates())[: -(-len(study.front()) // 2)]
         while candidates:
             confirm(study, workshop, candidates, quiet=quiet, progress=progress)
             tried |= {candidate.number for candidate in candidates}

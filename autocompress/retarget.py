@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from autocompress import machine
 from autocompress.config import RunConfig
 from autocompress.driver import open_for_writing
-from autocompress.errors import AutocompressError, ConfigError
+from autocompress.errors import ConfigError
 from autocompress.evaluate import Workshop
 from autocompress.journal import held
 from autocompress.ledger import excesses
 from autocompress.pareto import costs, nondominated_ranks
 from autocompress.plan import CompressionPlan
 from autocompress.records import Candidate, Measurement
+from autocompress.refine import or_why_not
 from autocompress.report.tables import times_faster, write_aside
 from autocompress.results import write_results
 from autocompress.runtimes import Artifact
@@ -103,7 +104,7 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
         made = _timed(copied, study, workshop, by_workers=bool(old.run.search.device))
         for candidate in chosen:
             if candidate.number not in made:
-                with _said(candidate, progress):
+                with or_why_not(f"trial {candidate.number}", progress):
                     made[candidate.number] = study.measured(candidate.plan) or _scored(candidate, study, workshop)
         if run.search.confirm_pairs:
             made = _confirmed(made, study, workshop)
@@ -114,15 +115,6 @@ def retarget(old: Study, run: RunConfig, folder: Path, *, ranks: int, progress: 
         for c in chosen
         for new in (made.get(c.number),)
     ]
-
-
-@contextmanager
-def _said(candidate: Candidate, progress: Progress) -> Iterator[None]:
-    """Say why nothing comes of a point, which must not cost the others."""
-    try:
-        yield
-    except AutocompressError as error:
-        progress(f"trial {candidate.number}: {error}")
 
 
 def _timed(copied: Sequence[Candidate], study: Study, workshop: Workshop, *, by_workers: bool) -> dict[int, Candidate]:
@@ -136,7 +128,7 @@ def _timed(copied: Sequence[Candidate], study: Study, workshop: Workshop, *, by_
     """
     scores: dict[int, Measurement] = {}
     for candidate in copied:
-        with _said(candidate, workshop.progress):
+        with or_why_not(f"trial {candidate.number}", workshop.progress):
             score = candidate.score
             if by_workers or score.fingerprint.get("id") != workshop.gauge.fingerprint["id"]:
                 workshop.progress(f"scoring trial {candidate.number} on this machine")
@@ -157,7 +149,7 @@ def _confirmed(made: Mapping[int, Candidate], study: Study, workshop: Workshop) 
     points = {}
     for candidate in made.values():
         if not candidate.score.confirmed:
-            with _said(candidate, workshop.progress):
+            with or_why_not(f"trial {candidate.number}", workshop.progress):
                 points[candidate.number] = (candidate.plan, workshop.kept(candidate))
     study.confirm(dict(zip(points, _anew(list(points.values()), workshop), strict=True)))
     # What that tells of the machine may have moved the others, too.

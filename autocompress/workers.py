@@ -28,7 +28,7 @@ from ray import tune
 
 from autocompress import garbage, machine
 from autocompress.desk import DIED, Fingerprint, Job, Result
-from autocompress.errors import AutocompressError, DepotError, DeviceError
+from autocompress.errors import ENDS, AutocompressError, DepotError, DeviceError
 
 if TYPE_CHECKING:
     from autocompress.config import RunConfig
@@ -89,7 +89,6 @@ class Worker(tune.Trainable):
         self._settings = config
         self._desk = config["desk"]
         self._artefacts = Path(config["artefacts"])
-        self._exchange: Depot | None = None
         if config["exchange"] is not None:
             self._scratch = tempfile.TemporaryDirectory(prefix="autocompress-artefacts-")
             self._artefacts = Path(self._scratch.name)
@@ -104,6 +103,13 @@ class Worker(tune.Trainable):
 
         return RunConfig.from_mapping(json.loads(self._settings["run"]))
 
+    @cached_property
+    def _exchange(self) -> Depot | None:
+        from autocompress.depot import Depot
+
+        url = self._settings["exchange"]
+        return None if url is None else Depot(url)
+
     def step(self) -> dict[str, Any]:
         # While the driver measures the reference. What fails here fails again with a job, and then has a reason.
         with contextlib.suppress(Exception):
@@ -113,10 +119,11 @@ class Worker(tune.Trainable):
             if self._elsewhere() is None:
                 self._workshop = self._opened()
                 self._get_ready(self._workshop)
+        # Not of the run as this version reads it, which may fail.
+        attempts = 1 + json.loads(self._settings["run"])["search"]["max_retries"]
         result: Result | None = None
         while (job := ray.get(self._desk.exchange.remote(self.trial_id, result))) is not None:
-            died = job.attempt > 1 + self._settings["max_retries"]
-            result = job.number, {"failure": DIED} if died else self.outcome(job)
+            result = job.number, {"failure": DIED} if job.attempt > attempts else self.outcome(job)
         return {"done": True}
 
     def outcome(self, job: Job) -> dict[str, Any]:
@@ -132,7 +139,7 @@ class Worker(tune.Trainable):
         try:
             workshop = self._workshop = self._workshop or self._opened()
             self._get_ready(workshop)
-        except (DepotError, DeviceError) as error:
+        except ENDS as error:
             return {"end": str(error)}
         except Exception as error:
             # It would fail so with each candidate, sooner than another worker is done with one.
@@ -145,7 +152,7 @@ class Worker(tune.Trainable):
                 self._exchange.put(plan.plan_id, self._artefacts / plan.plan_id)
                 shutil.rmtree(self._artefacts / plan.plan_id)
             return {kind: dataclasses.asdict(found)}
-        except (DepotError, DeviceError) as error:
+        except ENDS as error:
             return {"end": str(error)}
         except AutocompressError as error:
             return {"failure": str(error)}
@@ -183,10 +190,6 @@ class Worker(tune.Trainable):
         from autocompress.evaluate import Workshop
         from autocompress.trained import bank_of
 
-        if self._settings["exchange"] is not None:
-            from autocompress.depot import Depot
-
-            self._exchange = Depot(self._settings["exchange"])
         workshop = Workshop(
             self._run.with_files(bank_of(self._run).borrowed), self._artefacts, threads=self._run.target.threads
         )

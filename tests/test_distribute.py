@@ -163,7 +163,7 @@ def worker(workplace: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> A
     (artefacts := workplace() / "artefacts").mkdir()
     settings = json.dumps(run.model_dump(mode="json", by_alias=True))
     about = {"desk": None, "driver": machine.fingerprint(), "outposts": [], "exchange": None}
-    return Worker({"run": settings, "max_retries": 2, "artefacts": str(artefacts), **about})
+    return Worker({"run": settings, "artefacts": str(artefacts), **about})
 
 
 def job(plan: str = CompressionPlan().to_json(), front: list[list[float]] | None = None) -> Job:
